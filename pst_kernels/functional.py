@@ -1,0 +1,161 @@
+"""The method as functions of tensors. `pst_linear` is differentiable; the others compute masks and look inside.
+
+Shapes throughout: weight (out, in), U (out, r1), V (r1, in), A (out, r2), B (r2, in), R (out,), C (in,).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .packing import packed_width, unpack_mask
+
+__all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def scores(
+    weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
+    *, beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: training never stores it."""
+    _check_factors(weight, U, V, A, B, R, C)
+    return ops.scores(weight, U, V, A, B, R, C, float(beta), float(alpha1), float(alpha2))
+
+
+def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The exact k-th smallest of a tensor (k from 1) under the (score, flat index) order.
+
+    Returns (value, flat index), both 0-d, the index int64. NaN counts as the largest. Raises ValueError for k outside
+    [1, scores.numel()], TypeError for a dtype that is not fp32 (cast first: fp16 and bf16 fit exactly).
+    """
+    if scores.dtype != torch.float32:
+        raise TypeError(f"scores must be float32, got {scores.dtype}; use scores.float()")
+    if not 1 <= k <= scores.numel():
+        raise ValueError(f"k must be in [1, {scores.numel()}] for {scores.numel()} scores, got {k}")
+    return ops.kth_value(scores.detach().contiguous(), k)
+
+
+def new_guess(device: torch.device | None = None) -> Tensor:
+    """The state of a selection that has no past: fp32 (4,) of NaN."""
+    return torch.full((4,), math.nan, device=device)
+
+
+def prune_mask(
+    weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, num_pruned: int | Tensor,
+    *, beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """The packed mask, int32 (out, ceil(in / 32)), that prunes exactly the `num_pruned` smallest scores.
+
+    Equal scores: the lower flat index is pruned first. The scores are not stored. `num_pruned` is an int or a 0-d int64
+    tensor, which stays on its device. Raises ValueError for an int outside [0, weight.numel()] and for wrong shapes.
+    """
+    _check_factors(weight, U, V, A, B, R, C)
+    if not isinstance(num_pruned, Tensor):
+        if not 0 <= num_pruned <= weight.numel():
+            raise ValueError(f"num_pruned must be in [0, {weight.numel()}] for this weight, got {num_pruned}")
+        num_pruned = torch.tensor(num_pruned, dtype=torch.int64, device=weight.device)
+    guess = new_guess(weight.device)
+    return ops.prune_mask(weight, U, V, A, B, R, C, num_pruned, guess, float(beta), float(alpha1), float(alpha2))
+
+
+def pst_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None,
+    U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, mask: Tensor,
+    *, beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0, through_magnitude: bool = True,
+) -> Tensor:  # fmt: skip
+    """y = x (M * (W + beta U V))^T + bias, with the straight-through gradient of PST for the six factors.
+
+    x is (..., in) and y (..., out), in x's dtype, which is the autocast dtype under autocast and else must be the weight's.
+    `mask` is packed, from `prune_mask`. The weight is frozen and gets no gradient; the factors may be of another floating
+    dtype than the weight (fp32 over a bf16 weight, say) and their gradients are computed in fp32. Kept for backward: x, the
+    packed mask and the factors.
+
+    Source: Li et al., IJCAI 2022 (arXiv 2205.11005), equations 3 to 8; with `through_magnitude` the gradient also passes
+    through |W'| in the score, as in the authors' release.
+
+    Example:
+        mask = prune_mask(W, U, V, A, B, R, C, int(W.numel() * 0.9))
+        y = pst_linear(x, W, bias, U, V, A, B, R, C, mask)
+    """
+    _check_factors(weight, U, V, A, B, R, C)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has {x.shape[-1]} features in its last dimension, but weight {tuple(weight.shape)} takes {weight.shape[1]}")
+    if mask.shape != (weight.shape[0], packed_width(weight.shape[1])) or mask.dtype != torch.int32:
+        raise ValueError(
+            f"mask must be packed, int32 of shape {(weight.shape[0], packed_width(weight.shape[1]))} for weight"
+            f" {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}; make it with functional.prune_mask"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight requires grad, but PST keeps it frozen; call weight.requires_grad_(False)")
+    for name, tensor in (("weight", weight), ("mask", mask), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move the layer or the input")
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    elif x.dtype != weight.dtype:
+        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast")
+    with torch.autocast(device_type, enabled=False):
+        y = _PSTLinear.apply(
+            x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
+            (float(beta), float(alpha1), float(alpha2)), through_magnitude,
+        )  # fmt: skip
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+class _PSTLinear(torch.autograd.Function):
+    """Forward and the hand-written straight-through backward; x is (T, in)."""
+
+    @staticmethod
+    def forward(x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude):
+        return ops.linear_forward(x.contiguous(), weight, U, V, bias, mask, scales[0])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, bias, U, V, A, B, R, C, mask, ctx.scales, ctx.through_magnitude = inputs
+        ctx.dtypes = [None if t is None else t.dtype for t in (bias, U, V, A, B, R, C)]
+        ctx.save_for_backward(x, weight, U, V, A, B, mask)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, U, V, A, B, mask = ctx.saved_tensors
+        needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
+        # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
+        with torch.autocast(gy.device.type, enabled=False):
+            dx, *factors = ops.linear_backward(
+                gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask, *ctx.scales, ctx.through_magnitude,
+                needs_input, any(needs_factors),
+            )  # fmt: skip
+        bias_dtype, *dtypes = ctx.dtypes
+        dbias = gy.sum(0, dtype=_sum_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
+        gradients = [g.to(t) if need else None for g, t, need in zip(factors, dtypes, needs_factors, strict=True)]
+        return dx if needs_input else None, None, dbias, *gradients, None, None, None
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_factors(weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor) -> None:
+    """Shapes, dtypes and devices; one message that names what is off."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be 2-d (out, in), got shape {tuple(weight.shape)}")
+    out, columns = weight.shape
+    expected = {
+        "U": (U, (out, V.shape[0])), "V": (V, (V.shape[0], columns)), "A": (A, (out, B.shape[0])),
+        "B": (B, (B.shape[0], columns)), "R": (R, (out,)), "C": (C, (columns,)),
+    }  # fmt: skip
+    for name, (tensor, shape) in expected.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape} for weight {(out, columns)}, got {tuple(tensor.shape)}")
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} is on {tensor.device} but weight is on {weight.device}; move them to one device")
+    for name, tensor in {"weight": weight, **{n: t for n, (t, _) in expected.items()}}.items():
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name} must be one of float32, float16, bfloat16 or float64, got {tensor.dtype}")

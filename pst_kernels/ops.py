@@ -1,0 +1,127 @@
+"""The ops: schemas, shapes and dtypes, and which backend runs them. The only file that knows backends.
+
+Every op takes a weight (out, in) of any strides in fp32, fp16, bf16 or float64, factors U (out, r1), V (r1, in),
+A (out, r2), B (r2, in), R (out,), C (in,) in any floating dtype, contiguous x (T, in) and gy (T, out), and a packed mask
+(int32, see packing.py). `guess` is fp32 (4,): where the last threshold lay, NaN at first; the ops may update it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import env, fallback, refresh
+from .packing import packed_width
+
+logger = logging.getLogger("pst_kernels")
+NAMESPACE = "pst_kernels"
+_WEIGHT = "Tensor weight, Tensor U, Tensor V"
+_FACTORS = _WEIGHT + ", Tensor A, Tensor B, Tensor R, Tensor C"
+_SCALES = "float beta, float alpha1, float alpha2"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def backend_for(device_type: str) -> tuple[str, str]:
+    """The backend for tensors on a device, and why. Raises ImportError when an explicit request cannot be met."""
+    requested = env.backend()
+    if requested == "torch":
+        return "torch", "PST_KERNELS_BACKEND=torch"
+    if requested == "triton":
+        if not env.has_triton():
+            raise ImportError("PST_KERNELS_BACKEND=triton, but triton is not installed; install it or unset the variable")
+        return "triton", "PST_KERNELS_BACKEND=triton"
+    if device_type != "cuda":
+        return "torch", f"no kernels for {device_type} tensors"
+    if not env.has_triton():
+        return "torch", "triton is not installed"
+    return "triton", "CUDA tensors and triton is installed"
+
+
+def _implementation(device_type: str) -> ModuleType:
+    backend, reason = backend_for(device_type)
+    if backend == "triton":
+        from . import triton as kernels
+
+        return kernels
+    if device_type == "cuda" and env.backend() == "auto":
+        _say_once(f"pst_kernels runs in plain PyTorch on the GPU, slowly: {reason}")
+    return fallback
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _define(name: str, arguments: str, returns: str, fake: Any, run: Any = None, device_of: int = 0) -> None:
+    """Register an op for every device; `run` replaces the dispatch to a backend."""
+
+    def dispatch(*args: Any) -> Any:
+        return getattr(_implementation(args[device_of].device.type), name)(*args)
+
+    _library.define(f"{name}({arguments}) -> {returns}")
+    _library.impl(name, run or dispatch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+
+
+def _accumulate(weight: Tensor, *shapes: tuple) -> tuple[Tensor, ...]:
+    dtype = fallback.compute_dtype(weight.dtype)
+    return tuple(weight.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _fake_mask(weight: Tensor, *_: Any) -> Tensor:
+    return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
+
+
+def _fake_backward(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through, needs_input, needs_factors):
+    dx = x.new_empty(x.shape if needs_input else 0)
+    if not needs_factors:
+        return dx, *_accumulate(weight, *[(0,)] * 6)
+    return dx, *_accumulate(weight, U.shape, V.shape, A.shape, B.shape, weight.shape[:1], weight.shape[1:])
+
+
+def _refresh_mask(weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2) -> None:
+    factors = (weight, U, V, A, B, R, C)
+    if refresh.is_due(seen, num_pruned, factors, interval):
+        mask.copy_(prune_mask(*factors, num_pruned, guess, beta, alpha1, alpha2))
+
+
+_define("scores", f"{_FACTORS}, {_SCALES}", "Tensor", lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.float32))
+_define(
+    "kth_value", "Tensor scores, SymInt k", "(Tensor, Tensor)",
+    lambda scores, k: (scores.new_empty(()), scores.new_empty((), dtype=torch.int64)),
+)  # fmt: skip
+_define("prune_mask", f"{_FACTORS}, Tensor num_pruned, Tensor(a!) guess, {_SCALES}", "Tensor", _fake_mask)
+_define(
+    "refresh_mask",
+    f"{_FACTORS}, Tensor num_pruned, Tensor(a!) mask, Tensor(b!) guess, Tensor(c!) seen, SymInt interval, {_SCALES}",
+    "()", lambda *_: None, run=_refresh_mask,
+)  # fmt: skip
+_define(
+    "masked_weight", f"{_WEIGHT}, Tensor mask, float beta, ScalarType dtype", "Tensor",
+    lambda weight, U, V, mask, beta, dtype: weight.new_empty(weight.shape, dtype=dtype),
+)  # fmt: skip
+_define(
+    "linear_forward", f"Tensor x, {_WEIGHT}, Tensor? bias, Tensor mask, float beta", "Tensor",
+    lambda x, weight, U, V, bias, mask, beta: x.new_empty((x.shape[0], weight.shape[0])),
+)  # fmt: skip
+_define(
+    "linear_backward",
+    f"Tensor gy, Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor mask, {_SCALES}, bool through_magnitude,"
+    " bool needs_input, bool needs_factors",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_backward,
+)  # fmt: skip
+
+_ops = getattr(torch.ops, NAMESPACE)
+scores = _ops.scores.default
+kth_value = _ops.kth_value.default
+prune_mask = _ops.prune_mask.default
+refresh_mask = _ops.refresh_mask.default
+masked_weight = _ops.masked_weight.default
+linear_forward = _ops.linear_forward.default
+linear_backward = _ops.linear_backward.default

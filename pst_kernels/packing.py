@@ -1,0 +1,77 @@
+"""One bit per weight: the packed form of a pruning mask.
+
+A packed mask is int32 of shape (out, ceil(in / 32)). Column c of a row lives in word c // 32, at bit
+
+    position = (c % 32) // 2 + 16 * (c % 2)
+
+so that the bits of two neighbouring columns are 16 apart: `(word >> p) & 0x00010001` is a pair of flags that lines up
+with a pair of 16-bit weights in one register, on a GPU and in a CPU's vector lanes alike. Padding bits are zero.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WORD = 32  # columns a word holds
+PAIRS = WORD // 2
+PAIR_MASK = 0x00010001
+
+
+def packed_width(in_features: int) -> int:
+    """Words in one packed row of `in_features` columns."""
+    return -(-in_features // WORD)
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Pack a bool (out, in) mask into int32 (out, ceil(in / 32)); True is a kept weight."""
+    if mask.dtype != torch.bool or mask.dim() != 2:
+        raise TypeError(
+            f"mask must be a 2-d bool tensor, got {mask.dtype} of shape {tuple(mask.shape)}; use `scores > threshold`"
+        )
+    rows, columns = mask.shape
+    padding = packed_width(columns) * WORD - columns
+    if padding:
+        mask = torch.nn.functional.pad(mask, (0, padding))
+    if mask.device.type == "cpu":
+        return torch.from_numpy(_pack_numpy(mask.contiguous().numpy()))
+    pairs = mask.view(rows, packed_width(columns), PAIRS, 2).to(torch.int32)
+    shifts = torch.arange(PAIRS, dtype=torch.int32, device=mask.device)
+    words = (pairs[..., 0] << shifts) | (pairs[..., 1] << (shifts + 16))
+    return words.sum(-1, dtype=torch.int32)  # distinct bits, so the sum is their union
+
+
+def _pack_numpy(mask: np.ndarray) -> np.ndarray:
+    # np.packbits runs at one byte a cycle or better; two neighbouring flags are split by a 16-bit view.
+    pairs = mask.view(np.uint16)
+    words = np.empty((mask.shape[0], mask.shape[1] // WORD, 2), np.uint16)
+    even = np.packbits((pairs & 1).astype(np.uint8), axis=1, bitorder="little")
+    odd = np.packbits((pairs >> 8).astype(np.uint8), axis=1, bitorder="little")
+    words[..., 0] = even.view(np.uint16)
+    words[..., 1] = odd.view(np.uint16)
+    return words.view(np.int32)[..., 0]
+
+
+def unpack_flags(packed: Tensor) -> Tensor:
+    """int16 (out, 32 * words) of 0 and 1, padding columns included: the cheap form that masking passes multiply by."""
+    shifts = torch.arange(PAIRS, dtype=torch.int32, device=packed.device)
+    pairs = (packed.unsqueeze(-1) >> shifts) & PAIR_MASK
+    return pairs.view(torch.int16).view(packed.shape[0], -1)
+
+
+def unpack_mask(packed: Tensor, in_features: int) -> Tensor:
+    """Unpack an int32 (out, ceil(in / 32)) mask into bool (out, in); True is a kept weight.
+
+    Raises TypeError when `packed` is not a packed mask, ValueError when its width does not fit `in_features`.
+    """
+    if packed.dtype != torch.int32 or packed.dim() != 2:
+        raise TypeError(
+            f"packed must be a 2-d int32 tensor made by prune_mask, got {packed.dtype} of shape {tuple(packed.shape)}"
+        )
+    if packed.shape[1] != packed_width(in_features):
+        raise ValueError(
+            f"in_features={in_features} needs {packed_width(in_features)} words a row, but packed has shape"
+            f" {tuple(packed.shape)}; pass the in_features that the mask was made for"
+        )
+    return unpack_flags(packed)[:, :in_features].to(torch.bool)

@@ -1,0 +1,51 @@
+"""When a mask is due: computed once per change of what it depends on, not once per forward.
+
+An optimizer step writes its parameters in place, which moves their version counters. Gradient accumulation, evaluation
+and the recomputation of activation checkpointing move nothing, and reuse the mask. `seen` (int64, on the CPU) remembers
+the counters of the last look; it is a tensor so that a compiled graph can carry it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_CHANGES, _VALID, _FIRST = 0, 1, 2  # changes since the last refresh, whether the counters count, the counters
+
+
+def never_seen(tensors: int) -> Tensor:
+    """The state of a mask that was never computed; `tensors` is how many tensors it depends on."""
+    return torch.zeros(_FIRST + 2 * tensors, dtype=torch.int64)
+
+
+def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval: int) -> bool:
+    """Whether to recompute the mask now, and remember this look.
+
+    A changed sparsity is due at once, changed factors at every `interval`-th change.
+    """
+    before, now = seen.tolist(), _counters(num_pruned, *factors)
+    if before[_VALID] and before[_FIRST:] == now:
+        return False
+    first = not before[_VALID]
+    sparsity_changed = before[_FIRST : _FIRST + 2] != now[:2]
+    changes = before[_CHANGES] + 1
+    due = first or sparsity_changed or changes >= interval
+    seen.copy_(torch.tensor([0 if due else changes, 1, *now]))
+    return due
+
+
+def mark_fresh(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor]) -> None:
+    """The mask belongs to these tensors as they are: after it was loaded with them."""
+    seen.copy_(torch.tensor([0, 1, *_counters(num_pruned, *factors)]))
+
+
+def mark_stale(seen: Tensor) -> None:
+    """Recompute before the next use, whatever the counters say."""
+    seen.zero_()
+
+
+def _counters(*tensors: Tensor) -> list[int]:
+    # The address tells a replaced tensor from its predecessor. Inference tensors have no version, and never change.
+    return [n for t in tensors for n in (0 if t.is_inference() else t._version, t.data_ptr())]

@@ -1,0 +1,139 @@
+"""Exact selection on the CPU: the k smallest of many scores, without sorting and without storing the scores.
+
+Guess, verify, refine. A bracket [lower, upper] that should hold the k-th smallest score comes from the last step or from
+a sample. One pass over blocks of scores counts what lies below it and gathers what lies inside it; if the count proves
+that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried; at last everything is
+sorted, so the search ends after three passes whatever the distribution.
+
+Order: (score, flat index), NaN last, -0.0 equal to 0.0; that of `torch.argsort(scores.flatten(), stable=True)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Blocks = Callable[[], Iterator[tuple[int, np.ndarray]]]  # yields (first flat index, 1-d fp32 scores), in order
+
+SAMPLE = 16384
+NARROW, WIDE = 0.005, 0.04  # margins either side of a guess, as fractions of all scores
+
+
+class Bracket(NamedTuple):
+    lower: float
+    upper: float
+
+
+class Candidates(NamedTuple):
+    """What one pass found: how many scores lie below the bracket, and those inside it by ascending flat index."""
+
+    below: int
+    scores: np.ndarray  # fp32
+    index: np.ndarray  # int64, flat
+
+
+class Selection(NamedTuple):
+    """The k-th smallest score as (value, flat index), and how many scores a unit of score spans around it."""
+
+    value: float
+    index: int
+    slope: float  # score per fraction of all scores, near the threshold
+
+
+class Guess(NamedTuple):
+    """Where the last threshold was, kept between steps as four fp32 numbers; `value` is NaN when there was none."""
+
+    value: float
+    slope: float
+    fraction: float  # k / numel it was found for
+    margin: float  # fraction of all scores to search on either side
+
+    @classmethod
+    def load(cls, state: Tensor) -> Guess:
+        return cls(*state.tolist())
+
+    def bracket(self, fraction: float) -> Bracket | None:
+        """The bracket for the k-th score at `fraction`, following the slope when the sparsity has moved."""
+        if math.isnan(self.value):
+            return None
+        moved = fraction - self.fraction
+        centre, half = self.value + self.slope * moved, self.slope * (self.margin + 0.25 * abs(moved))
+        return Bracket(centre - half, centre + half)
+
+    def update(self, state: Tensor, chosen: Selection, fraction: float) -> None:
+        """Write the next guess: its margin is twice what this guess was off by."""
+        margin = WIDE
+        if not math.isnan(self.value) and chosen.slope > 0.0:
+            centre = self.value + self.slope * (fraction - self.fraction)
+            margin = min(max(2.0 * abs(chosen.value - centre) / chosen.slope, NARROW), WIDE)
+        state.copy_(torch.tensor([chosen.value, chosen.slope, fraction, margin]))
+
+
+def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
+    """A bracket that holds the score at `fraction` of the whole with near certainty, from a random sample.
+
+    The rank of the answer in a sample of n is binomial; five standard deviations either side miss once in a million.
+    """
+    n = sample.size
+    spread = 5.0 * math.sqrt(n * fraction * (1.0 - fraction)) + 2.0
+    first, last = math.floor(n * fraction - spread), math.ceil(n * fraction + spread)
+    part = np.partition(sample, [min(max(i, 0), n - 1) for i in (first, last)])
+    lower = float(part[first]) if first >= 0 else -math.inf
+    upper = float(part[last]) if last < n else math.inf
+    return Bracket(lower, upper) if lower <= upper else None  # None: NaN in the sample
+
+
+def select(blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None], kept: np.ndarray | None) -> Selection:
+    """The k-th smallest of `numel` scores, k from 1. `kept`, flat bool, becomes False for just the k smallest."""
+    for bracket in brackets:
+        if bracket is not None:
+            found = _gather(blocks, bracket, kept)
+            if found.below < k <= found.below + found.scores.size:
+                return _refine(found, k, numel, kept)
+    return _sort(blocks, k, kept)
+
+
+def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candidates:
+    lower, upper = np.float32(bracket.lower), np.float32(bracket.upper)
+    below, scores, index = 0, [], []
+    for start, block in blocks():
+        inside = np.less_equal(block, upper)
+        if kept is not None:
+            np.logical_not(inside, out=kept[start : start + block.size])  # keeps what is above, and NaN
+        low = np.less(block, lower)
+        below += int(np.count_nonzero(low))
+        where = np.flatnonzero(np.not_equal(inside, low, out=inside))  # low implies at or below upper
+        scores.append(block[where])
+        index.append(where + start)
+    return Candidates(below, np.concatenate(scores), np.concatenate(index))
+
+
+def _refine(found: Candidates, k: int, numel: int, kept: np.ndarray | None) -> Selection:
+    rank, n = k - found.below - 1, found.scores.size
+    reach = max(1, n // 4)
+    ranks = [max(0, rank - reach), rank, min(n - 1, rank + reach)]
+    part = np.partition(found.scores, ranks)
+    value = part[rank]
+    pruned = found.scores < value
+    ties = np.flatnonzero(found.scores == value)
+    last = ties[rank - int(np.count_nonzero(pruned))]
+    if kept is not None:
+        pruned |= found.scores == value
+        pruned[ties[np.searchsorted(ties, last) + 1 :]] = False
+        kept[found.index[~pruned]] = True
+    spacing = (float(part[ranks[2]]) - float(part[ranks[0]])) / max(1, ranks[2] - ranks[0])
+    return Selection(float(value), int(found.index[last]), spacing * numel)
+
+
+def _sort(blocks: Blocks, k: int, kept: np.ndarray | None) -> Selection:
+    scores = np.concatenate([block.copy() for _, block in blocks()])
+    order = np.argsort(scores, kind="stable")
+    if kept is not None:
+        kept[:] = True
+        kept[order[:k]] = False
+    return Selection(float(scores[order[k - 1]]), int(order[k - 1]), 0.0)
