@@ -43,7 +43,8 @@ def tuning_file() -> Path | None:
     path = Path(value)
     if not path.is_file():
         raise ValueError(
-            f"PST_KERNELS_TUNING={value!r} is not a file; set it to a JSON file written by `pst-kernels tune`, or unset it"
+            f"PST_KERNELS_TUNING={value!r} is not a file; set it to a JSON file written by `pst-kernels tune`,"
+            " or unset it"
         )
     return path
 

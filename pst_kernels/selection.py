@@ -1,9 +1,9 @@
 """Exact selection on the CPU: the k smallest of many scores, without sorting and without storing the scores.
 
-Guess, verify, refine. A bracket [lower, upper] that should hold the k-th smallest score comes from the last step or from
-a sample. One pass over blocks of scores counts what lies below it and gathers what lies inside it; if the count proves
-that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried; at last everything is
-sorted, so the search ends after three passes whatever the distribution.
+Guess, verify, refine. A bracket [lower, upper] that should hold the k-th smallest score comes from the last step or
+from a sample. One pass over blocks of scores counts what lies below it and gathers what lies inside it; if the count
+proves that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried; at last
+everything is sorted, so the search ends after three passes whatever the distribution.
 
 Order: (score, flat index), NaN last, -0.0 equal to 0.0; that of `torch.argsort(scores.flatten(), stable=True)`.
 """
@@ -88,7 +88,9 @@ def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
     return Bracket(lower, upper) if lower <= upper else None  # None: NaN in the sample
 
 
-def select(blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None], kept: np.ndarray | None) -> Selection:
+def select(
+    blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None], kept: np.ndarray | None
+) -> Selection:
     """The k-th smallest of `numel` scores, k from 1. `kept`, flat bool, becomes False for just the k smallest."""
     for bracket in brackets:
         if bracket is not None:
