@@ -11,6 +11,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +23,7 @@ from .files import replacing
 from .linear import FACTORS, PSTLayer
 from .model import get_config, modules_to_save, pst_layers, replace_linear
 from .packing import packed_width
-from .targets import find_targets
+from .targets import find_targets, is_conv1d
 
 logger = logging.getLogger("pst_kernels")
 
@@ -65,7 +66,7 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
         return _load_released(model, directory)
     tensors, config = _read(path)
     if any(True for _ in pst_layers(model)):
-        layers: dict[str, nn.Module] = dict(pst_layers(model))
+        layers: dict[str, Any] = dict(pst_layers(model))
     else:
         layers = find_targets(model, config)
     _check_fit(model, layers, config, tensors, path)
@@ -80,7 +81,7 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
 def _saved_config(model: nn.Module) -> PSTConfig:
     config = get_config(model)
     names = [name for name, _ in pst_layers(model)]
-    changes: dict[str, object] = {}
+    changes: dict[str, Any] = {}
     if callable(config.target_modules) or callable(config.exclude_modules):
         changes = {"target_modules": names, "exclude_modules": None}  # a file cannot hold a callable, but its choice
     return dataclasses.replace(config, **changes)
@@ -122,7 +123,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
 
 
 def _check_fit(
-    model: nn.Module, layers: dict[str, nn.Module], config: PSTConfig, tensors: dict[str, Tensor], path: Path
+    model: nn.Module, layers: dict[str, Any], config: PSTConfig, tensors: dict[str, Tensor], path: Path
 ) -> None:
     """Names, shapes and mask counts, all before the model is touched."""
     state = {
@@ -157,12 +158,12 @@ def _check_fit(
             )
 
 
-def _layer_shapes(layer: nn.Module, config: PSTConfig) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(layer: Any, config: PSTConfig) -> dict[str, tuple[int, ...]]:
     if isinstance(layer, PSTLayer):
         out, columns = layer.oriented_weight.shape
         config = layer.config
     else:
-        out, columns = layer.weight.shape if isinstance(layer, nn.Linear) else reversed(layer.weight.shape)
+        out, columns = layer.weight.T.shape if is_conv1d(layer) else layer.weight.shape
     r1, r2 = config.weight_rank, config.score_rank
     return {
         "pst_U": (out, r1), "pst_V": (r1, columns), "pst_A": (out, r2), "pst_B": (r2, columns), "pst_R": (out,),

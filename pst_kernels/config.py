@@ -170,7 +170,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _dtype(value: Any) -> torch.dtype:
-    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    dtype: Any = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
     if dtype not in DTYPES.values():
         raise ValueError(f"adapter_dtype={value!r} is not supported; use one of {', '.join(DTYPES)}")
     return dtype

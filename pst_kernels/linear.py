@@ -27,8 +27,14 @@ class PSTLayer(nn.Module):
     `refresh_mask(force=True)` after one.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: nn.Parameter
+    bias: Any  # a Parameter or None
+    pst_U: nn.Parameter
+    pst_V: nn.Parameter
+    pst_A: nn.Parameter
+    pst_B: nn.Parameter
+    pst_R: nn.Parameter
+    pst_C: nn.Parameter
     pst_mask: Tensor
     pst_num_pruned: Tensor
     pst_guess: Tensor
@@ -69,9 +75,9 @@ class PSTLayer(nn.Module):
         raise NotImplementedError
 
     @property
-    def factors(self) -> tuple[Tensor, ...]:
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """U, V, A, B, R, C."""
-        return tuple(getattr(self, name) for name in FACTORS)
+        return self.pst_U, self.pst_V, self.pst_A, self.pst_B, self.pst_R, self.pst_C
 
     @property
     def sparsity(self) -> float:
@@ -226,7 +232,7 @@ class PSTConv1D(PSTLayer):
         self._add_factors(config or PSTConfig())
 
     @classmethod
-    def from_linear(cls, conv: nn.Module, config: PSTConfig | None = None) -> PSTConv1D:
+    def from_linear(cls, conv: Any, config: PSTConfig | None = None) -> PSTConv1D:
         """The same layer under PST: it holds the same `weight` and `bias` Parameters, which are frozen."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -241,7 +247,7 @@ class PSTConv1D(PSTLayer):
         return f"nf={self.nf}, nx={self.nx}, weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"
 
 
-def _take_over(layer: Any, base: nn.Module, config: PSTConfig | None) -> Any:
+def _take_over(layer: Any, base: Any, config: PSTConfig | None) -> Any:
     layer.weight, layer.bias = base.weight, base.bias
     layer._add_factors(config or PSTConfig())
     # a hook that a user put on the layer goes on being called

@@ -37,10 +37,10 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     targets = find_targets(model, config)
     saved = modules_to_save(model, config)
-    converted: dict[int, PSTLayer] = {}
+    converted: dict[int, PSTLayer] = {}  # by identity: a layer used in two places stays one layer
     for name, module in targets.items():
         if id(module) not in converted:
-            cls = PSTConv1D if is_conv1d(module) else PSTLinear
+            cls: Any = PSTConv1D if is_conv1d(module) else PSTLinear
             converted[id(module)] = cls.from_linear(module, config)
         model = _set_submodule(model, name, converted[id(module)])
     _freeze(model, config, saved)
@@ -143,7 +143,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
 @dataclass(frozen=True)
 class LayerStatus:
     name: str
-    shape: tuple[int, int]  # (out, in)
+    shape: tuple[int, ...]  # (out, in)
     dtype: torch.dtype
     backend: str
     sparsity: float

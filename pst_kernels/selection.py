@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ class Bracket(NamedTuple):
     upper: float
 
 
-class Candidates(NamedTuple):
+@dataclass(frozen=True)
+class Candidates:
     """What one pass found: how many scores lie below the bracket, and those inside it by ascending flat index."""
 
     below: int
@@ -37,7 +39,8 @@ class Candidates(NamedTuple):
     index: np.ndarray  # int64, flat
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """The k-th smallest score as (value, flat index), and how many scores a unit of score spans around it."""
 
     value: float
