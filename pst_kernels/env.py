@@ -49,6 +49,15 @@ def tuning_file() -> Path | None:
     return path
 
 
+def variables() -> dict[str, str]:
+    """Every variable and its value now; a bad value raises, as it would in use."""
+    return {
+        "PST_KERNELS_BACKEND": backend(),
+        "PST_KERNELS_ARCH": architecture() or "of the device",
+        "PST_KERNELS_TUNING": str(tuning_file() or "none"),
+    }
+
+
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 

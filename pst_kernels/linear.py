@@ -27,7 +27,7 @@ class PSTLayer(nn.Module):
     `refresh_mask(force=True)` after one.
     """
 
-    weight: nn.Parameter
+    weight: Any  # a Parameter
     bias: Any  # a Parameter or None
     pst_U: nn.Parameter
     pst_V: nn.Parameter

@@ -23,6 +23,7 @@ NAMESPACE = "pst_kernels"
 _WEIGHT = "Tensor weight, Tensor U, Tensor V"
 _FACTORS = _WEIGHT + ", Tensor A, Tensor B, Tensor R, Tensor C"
 _SCALES = "float beta, float alpha1, float alpha2"
+NAMES: list[str] = []  # of every op, filled by _define
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -66,6 +67,7 @@ def _define(name: str, arguments: str, returns: str, fake: Any, run: Any = None,
     def dispatch(*args: Any) -> Any:
         return getattr(_implementation(args[device_of].device.type), name)(*args)
 
+    NAMES.append(name)
     _library.define(f"{name}({arguments}) -> {returns}")
     _library.impl(name, run or dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
