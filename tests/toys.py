@@ -117,14 +117,15 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Equal names and equal bits (NaN included)."""
-    return one.keys() == other.keys() and all(_same_bits(one[name], other[name]) for name in one)
+def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names that only one state dict has, or whose tensors differ in dtype, shape or any bit (NaN equals NaN)."""
+    return [name for name in one.keys() | other.keys() if not _same_bits(one.get(name), other.get(name))]
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    alike = one.dtype == other.dtype and one.shape == other.shape
-    return alike and one.contiguous().numpy().tobytes() == other.contiguous().numpy().tobytes()
+def _same_bits(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(one.contiguous().flatten().view(torch.uint8), other.contiguous().flatten().view(torch.uint8))
 
 
 def _encoder() -> dict:
