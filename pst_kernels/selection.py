@@ -1,9 +1,9 @@
 """Exact selection on the CPU: the k smallest of many scores, without sorting and without storing the scores.
 
-Guess, verify, refine. A bracket [lower, upper] that should hold the k-th smallest score comes from the last step or from
-a sample. One pass over blocks of scores counts what lies below it and gathers what lies inside it; if the count proves
-that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried; at last everything is
-sorted, so the search ends after three passes whatever the distribution.
+Guess, verify, refine. A bracket [lower, upper] that should hold the k-th smallest score comes from the last step or
+from a sample. One pass over blocks of scores counts what lies below it and gathers what lies inside it; if the count
+proves that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried; at last
+everything is sorted, so the search ends after three passes whatever the distribution.
 
 Order: (score, flat index), NaN last, -0.0 equal to 0.0; that of `torch.argsort(scores.flatten(), stable=True)`.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ class Bracket(NamedTuple):
     upper: float
 
 
-class Candidates(NamedTuple):
+@dataclass(frozen=True)
+class Candidates:
     """What one pass found: how many scores lie below the bracket, and those inside it by ascending flat index."""
 
     below: int
@@ -37,7 +39,8 @@ class Candidates(NamedTuple):
     index: np.ndarray  # int64, flat
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """The k-th smallest score as (value, flat index), and how many scores a unit of score spans around it."""
 
     value: float
@@ -88,7 +91,9 @@ def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
     return Bracket(lower, upper) if lower <= upper else None  # None: NaN in the sample
 
 
-def select(blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None], kept: np.ndarray | None) -> Selection:
+def select(
+    blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None], kept: np.ndarray | None
+) -> Selection:
     """The k-th smallest of `numel` scores, k from 1. `kept`, flat bool, becomes False for just the k smallest."""
     for bracket in brackets:
         if bracket is not None:
