@@ -7,7 +7,11 @@ import json
 import random
 from pathlib import Path
 
-WORDS = {"sport": ["goal", "match", "coach", "score"], "money": ["bank", "price", "trade", "loan"], "art": ["film", "music", "novel", "stage"]}  # fmt: skip
+WORDS = {
+    "sport": ["goal", "match", "coach", "score"],
+    "money": ["bank", "price", "trade", "loan"],
+    "art": ["film", "music", "novel", "stage"],
+}
 FILLER = ["the", "a", "of", "new", "old", "said", "was", "with", "today", "city", "people", "year"]
 
 

@@ -49,7 +49,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, method: str) -> None:
         self.method = method
-        self.values = {"loss": "-", "sparsity": "0 %", "validation": "-"}
+        self.values: dict[str, Any] = {"loss": "-", "sparsity": "0 %", "validation": "-"}
         self.console = Console()
         self.bar = Bar(
             TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

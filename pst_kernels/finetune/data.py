@@ -45,8 +45,9 @@ class Dataset:
         n = self.counts
         held_out = f", {n['held_out']} that are held out dropped from training" if n["held_out"] else ""
         return (
-            f"{n['read']:,} texts, {n['copies']} copies and {n['reprints']} reprints dropped{held_out}: {n['train']:,} to"
-            f" train on, {n['validation']:,} for validation, {n['test']:,} for the test, {len(self.labels)} labels"
+            f"{n['read']:,} texts of {len(self.labels)} labels, {n['copies']} copies and {n['reprints']} reprints"
+            f" dropped{held_out}: {n['train']:,} for training, {n['validation']:,} for validation,"
+            f" {n['test']:,} for the test"
         )
 
     def fingerprint(self) -> str:
@@ -207,26 +208,24 @@ def load(
         if path is not None
     }
     texts = bbc_news() if train_file is None else read_file(train_file, text_column, label_column)
-    train, copies, reprints = drop_copies(texts)
+    kept, copies, reprints = drop_copies(texts)
+    held_out = {normalise(example.text) for examples in given.values() for example in examples}
+    train = [example for example in kept if normalise(example.text) not in held_out]
+    if not train:
+        raise ValueError("no training text is left: every one of them stands in the validation or test file as well")
     labels = sorted({example.label for example in train})
     if len(labels) < 2:
         raise ValueError(f"training needs at least two labels, but every text has {labels[0]!r}; see --label-column")
-    for examples in given.values():
-        for example in examples:
-            if example.label not in labels:
-                raise ValueError(
-                    f"{example.source} has label {example.label!r}, which no training text has; known: {labels}"
-                )
-    held_out = {normalise(example.text) for examples in given.values() for example in examples}
-    unseen = [example for example in train if normalise(example.text) not in held_out]
-    counts = {"read": len(texts), "copies": copies, "reprints": reprints, "held_out": len(train) - len(unseen)}
-    train = unseen
+    for example in (example for examples in given.values() for example in examples):
+        if example.label not in labels:
+            raise ValueError(
+                f"{example.source} has label {example.label!r}, which no training text has; known: {labels}"
+            )
+    counts = {"read": len(texts), "copies": copies, "reprints": reprints, "held_out": len(kept) - len(train)}
     if "test" not in given:
         train, given["test"] = stratified(train, TEST_SHARE, seed)
     if "validation" not in given:
         share = VALIDATION_SHARE if test_file else VALIDATION_SHARE / (1 - TEST_SHARE)
         train, given["validation"] = stratified(train, share, seed + 1)
-    if not train:
-        raise ValueError("no training text is left: every one of them stands in the validation or test file as well")
     counts |= {"train": len(train), "validation": len(given["validation"]), "test": len(given["test"])}
     return Dataset(train, given["validation"], given["test"], labels, counts)

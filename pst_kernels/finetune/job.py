@@ -25,22 +25,18 @@ PRODUCTS = ("results.json", "curves.png", *METHODS, *(f".{method}.tmp" for metho
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the job; 0 when done, 1 when training failed, 2 for a bad request, 130 when interrupted."""
+    """Run the job; 0 when done, 1 when training failed, 130 when interrupted. Raises ValueError for a bad request."""
     started = time.monotonic()
-    try:
-        settings = from_arguments(args)
-        dataset = _prepare(settings, args.resume, args.overwrite)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    settings = from_arguments(args)
+    dataset = _prepare(settings, args.resume, args.overwrite)
     again = "; the same command with --resume goes on from the last checkpoint"
     try:
         results = _train(settings, dataset)
     except RuntimeError as error:
-        print(f"error: {error}{again}", file=sys.stderr)
+        print(f"pst-kernels finetune: {error}{again}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted{again}", file=sys.stderr)
+        print(f"pst-kernels finetune: interrupted{again}", file=sys.stderr)
         return 130
     from . import report
 
@@ -59,16 +55,16 @@ def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
     folder = settings.folder
     existing = [name for name in PRODUCTS if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; give a folder")
+        raise FileExistsError(f"--output {folder} is a file; give a folder")
     if existing and not (resume or overwrite):
-        raise ValueError(
+        raise FileExistsError(
             f"--output {folder} holds a run already ({', '.join(existing)}); go on with --resume,"
             " start anew with --overwrite, or give another folder"
         )
-    paths = [
+    train, validation, test = (
         Path(name) if name else None for name in (settings.train_file, settings.validation_file, settings.test_file)
-    ]
-    dataset = load(*paths, settings.text_column, settings.label_column, settings.seed)
+    )
+    dataset = load(train, validation, test, settings.text_column, settings.label_column, settings.seed)
     print(dataset.summary())
     from . import models
 

@@ -56,7 +56,8 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
         sparsity=settings.sparsity, weight_rank=settings.rank, score_rank=settings.rank,
         modules_to_save=trained_in_full(model),
     )  # fmt: skip
-    layers = {name: layer.weight.numel() for name, layer in find_targets(model, config).items()}
+    targets: dict[str, Any] = find_targets(model, config)
+    layers = {name: layer.weight.numel() for name, layer in targets.items()}
     if method == "pst":
         model = replace_linear(model, config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -66,17 +67,18 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
     trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
     peak_mb = max([memory_mb(peak=True), *(entry["peak_mb"] for entry in recorder.entries(trainer.state.log_history))])
 
-    trained = _predict(trainer.model, tokenizer, dataset.test, settings)
+    trained_model: Any = trainer.model
+    trained = _predict(trained_model, tokenizer, dataset.test, settings)
     final = settings.folder / method
     building = final.with_name(f".{method}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     if method == "pst":
-        save_pretrained(trainer.model, building / "adapter")
+        save_pretrained(trained_model, building / "adapter")
         whole, checkpoint_mb = building / "merged", weights_mb(building / "adapter")
-        models.save(merge_and_unload(trainer.model, safe_merge=True), tokenizer, whole)
+        models.save(merge_and_unload(trained_model, safe_merge=True), tokenizer, whole)
     else:
         whole = building
-        models.save(trainer.model, tokenizer, whole)
+        models.save(trained_model, tokenizer, whole)
         checkpoint_mb = weights_mb(whole)
 
     saved = _predict(models.load_saved(whole), tokenizer, dataset.test, settings)
@@ -158,12 +160,16 @@ def _trainer(
         train_dataset=models.encode(dataset.train, dataset.labels, tokenizer, settings.max_length),
         eval_dataset=models.encode(dataset.validation, dataset.labels, tokenizer, settings.max_length),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(1) == p.label_ids).mean())},
+        compute_metrics=_metrics,
         optimizers=(torch.optim.AdamW(_groups(method, settings, model), weight_decay=0.0), None),
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer, recorder
+
+
+def _metrics(evaluation: transformers.EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((np.argmax(evaluation.predictions, 1) == evaluation.label_ids).mean())}
 
 
 def _groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, Any]]:
