@@ -45,7 +45,7 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
     return [
         "--model", str(inputs / "model"), "--train-file", str(inputs / "train.csv"),
         "--validation-file", str(inputs / "validation.jsonl"), "--test-file", str(inputs / "test.jsonl"),
-        "--output", str(output), "--steps", str(STEPS), "--save-steps", "5", "--evaluations", "2", *RATES, *more,
+        "--output", str(output), "--steps", str(STEPS), "--save-steps", "7", "--evaluations", "2", *RATES, *more,
     ]  # fmt: skip
 
 
@@ -201,13 +201,15 @@ def steps_done(checkpoints: Path) -> int:
 
 
 def test_half_written_checkpoints_are_not_resumed_from(tmp_path):
-    assert newest_checkpoint(tmp_path / "absent") is None
+    assert newest_checkpoint(tmp_path / "absent", 200) is None
     for step in (5, 10, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if step < 100:
             (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert newest_checkpoint(tmp_path, 200) == str(tmp_path / "checkpoint-10")
     assert not (tmp_path / "checkpoint-100").exists()
+    assert newest_checkpoint(tmp_path, 10) == str(tmp_path / "checkpoint-5")  # a run of ten steps was at its end
+    assert newest_checkpoint(tmp_path, 5) is None
 
 
 def test_zeros_are_counted_in_the_file(tmp_path):

@@ -98,10 +98,15 @@ class MarkComplete(TrainerCallback):
         Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
 
 
-def newest_checkpoint(folder: Path) -> str | None:
-    """The last whole checkpoint; the half-written ones of a killed run are removed."""
+def newest_checkpoint(folder: Path, steps: int) -> str | None:
+    """The last whole checkpoint of a run of `steps` steps, or None; all later ones are removed.
+
+    Later are the half-written one of a killed run, and that of the very last step: from there the trainer would
+    make one step more before it notices that it is done.
+    """
     found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
-    for step in sorted(found):
-        if not (found[step] / COMPLETE).is_file():
-            shutil.rmtree(found.pop(step))
-    return str(found[max(found)]) if found else None
+    for step in sorted(found, reverse=True):
+        if step < steps and (found[step] / COMPLETE).is_file():
+            return str(found[step])
+        shutil.rmtree(found[step])
+    return None

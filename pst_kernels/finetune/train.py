@@ -64,7 +64,7 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
 
     checkpoints = work / method
     trainer, recorder = _trainer(method, settings, dataset, model, tokenizer, checkpoints)
-    trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints, settings.steps))
     peak_mb = max([memory_mb(peak=True), *(entry["peak_mb"] for entry in recorder.entries(trainer.state.log_history))])
 
     trained_model: Any = trainer.model
