@@ -112,6 +112,7 @@ def read_file(path: Path, text_column: str, label_column: str) -> list[Example]:
 
 
 def _csv_rows(path: Path):
+    csv.field_size_limit(1 << 30)  # the default of 128 KiB is shorter than some articles
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
@@ -160,15 +161,15 @@ def drop_copies(examples: Sequence[Example]) -> tuple[list[Example], int, int]:
             )
     kept: list[Example] = []
     sizes: list[int] = []
-    holders: dict[str, list[int]] = defaultdict(list)
+    holder: dict[int, int] = {}  # a shingle, as its hash to save memory -> the first kept article that has it
     for text, example in first.items():
         words = text.split()
-        shingles = {" ".join(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)}
-        shared = Counter(holder for shingle in shingles for holder in holders.get(shingle, ()))
-        if any(count > MAX_OVERLAP * min(sizes[holder], len(shingles)) for holder, count in shared.items()):
+        shingles = {hash(" ".join(words[i : i + SHINGLE])) for i in range(len(words) - SHINGLE + 1)}
+        shared = Counter(holder[shingle] for shingle in shingles if shingle in holder)
+        if any(count > MAX_OVERLAP * min(sizes[earlier], len(shingles)) for earlier, count in shared.items()):
             continue
         for shingle in shingles:
-            holders[shingle].append(len(kept))
+            holder.setdefault(shingle, len(kept))
         kept.append(example)
         sizes.append(len(shingles))
     return kept, len(examples) - len(first), len(first) - len(kept)
