@@ -216,7 +216,7 @@ def test_zeros_are_counted_in_the_file(tmp_path):
     from safetensors.torch import save_file
 
     save_file(
-        {"a.weight": torch.tensor([[0.0, 1.0], [-0.0, 2.0]]), "a.bias": torch.zeros(3)}, tmp_path / "m.safetensors"
+        {"a.weight": torch.tensor([[0.0, 1e-30], [-0.0, -2.0]]), "a.bias": torch.zeros(3)}, tmp_path / "m.safetensors"
     )
     zeros = count_zeros(tmp_path, ["a"])
     assert (zeros.pruned_share, zeros.model_share) == (0.5, 5 / 7)
