@@ -98,12 +98,7 @@ class PSTConfig:
         if self.exclude_modules is not None:
             self.exclude_modules = _targets("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
-            if isinstance(self.modules_to_save, str):
-                raise TypeError(
-                    f"modules_to_save must be a list of names, got the string {self.modules_to_save!r};"
-                    f" use [{self.modules_to_save!r}]"
-                )
-            self.modules_to_save = list(self.modules_to_save)
+            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Raises TypeError when a setting is a callable, which no file can hold."""
@@ -193,3 +188,10 @@ def _targets(name: str, value: Any) -> Targets:
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value):
         return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
     raise TypeError(f"{name} must be a regular expression, a list of suffixes or a callable, got {value!r}")
+
+
+def _names(name: str, value: Any) -> list[str]:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return list(value)
+    hint = f"; use [{value!r}]" if isinstance(value, str) else ""
+    raise TypeError(f"{name} must be a list of names, got {value!r}{hint}")
