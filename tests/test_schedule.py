@@ -152,6 +152,16 @@ def test_mask_interval_with_a_schedule_moves_mask_and_sparsity_at_its_multiples_
     assert [pruned for pruned, _ in seen] == [int(numel * sparsity_at(s, 10, schedule.config)) for s in by_step]
 
 
+@pytest.mark.parametrize("interval", [1, 5])
+def test_a_changed_sparsity_is_due_at_once(interval):
+    model = toys.perturb(pst.replace_linear(toys.plain(), pst.PSTConfig(sparsity=0.5, mask_interval=interval)))
+    x = torch.randn(4, 24)
+    for sparsity in (0.5, 0.75, 0.25, 0.0):
+        model[0].sparsity = sparsity
+        model(x)
+        assert int((~pst.functional.unpack_mask(model[0].pst_mask, 24)).sum()) == 960 * sparsity
+
+
 def test_evaluation_and_accumulation_do_not_count_as_steps():
     model = toys.perturb(pst.replace_linear(toys.plain(), pst.PSTConfig(sparsity=0.5, mask_interval=2)))
     x = torch.randn(4, 24)
