@@ -13,8 +13,8 @@ from torch import nn
 
 from . import ops
 from .config import PSTConfig, matches
-from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite
-from .targets import find_targets, head_modules, is_conv1d, parameter_uses
+from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d
+from .targets import find_targets, head_modules, parameter_uses
 
 logger = logging.getLogger("pst_kernels")
 
