@@ -45,7 +45,8 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
     return [
         "--model", str(inputs / "model"), "--train-file", str(inputs / "train.csv"),
         "--validation-file", str(inputs / "validation.jsonl"), "--test-file", str(inputs / "test.jsonl"),
-        "--output", str(output), "--steps", str(STEPS), "--save-steps", "7", "--evaluations", "2", *RATES, *more,
+        "--output", str(output), "--steps", str(STEPS), "--save-steps", "7", "--evaluations", "2",
+        "--dropout", "0.1", *RATES, *more,
     ]  # fmt: skip
 
 
@@ -230,6 +231,7 @@ def test_zeros_are_counted_in_the_file(tmp_path):
         ({"sparsity": 1.0}, r"--sparsity 1.0 must lie in \[0, 1\)"),
         ({"sparsity": -0.1}, "--sparsity -0.1"),
         ({"sparsity": float("nan")}, "--sparsity nan"),
+        ({"dropout": 1.0}, "--dropout 1.0"),
         ({"steps": 0}, "--steps 0 must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"max_length": 2}, "--max-length 2"),
