@@ -64,6 +64,7 @@ def _say_once(message: str) -> None:
 def _define(name: str, arguments: str, returns: str, fake: Any, run: Any = None, device_of: int = 0) -> None:
     """Register an op for every device; `run` replaces the dispatch to a backend."""
 
+    @torch.no_grad()
     def dispatch(*args: Any) -> Any:
         return getattr(_implementation(args[device_of].device.type), name)(*args)
 
@@ -89,6 +90,7 @@ def _fake_backward(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, throug
     return dx, *_accumulate(weight, U.shape, V.shape, A.shape, B.shape, weight.shape[:1], weight.shape[1:])
 
 
+@torch.no_grad()
 def _refresh_mask(weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2) -> None:
     factors = (weight, U, V, A, B, R, C)
     if refresh.is_due(seen, num_pruned, factors, interval):
