@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from pst_kernels import PSTConfig, finetune, load_pretrained
-from pst_kernels.finetune.callbacks import COMPLETE, newest_checkpoint
+from pst_kernels.finetune.callbacks import COMPLETE, StopOnNaN, newest_checkpoint
 from pst_kernels.finetune.measure import count_zeros
 from pst_kernels.finetune.settings import Settings
 
@@ -211,6 +212,15 @@ def test_half_written_checkpoints_are_not_resumed_from(tmp_path):
     assert not (tmp_path / "checkpoint-100").exists()
     assert newest_checkpoint(tmp_path, 10) == str(tmp_path / "checkpoint-5")  # a run of ten steps was at its end
     assert newest_checkpoint(tmp_path, 5) is None
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run(loss):
+    state = SimpleNamespace(global_step=3)
+    StopOnNaN().on_log(None, state, None, {"loss": 0.5})
+    StopOnNaN().on_log(None, state, None, {"eval_accuracy": 0.5})
+    with pytest.raises(RuntimeError, match=f"the loss is {loss} at step 3; lower the learning rates"):
+        StopOnNaN().on_log(None, state, None, {"loss": loss})
 
 
 def test_zeros_are_counted_in_the_file(tmp_path):
