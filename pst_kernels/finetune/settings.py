@@ -26,9 +26,9 @@ class Settings:
     sparsity: float = 0.9
     steps: int = 150
     batch_size: int = 16
-    max_length: int = 64
+    max_length: int = 96
     learning_rate: float = 1e-4
-    pst_learning_rate: float = 1e-3
+    pst_learning_rate: float = 5e-4
     head_learning_rate: float = 1e-3
     dropout: float = 0.0
     rank: int = 8
