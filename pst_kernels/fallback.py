@@ -34,7 +34,7 @@ def row_blocks(first: int, last: int, step: int) -> Iterator[slice]:
 
 
 class _Scratch(threading.local):
-    """One flat buffer a thread and dtype, as large as the largest weight so far: fresh pages cost more than the pass."""
+    """One flat buffer a thread and dtype, as large as the largest weight so far: fresh pages cost half a pass."""
 
     def __init__(self) -> None:
         self.flat: dict[torch.dtype, Tensor] = {}
@@ -205,7 +205,8 @@ def linear_backward(
     masked = _scratch.like(weight, gy.dtype) if needs_input else None
     if not needs_factors:
         dx = gy @ by_rows.masked_into(masked, mask) if masked is not None else gy.new_empty(0)
-        return dx, *(by_rows.U.new_empty(0) for _ in range(6))
+        none = by_rows.U.new_empty(0)
+        return dx, none, none.clone(), none.clone(), none.clone(), none.clone(), none.clone()
     U, V, A, B = by_rows.U, by_rows.V, A.to(by_rows.dtype), B.to(by_rows.dtype)
     # A column of ones beside B gives dR with dA, one beside A gives dC with dB.
     one = torch.ones((), dtype=by_rows.dtype, device=weight.device)
