@@ -43,6 +43,7 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
         raise TypeError(f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say")
     targets = find_targets(model, config)
     saved = modules_to_save(model, config)
+    _check_trainable(model, saved)
     _warn_of_other_settings(model, config)
     converted: dict[int, PSTLayer] = {}  # by identity: a layer used in two places stays one layer
     for name, module in targets.items():
@@ -65,6 +66,16 @@ def modules_to_save(model: nn.Module, config: PSTConfig) -> list[str]:
             children = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}))
             raise ValueError(f"modules_to_save names {wanted!r}, but no module is called that; there are {children}")
     return names
+
+
+def _check_trainable(model: nn.Module, saved: list[str]) -> None:
+    for module in saved:
+        for name, p in model.get_submodule(module).named_parameters():
+            if not p.is_floating_point():
+                raise TypeError(
+                    f"{module}.{name} is to be trained, but is {p.dtype}; load that module in a floating dtype, or"
+                    " leave it out with modules_to_save=[...]"
+                )
 
 
 def _warn_of_other_settings(model: nn.Module, config: PSTConfig) -> None:

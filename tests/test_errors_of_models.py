@@ -56,6 +56,12 @@ def dispatched() -> nn.Module:
     return model
 
 
+def quantised_head() -> nn.Module:
+    model = toys.plain()
+    model[4].weight = nn.Parameter(torch.zeros(3, 33, dtype=torch.int8), requires_grad=False)
+    return model
+
+
 def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
 
@@ -105,6 +111,12 @@ MODELS = {
         )
         for value in (math.nan, math.inf, -math.inf)
     },
+    "quantised head": (
+        quantised_head,
+        {},
+        TypeError,
+        ("^4.weight is to be trained, but is torch.int8", r"modules_to_save=\["),
+    ),
     "near miss": (
         toys.bert, {"target_modules": ["querry"]}, ValueError,
         (r"target_modules=\['querry'\] matches no linear layer", "did you mean 'query'"),
