@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .model import trainable_summary
 from .schedule import SparsitySchedule
+
+logger = logging.getLogger("pst_kernels")
 
 
 class PSTCallback(TrainerCallback):
     """Sets the sparsity from the trainer's global step, so a resumed run goes on where it stopped, and logs it.
+
+    Warns when `load_best_model_at_end` has brought back a model from before the sparsity reached its end.
 
     Example:
         trainer = Trainer(model=replace_linear(model, PSTConfig()), ..., callbacks=[PSTCallback()])
@@ -27,6 +33,21 @@ class PSTCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule is not None:
             self.schedule.go_to(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        best = state.best_model_checkpoint
+        if self.schedule is None or not args.load_best_model_at_end or best is None:
+            return
+        now = trainable_summary(model)
+        # each layer rounds its pruned count down
+        if now.sparsity < now.target_sparsity - 0.005:
+            logger.warning(
+                "the best model, %s, has sparsity %.2f, below the target %.2f: it was saved before the schedule's end;"
+                " compare models of the last %.0f %% of the steps only, or leave load_best_model_at_end off",
+                best, now.sparsity, now.target_sparsity, 100 * self.schedule.config.cooldown,
+            )  # fmt: skip
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,

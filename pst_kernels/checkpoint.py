@@ -74,7 +74,7 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
         model = replace_linear(model, config)
     _fill(model, tensors)
     for _, layer in pst_layers(model):
-        layer.mask_is_fresh()
+        layer.after_load(with_mask=True)
     return model
 
 
@@ -224,6 +224,8 @@ def _load_released(model: nn.Module, directory: Path) -> nn.Module:
                 f" {tuple(current[name].shape)}; check the ranks and the base model"
             )
     _fill(model, renamed)
+    for layer in layers.values():
+        layer.after_load(with_mask=False)
     return model
 
 

@@ -79,7 +79,7 @@ class PSTConfig:
                 " the schedule only rises, so start at or below the final sparsity"
             )
         for name in ("weight_rank", "score_rank", "mask_interval"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name), 1)
         for name in ("beta", "alpha1", "alpha2"):
             _check_number(name, getattr(self, name), -math.inf, math.inf, "a finite number")
         for name in ("warmup", "cooldown"):
@@ -155,18 +155,21 @@ def check_sparsity(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise an error that names the argument unless it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be a whole number of at least {least}, got {value!r} of type {type(value).__name__}"
+        )
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def _check_number(name: str, value: Any, low: float, high: float, allowed: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     if not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number of at least 1, got {value!r} of type {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _dtype(value: Any) -> torch.dtype:

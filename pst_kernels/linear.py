@@ -111,11 +111,14 @@ class PSTLayer(nn.Module):
         """Let the next forward compute the mask anew."""
         refresh.mark_stale(self._seen)
 
-    def mask_is_fresh(self) -> None:
-        """The mask at hand belongs to the factors, the weight and the sparsity as they are: all were loaded
-        together.
-        """
-        refresh.mark_fresh(self._seen, self.pst_num_pruned, (self.oriented_weight, *self.factors))
+    def after_load(self, with_mask: bool) -> None:
+        """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
+        if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
+            self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
+        if with_mask:
+            refresh.mark_fresh(self._seen, self.pst_num_pruned, (self.oriented_weight, *self.factors))
+        else:
+            self.mark_stale()
 
     def masked_weight(self) -> Tensor:
         """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
@@ -178,10 +181,7 @@ class PSTLayer(nn.Module):
             errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if f"{prefix}pst_mask" in state_dict:  # the mask came with its factors
-            self.mask_is_fresh()
-        else:
-            self.mark_stale()
+        self.after_load(with_mask=f"{prefix}pst_mask" in state_dict)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +16,15 @@ from .config import PSTConfig, matches
 from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite
 from .targets import find_targets, head_modules, is_conv1d, parameter_uses
 
+logger = logging.getLogger("pst_kernels")
+
 
 def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Module:
     """Convert a model's linear layers to PST in place, and freeze everything else but the modules to save.
 
     The converted layers hold the same `Parameter` objects for weight and bias. Layers that are under PST already are
-    left as they are, so calling this twice is harmless. Returns the model; a new module if the model itself is a linear
-    layer.
+    left as they are, so calling this twice is harmless; other settings than theirs are ignored, with a warning. Returns
+    the model; a new module if the model itself is a linear layer.
 
     Args:
         model: any module; of a transformers model the linear layers of its blocks are converted by default.
@@ -32,11 +36,14 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
         model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
         model = replace_linear(model, PSTConfig(sparsity=0.9))
     """
-    config = config or PSTConfig()
+    config = PSTConfig() if config is None else config
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, PSTConfig):
+        raise TypeError(f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say")
     targets = find_targets(model, config)
     saved = modules_to_save(model, config)
+    _warn_of_other_settings(model, config)
     converted: dict[int, PSTLayer] = {}  # by identity: a layer used in two places stays one layer
     for name, module in targets.items():
         if id(module) not in converted:
@@ -57,6 +64,15 @@ def modules_to_save(model: nn.Module, config: PSTConfig) -> list[str]:
             children = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}))
             raise ValueError(f"modules_to_save names {wanted!r}, but no module is called that; there are {children}")
     return names
+
+
+def _warn_of_other_settings(model: nn.Module, config: PSTConfig) -> None:
+    for name, layer in pst_layers(model):
+        given = {f.name: (getattr(layer.config, f.name), getattr(config, f.name)) for f in dataclasses.fields(config)}
+        differ = [f"{setting}={old!r}, not {new!r}" for setting, (old, new) in given.items() if old != new]
+        if differ:
+            logger.warning("%s is under PST already and keeps its settings: %s", name, "; ".join(differ))
+            return
 
 
 def _set_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:

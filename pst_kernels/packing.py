@@ -56,10 +56,13 @@ def _pack_numpy(padded: Tensor) -> Tensor:
     return torch.from_numpy(words.view(np.int32)[..., 0])
 
 
-def unpack_flags(packed: Tensor) -> Tensor:
-    """int16 (out, 32 * words) of 0 and 1, padding columns included: the cheap form that masking passes multiply by."""
+def unpack_flags(packed: Tensor, out: Tensor | None = None) -> Tensor:
+    """int16 (out, 32 * words) of 0 and 1, padding columns included: the cheap form that masking passes multiply by.
+
+    `out` is an int32 (out, words, 16) buffer to use.
+    """
     shifts = torch.arange(PAIRS, dtype=torch.int32, device=packed.device)
-    pairs = (packed.unsqueeze(-1) >> shifts) & PAIR_MASK
+    pairs = torch.bitwise_right_shift(packed.unsqueeze(-1), shifts, out=out).bitwise_and_(PAIR_MASK)
     return pairs.view(torch.int16).view(packed.shape[0], -1)
 
 

@@ -17,7 +17,8 @@ _CHANGES, _VALID, _FIRST = 0, 1, 2  # changes since the last refresh, whether th
 
 def never_seen(tensors: int) -> Tensor:
     """The state of a mask that was never computed; `tensors` is how many tensors it depends on."""
-    return torch.zeros(_FIRST + 2 * tensors, dtype=torch.int64)
+    # device="cpu": under `with torch.device("meta")` it would be a meta tensor, and every refresh a silent no-op
+    return torch.zeros(_FIRST + 2 * tensors, dtype=torch.int64, device="cpu")
 
 
 def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval: int) -> bool:
@@ -32,13 +33,13 @@ def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval
     sparsity_changed = before[_FIRST : _FIRST + 2] != now[:2]
     changes = before[_CHANGES] + 1
     due = first or sparsity_changed or changes >= interval
-    seen.copy_(torch.tensor([0 if due else changes, 1, *now]))
+    seen.copy_(torch.tensor([0 if due else changes, 1, *now], device="cpu"))
     return due
 
 
 def mark_fresh(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor]) -> None:
     """The mask belongs to these tensors as they are: after it was loaded with them."""
-    seen.copy_(torch.tensor([0, 1, *_counters(num_pruned, *factors)]))
+    seen.copy_(torch.tensor([0, 1, *_counters(num_pruned, *factors)], device="cpu"))
 
 
 def mark_stale(seen: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import PSTConfig
+from .config import PSTConfig, check_count
 from .linear import num_pruned_at
 from .model import get_config, pst_layers
 
@@ -33,7 +33,7 @@ class SparsitySchedule:
     Args:
         model: a model converted by `replace_linear`; its layers are set to the sparsity of `step_count` at once.
         total_steps: optimizer steps of the whole training, at least 1.
-        step_count: steps already done, when a loop resumes.
+        step_count: steps already done, when a loop resumes with a model whose state is loaded.
 
     With `mask_interval` above 1 the sparsity moves, and masks are made, at every `mask_interval`-th step and the last.
 
@@ -45,12 +45,12 @@ class SparsitySchedule:
     """
 
     def __init__(self, model: nn.Module, total_steps: int, step_count: int = 0):
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"total_steps must be a whole number of at least 1, got {total_steps!r}")
+        check_count("total_steps", total_steps, 1)
+        check_count("step_count", step_count, 0)
         self.config = get_config(model)
         self.layers = [layer for _, layer in pst_layers(model)]
         self.total_steps = total_steps
-        self._pruned = [int(layer.pst_num_pruned) for layer in self.layers]  # on the host: stepping never waits
+        self._read_pruned()
         self.step_count = step_count
         self._set_sparsity()
 
@@ -67,6 +67,7 @@ class SparsitySchedule:
 
     def go_to(self, step_count: int) -> None:
         """Be where `step_count` optimizer steps lead: for a loop that counts its steps itself."""
+        check_count("step_count", step_count, 0)
         if step_count == self.step_count:
             return
         self.step_count = step_count
@@ -74,6 +75,9 @@ class SparsitySchedule:
         if step_count % self.config.mask_interval == 0 or step_count >= self.total_steps:
             for layer in self.layers:
                 layer.mark_stale()
+
+    def _read_pruned(self) -> None:
+        self._pruned = [int(layer.pst_num_pruned) for layer in self.layers]  # on the host: stepping never waits
 
     def _set_sparsity(self) -> None:
         sparsity = self.sparsity
@@ -87,10 +91,16 @@ class SparsitySchedule:
         return {"step_count": self.step_count, "total_steps": self.total_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved step. Raises ValueError when the schedule was made for another number of steps."""
+        """Go to a saved step; the model's own state may be loaded before or after.
+
+        Raises ValueError when the schedule was made for another number of steps.
+        """
+        if not {"step_count", "total_steps"} <= state.keys():
+            raise ValueError(f"state must hold step_count and total_steps, got {sorted(state)}; pass a state_dict()")
         if state["total_steps"] != self.total_steps:
             raise ValueError(
                 f"this schedule has total_steps={self.total_steps}, the saved one {state['total_steps']};"
                 " make it with the same number of steps"
             )
+        self._read_pruned()  # the model may have been loaded since: its masks fit these counts
         self.go_to(state["step_count"])

@@ -99,7 +99,7 @@ def select(
         if bracket is not None:
             found = _gather(blocks, bracket, kept)
             if found.below < k <= found.below + found.scores.size:
-                return _refine(found, k, numel, kept)
+                return _refine(found, bracket, k, numel, kept)
     return _sort(blocks, k, kept)
 
 
@@ -118,21 +118,21 @@ def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candid
     return Candidates(below, np.concatenate(scores), np.concatenate(index))
 
 
-def _refine(found: Candidates, k: int, numel: int, kept: np.ndarray | None) -> Selection:
+def _refine(found: Candidates, bracket: Bracket, k: int, numel: int, kept: np.ndarray | None) -> Selection:
     rank, n = k - found.below - 1, found.scores.size
-    reach = max(1, n // 4)
-    ranks = [max(0, rank - reach), rank, min(n - 1, rank + reach)]
-    part = np.partition(found.scores, ranks)
-    value = part[rank]
-    pruned = found.scores < value
+    value = np.partition(found.scores, rank)[rank]
+    pruned = found.scores <= value
     ties = np.flatnonzero(found.scores == value)
-    last = ties[rank - int(np.count_nonzero(pruned))]
+    surplus = int(np.count_nonzero(pruned)) - rank - 1  # ties behind the k-th, which are kept
+    last = ties[ties.size - surplus - 1]
+    pruned[ties[ties.size - surplus :]] = False
     if kept is not None:
-        pruned |= found.scores == value
-        pruned[ties[np.searchsorted(ties, last) + 1 :]] = False
         kept[found.index[~pruned]] = True
-    spacing = (float(part[ranks[2]]) - float(part[ranks[0]])) / max(1, ranks[2] - ranks[0])
-    return Selection(float(value), int(found.index[last]), spacing * numel)
+    # an end at infinity says nothing of the density; the candidates' own spread does
+    width = bracket.upper - bracket.lower
+    if not math.isfinite(width):
+        width = float(found.scores.max()) - float(found.scores.min())
+    return Selection(float(value), int(found.index[last]), width * numel / n)
 
 
 def _sort(blocks: Blocks, k: int, kept: np.ndarray | None) -> Selection:

@@ -16,6 +16,12 @@ from .linear import PSTLayer, check_finite
 logger = logging.getLogger("pst_kernels")
 
 
+def is_transformers_model(module: nn.Module) -> bool:
+    return any(
+        k.__name__ == "PreTrainedModel" and k.__module__.startswith("transformers.") for k in type(module).__mro__
+    )
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Hugging Face's Conv1D, a linear layer with weight (in, out); told without importing transformers."""
     kind = type(module)
@@ -91,8 +97,17 @@ def _has_blocks(model: nn.Module) -> bool:
 
 
 def _in_block(model: nn.Module, name: str) -> bool:
-    path = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(path[:i])), nn.ModuleList) for i in range(1, len(path)))
+    """Whether a layer lies under an nn.ModuleList of a transformers model, be that the model itself or a part of it.
+
+    A home-made model may keep anything in a ModuleList, its head too.
+    """
+    module, in_transformers = model, is_transformers_model(model)
+    for child in name.split(".")[:-1]:
+        module = module.get_submodule(child)
+        if in_transformers and isinstance(module, nn.ModuleList):
+            return True
+        in_transformers = in_transformers or is_transformers_model(module)
+    return False
 
 
 def _without_tied(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, nn.Module]:

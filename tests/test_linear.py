@@ -91,7 +91,11 @@ def test_every_input_of_the_mask_is_watched(layer, refreshes, name):
 
 def test_a_replaced_parameter_is_noticed(layer, refreshes):
     layer.refresh_mask()
-    layer.pst_A = nn.Parameter(torch.randn_like(layer.pst_A))
+    other = nn.Parameter(torch.empty_like(layer.pst_A))
+    with torch.no_grad():
+        while other._version < layer.pst_A._version:  # only its address tells it from its predecessor
+            other.normal_()
+    layer.pst_A = other
     layer.refresh_mask()
     assert len(refreshes) == 2
 

@@ -111,6 +111,30 @@ def test_a_wrong_guess_is_found_out(monkeypatch):
         assert len(passes) == 1  # and now the guess is right
 
 
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("end", ["lower", "upper"])
+def test_a_bracket_that_ends_at_the_answer(end, offset):
+    """The k-th is the first score inside, the last one below, and so on: each end is inclusive."""
+    scores = np.arange(1000, dtype=np.float32)
+    edge = 500.0 + offset
+    bracket = selection.Bracket(edge, 600.0) if end == "lower" else selection.Bracket(400.0, edge)
+    kept = np.empty(1000, bool)
+    chosen = selection.select(lambda: iter([(0, scores)]), 1000, 501, [bracket], kept)
+    assert (chosen.value, chosen.index) == (500.0, 500)
+    assert np.array_equal(kept, scores > 500)
+
+
+def test_nan_beside_a_good_guess(monkeypatch):
+    weight, factors = make_problem(400, 500, weight_dtype=torch.float32, factor_dtype=torch.float32)
+    guess = functional.new_guess()
+    mask_of(weight, factors, 100_000, guess)
+    count_passes(monkeypatch)
+    factors[4][3] = math.nan
+    kept = functional.unpack_mask(mask_of(weight, factors, 100_000, guess), 500)
+    assert kept[3].all()
+    assert int((~kept).sum()) == 100_000
+
+
 def test_the_sample_brackets_the_answer():
     generator = np.random.default_rng(3)
     for fraction in (1e-4, 0.1, 0.5, 0.9, 0.9999):
