@@ -61,6 +61,34 @@ def check_layer(provider: Provider, shape: Shape, dtype: torch.dtype, device: st
         return f"raised {type(error).__name__}: {error}"
 
 
+def check_steps(provider: Provider, optimizer_of: Callable[[nn.Module], torch.optim.Optimizer], device: str) -> str:
+    """After steps of the optimizer that is timed, does a forward pass use the mask of the new factors?
+
+    Otherwise the timed step would leave out the refresh. Learning rates here are large, so that a mask must change.
+    """
+    if provider.mask is None or provider.recomputed_mask is None:
+        return OK
+    with provider.active():
+        layer = provider.layer(nn.Linear(96, 64, device=device))
+        optimizer = optimizer_of(layer)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        x = _normal((TOKENS, 96), 1).to(device)
+        layer(x)
+        first = provider.mask(layer).clone()
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+        used = provider.mask(layer).clone()
+        expected = provider.recomputed_mask(layer)
+    if torch.equal(expected, first):
+        return "three large optimizer steps left the mask as it was"
+    stale = int((used != expected).sum())
+    name = f"{type(optimizer).__name__} (fused={optimizer.defaults.get('fused')})"
+    return f"after steps of {name} the mask is stale at {stale} of {used.numel()} weights" if stale else OK
+
+
 def check_module(provider: Provider, module: nn.Module, call: Callable[[Any, Any], Tensor], inputs: Any) -> str:
     """Compare `call(module, inputs)` and all gradients with the same module in float64 made of the formulas."""
     exact, parameters = _in_float64(provider, module)

@@ -136,8 +136,8 @@ def _do(request: dict[str, Any], timers: dict[str, measure.Timer]) -> Any:
             timers[name] = measure.timer(tasks[name].run, tasks[name].prepare, device)
         return checks
     for provider in options.providers:
-        task = run.task_of(provider, case, options) if provider.exact_ties else None
+        task = run.task_of(provider, case, options) if provider.ours else None
         if task is not None:
-            checks[provider.name] = run.checked(provider, case, device)
+            checks[provider.name] = run.checked(provider, case, device, options.adamw)
             timers[provider.name] = measure.timer(task.run, task.prepare, device)
     return checks

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import cases, ceilings, results, run, table
 from .check import OK
 from .compare import base_version
+from .console import console
 
 QUICK_SECONDS, FULL_SECONDS = 4.0, 8.0
 QUICK_TOTAL = 90.0  # seconds of all quick cases; where a slow machine falls behind, the later cases get fewer rounds
@@ -51,14 +52,16 @@ def chosen(options: argparse.Namespace) -> list[cases.Case]:
 
 
 def main(options: argparse.Namespace) -> int:
-    console = Console()
+    out = console()
     start = time.perf_counter()
     if options.threads:
         torch.set_num_threads(options.threads)
     wanted = chosen(options)
     output = options.output or (results.ROOT / "runs" / "bench" if options.quick else results.RESULTS)
     limits = ceilings.measured(options.device, cases.DTYPES, 0.3 if options.quick else 1.0)
-    console.print(f"{results.machine()}, {torch.get_num_threads()} threads, {results.versions()}\nmeasured: {limits}")
+    out.print(
+        f"{results.machine()}, {torch.get_num_threads()} threads, {results.versions()}\nmeasured: {limits}; {_load()}"
+    )
     machine = run.machine(options.device, limits.gemm, options.longest_step)
     rows: list[results.Row] = []
     columns = (
@@ -68,7 +71,7 @@ def main(options: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with base_version(options.base, options.device) as base, Progress(*columns, console=console) as progress:
+    with base_version(options.base, options.device) as base, Progress(*columns, console=out) as progress:
         settings = run.Options(
             device=options.device, adamw=options.adamw, only=options.providers, base=base, say=progress.console.print,
             seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
@@ -87,11 +90,22 @@ def main(options: argparse.Namespace) -> int:
                 rows += run.run_case(case, settings)
                 _write(output, rows)  # after every case: an interrupted run keeps what it has
             progress.advance(bar)
-    table.print_rows(rows, console)
-    console.print(table.spread(rows))
+    table.print_rows(rows, out)
+    out.print(table.spread(rows))
+    out.print(_load())
     _plot(output, limits)
-    console.print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s, written to {output / results.CSV_NAME}")
+    out.print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s, written to {output / results.CSV_NAME}")
     return int(any(row.check != OK for row in rows))
+
+
+def _load() -> str:
+    """Whether others used the machine: the load of the last minute against its cores."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    if load <= cores + 0.7:
+        return f"load of the last minute {load:.1f} on {cores} cores"
+    return (
+        f"[bold]load of the last minute {load:.1f} on {cores} cores: others ran too, do not trust these numbers[/bold]"
+    )
 
 
 def _write(output: Path, rows: list[results.Row]) -> None:

@@ -42,10 +42,15 @@ class Provider:
     layer_type: type
     expected: Callable[[Any, Tensor, Any], Tensor]
     mask: Callable[[Any], Tensor] | None = None
+    recomputed_mask: Callable[[Any], Tensor] | None = None  # whatever the layer believes of its mask's age
     exact_scores: Callable[[Any], Tensor] | None = None
     exact_ties: bool = False
     backend: str | None = None  # value of PST_KERNELS_BACKEND it runs under
     sort_seconds_per_weight: float = 0.0  # rough, on a CPU: cases where it would take minutes are cut
+
+    @property
+    def ours(self) -> bool:
+        return self.backend is not None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -107,23 +112,27 @@ def _pst_exact_scores(layer: Any) -> Tensor:
     return reference.scores(layer.oriented_weight, *layer.factors, **_pst_scales(layer))
 
 
+def _recomputed_mask(layer: Any) -> Tensor:
+    layer.refresh_mask(force=True)
+    return layer.mask
+
+
 def _ours(name: str, backend: str) -> Provider:
     return Provider(
-        name, _pst_layer, _pst_model, pst.PSTLinear, _pst_expected, lambda layer: layer.mask, _pst_exact_scores,
-        exact_ties=True, backend=backend,
+        name, _pst_layer, _pst_model, pst.PSTLinear, _pst_expected, lambda layer: layer.mask, _recomputed_mask,
+        _pst_exact_scores, exact_ties=True, backend=backend,
     )  # fmt: skip
 
 
 def all_providers(device: str) -> list[Provider]:
     """Those that can run on a device, dense first."""
-    released = _replace(ReleasedPST.from_linear)
     providers = [
         Provider(DENSE, Dense.from_linear, _dense_model, nn.Linear, lambda layer, x, _: Dense.expected(layer, x)),
         Provider("LoRA", LoRA.from_linear, _replace(LoRA.from_linear), LoRA, lambda layer, x, _: layer.expected(x)),
         Provider(
-            RELEASED, ReleasedPST.from_linear, released, ReleasedPST,
-            lambda layer, x, mask: layer.expected(x, mask),
-            lambda layer: layer.mask(), lambda layer: layer.exact_scores(), sort_seconds_per_weight=2.5e-7,
+            RELEASED, ReleasedPST.from_linear, _replace(ReleasedPST.from_linear), ReleasedPST,
+            lambda layer, x, mask: layer.expected(x, mask), lambda layer: layer.mask(), lambda layer: layer.mask(),
+            lambda layer: layer.exact_scores(), sort_seconds_per_weight=2.5e-7,
         ),
         _ours(f"{OURS} (torch)", "torch"),
     ]  # fmt: skip

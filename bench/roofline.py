@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from pst_kernels.files import replacing
 
 from .cases import SHAPES, Shape, short
+from .console import console
 from .results import RESULTS
 
 RANK = 8  # of U V and of A B
@@ -212,19 +212,19 @@ def main(options: argparse.Namespace) -> int:
     if min(options.tokens) < 1:
         raise ValueError(f"--tokens must be at least 1, got {min(options.tokens)}")
     found = list(lines(device, shapes, options.tokens, torch.bfloat16))
-    console = Console()
-    console.print(
+    out = console()
+    out.print(
         f"[bold]Computed, not measured:[/bold] {device.name}, {device.bandwidth / 1e12:g} TB/s,"
         f" {device.gemm / 1e12:.0f} of {device.peak / 1e12:.0f} TFLOP/s taken for a good GEMM; bf16, ranks {RANK}."
     )
-    console.print(_totals(found))
+    out.print(_totals(found))
     if options.passes:
-        console.print(_passes(found))
+        out.print(_passes(found))
     path = options.output / f"roofline_{options.device}.csv"
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([Line._fields, *found])
-    console.print(f"{len(found)} computed rows written to {path}")
+    out.print(f"{len(found)} computed rows written to {path}")
     return 0
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import measure, modes, results
 from .cases import Case, Machine, Shape, short
-from .check import OK, check_layer, check_module
+from .check import OK, check_layer, check_module, check_steps
 from .compare import BaseVersion
 from .modes import Task
 from .providers import DENSE, RELEASED, Provider, all_providers
@@ -91,7 +91,7 @@ def _contestants(case: Case, options: Options) -> Iterator[Contestant]:
                 continue
             one = task_of(provider, case, options)
             if one is not None:
-                check = checked(provider, case, options.device)
+                check = checked(provider, case, options.device, options.adamw)
                 yield Contestant(provider.name, check, measure.timer(one.run, one.prepare, options.device), one)
     if options.base is not None:
         yield from (Contestant(name, check, timer, None) for name, check, timer in options.base.timers(case, options))
@@ -103,11 +103,19 @@ def task_of(provider: Provider, case: Case, options: Options) -> Task | None:
     return modes.layer_task(provider, case, options.device, options.adamw)
 
 
-def checked(provider: Provider, case: Case, device: str) -> str:
+def checked(provider: Provider, case: Case, device: str, adamw: str) -> str:
     """The correctness check of a provider for a case: "ok" or what is wrong."""
+    steps = _check_steps(provider, device, adamw) if case.mode in ("step", "model") else OK
+    if steps != OK:
+        return steps
     if case.mode == "model":
         return _check_model(provider, device)
     return _check_layer(provider, case.shape, case.dtype, device)
+
+
+@functools.cache
+def _check_steps(provider: Provider, device: str, adamw: str) -> str:
+    return check_steps(provider, lambda layer: modes.adamw(layer, adamw), device)
 
 
 @functools.cache

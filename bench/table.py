@@ -25,22 +25,24 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
             continue
         table = Table(title=f"{mode}: times in ms, ratio to {chosen[0].ratio_to} in the same round")
         with_bytes = any(row.kept_bytes is not None for row in chosen)
-        bytes_columns = ["kept MB", "optimizer MB", "memory MB"] if with_bytes else ["peak MB"]
-        columns = ["case", "provider", "median", "p20", "p80", "rounds", "ratio", "p20", "p80"]
-        for name in [*columns, *bytes_columns]:
-            table.add_column(name, justify="left" if name in ("case", "provider") else "right", no_wrap=True)
+        table.add_column("case", overflow="fold")
+        table.add_column("provider", no_wrap=True)
+        for name in ("median", "p20-p80", "runs", "ratio", "p20-p80", "peak MB"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for name in ("kept MB", "memory MB") if with_bytes else ():
+            table.add_column(name, justify="right", no_wrap=True)
         last = ""
         for row in chosen:
             case = case_name(row)
             if last and case != last:
                 table.add_section()
+            spread_of_ratio = "" if row.ratio is None else f"{ratio(row.ratio_p20)}-{ratio(row.ratio_p80)}"
             cells = [
-                "" if case == last else case, row.provider,
-                number(row.median_ms), number(row.p20_ms), number(row.p80_ms), str(row.rounds),
-                ratio(row.ratio, row.check), ratio(row.ratio_p20), ratio(row.ratio_p80),
+                "" if case == last else case, row.provider, number(row.median_ms),
+                f"{number(row.p20_ms)}-{number(row.p80_ms)}", str(row.rounds), ratio(row.ratio, row.check),
+                spread_of_ratio, megabytes(row.peak_bytes),
             ]  # fmt: skip
-            held = [row.kept_bytes, row.optimizer_bytes, row.memory_bytes] if with_bytes else [row.peak_bytes]
-            table.add_row(*cells, *map(megabytes, held))
+            table.add_row(*cells, *map(megabytes, [row.kept_bytes, row.memory_bytes] if with_bytes else []))
             last = case
         console.print(table)
 

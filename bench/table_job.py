@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
-
 from . import results, table
+from .console import console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     rows = results.read_csv(options.csv)
     if options.readme is None:
-        table.print_rows(rows, Console())
+        table.print_rows(rows, console())
     else:
         table.rewrite_readme(options.readme, rows)
         print(f"{options.readme}: table written from {options.csv}")
