@@ -68,7 +68,7 @@ def interleaved(
     for _ in range(warmup):
         for name in names:
             timers[name]()
-    share, start = 2.0 * seconds / max(1, len(names)), time.perf_counter()
+    share, start = 2.0 * max(seconds, 1.0) / max(1, len(names)), time.perf_counter()
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -50,7 +50,8 @@ def draw(rows: Sequence[Row], output: Path, limits: ceilings.Ceilings | None) ->
     for name, picture in pictures.items():
         figure = picture(rows)
         if figure is not None:
-            figure.text(0.005, 0.005, _source(rows), fontsize=6, color="#777777")
+            figure.get_layout_engine().set(rect=(0.0, 0.05, 1.0, 0.95))  # room for the source below
+            figure.text(0.005, 0.01, _source(rows), fontsize=6, color="#777777")
             path = output / f"{name}.png"
             with replacing(path) as temporary:
                 figure.savefig(temporary, dpi=150, format="png")
@@ -60,7 +61,7 @@ def draw(rows: Sequence[Row], output: Path, limits: ceilings.Ceilings | None) ->
 
 def _source(rows: Sequence[Row]) -> str:
     row = rows[-1]
-    return f"measured: {row.machine}, {row.threads} threads, {row.versions}, {row.date}, commit {row.commit}"
+    return f"measured: {row.machine}, {row.threads} threads\n{row.versions}, {row.date}, commit {row.commit}"
 
 
 def _figure(panels: int) -> tuple[Any, list[Any]]:
@@ -178,7 +179,7 @@ def memory(rows: Sequence[Row]) -> Any:
         one.text(x, total, f"{total:.0f}", ha="center", va="bottom")
     one.set(ylabel="MB", title=f"memory of one training step: {best.shape}, {best.dtype}")
     one.margins(y=0.12)
-    one.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
