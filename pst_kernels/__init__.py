@@ -39,7 +39,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "PSTCallback":  # its base class lives in transformers, which the rest does not need
-        from .callback import PSTCallback
-
+        try:
+            from .callback import PSTCallback
+        except ModuleNotFoundError as error:
+            raise ImportError(f"PSTCallback needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
         return PSTCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

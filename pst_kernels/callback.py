@@ -7,7 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .model import trainable_summary
+from .linear import num_pruned_at
+from .model import pst_layers, trainable_summary
 from .schedule import SparsitySchedule
 
 logger = logging.getLogger("pst_kernels")
@@ -40,9 +41,11 @@ class PSTCallback(TrainerCallback):
         best = state.best_model_checkpoint
         if self.schedule is None or not args.load_best_model_at_end or best is None:
             return
-        now = trainable_summary(model)
-        # each layer rounds its pruned count down
-        if now.sparsity < now.target_sparsity - 0.005:
+        layers = [layer for _, layer in pst_layers(model)]
+        if any(
+            int(layer.pst_num_pruned) < num_pruned_at(layer.weight.numel(), layer.config.sparsity) for layer in layers
+        ):
+            now = trainable_summary(model)
             logger.warning(
                 "the best model, %s, has sparsity %.2f, below the target %.2f: it was saved before the schedule's end;"
                 " compare models of the last %.0f %% of the steps only, or leave load_best_model_at_end off",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,10 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .files import replacing
-from .linear import FACTORS, PSTLayer
+from .linear import FACTORS, PSTLayer, is_conv1d
 from .model import get_config, modules_to_save, pst_layers, replace_linear
-from .packing import packed_width
-from .targets import find_targets, is_conv1d
-
-logger = logging.getLogger("pst_kernels")
+from .packing import WORD, packed_width, unpack_mask
+from .targets import find_targets
 
 ADAPTER_NAME = "pst_adapter.safetensors"
 FORMAT, VERSION = "pst_kernels", "1"
@@ -33,17 +31,20 @@ RELEASED_NAMES = {
     "weight_U": "pst_U", "weight_V": "pst_V", "mask_scores_A": "pst_A",
     "mask_scores_B": "pst_B", "mask_scores_R": "pst_R", "mask_scores_C": "pst_C",
 }  # fmt: skip
-LAYER_ENTRIES = (*FACTORS, "pst_mask", "pst_num_pruned")
 
 
 def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     """Write the adapter checkpoint of a converted model into a directory, which is made if need be.
 
-    Saved are the factors, masks and pruned counts of every PST layer, and every other trainable parameter with its
-    module's buffers (the head, say). Raises ValueError when the model has no PST layers.
+    Saved are the factors, masks and pruned counts of every PST layer, the modules to save (the head, say) with their
+    buffers, and whatever else is trainable. Raises ValueError when the model has no PST layers.
     """
     config = _saved_config(model)
-    tensors = {name: t.detach().contiguous().cpu().clone() for name, t in _entries(model, config).items()}
+    layers = dict(pst_layers(model))
+    names = _factor_shapes(layers, config).keys() | _trained_beside(model, layers, config)
+    names |= {name for name, p in model.named_parameters() if p.requires_grad}
+    state = model.state_dict()
+    tensors = {name: state[name].detach().contiguous().cpu().clone() for name in sorted(names)}
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict())}
     with replacing(Path(directory) / ADAPTER_NAME) as temporary:
         save_file(tensors, temporary, metadata)
@@ -65,12 +66,11 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
     if not path.is_file():
         return _load_released(model, directory)
     tensors, config = _read(path)
-    if any(True for _ in pst_layers(model)):
-        layers: dict[str, Any] = dict(pst_layers(model))
-    else:
-        layers = find_targets(model, config)
+    converted = dict(pst_layers(model))
+    layers: dict[str, Any] = converted or _without_duplicates(find_targets(model, config))
+    _check_settings(converted, config, path)
     _check_fit(model, layers, config, tensors, path)
-    if not any(isinstance(layer, PSTLayer) for layer in layers.values()):
+    if not converted:
         model = replace_linear(model, config)
     _fill(model, tensors)
     for _, layer in pst_layers(model):
@@ -80,26 +80,38 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
 
 def _saved_config(model: nn.Module) -> PSTConfig:
     config = get_config(model)
-    names = [name for name, _ in pst_layers(model)]
-    changes: dict[str, Any] = {}
-    if callable(config.target_modules) or callable(config.exclude_modules):
-        changes = {"target_modules": names, "exclude_modules": None}  # a file cannot hold a callable, but its choice
-    return dataclasses.replace(config, **changes)
+    if not callable(config.target_modules) and not callable(config.exclude_modules):
+        return config
+    # a file cannot hold a callable, but what it chose; a list of suffixes could match more than these names
+    chosen = "|".join(re.escape(name) for name, _ in pst_layers(model))
+    return dataclasses.replace(config, target_modules=chosen, exclude_modules=None)
 
 
-def _entries(model: nn.Module, config: PSTConfig) -> dict[str, Tensor]:
-    state = model.state_dict()
-    layers = dict(pst_layers(model))
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the model's state dict holds, without bringing any mask up to date."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _trained_beside(model: nn.Module, layers: dict[str, Any], config: PSTConfig) -> set[str]:
+    """Names of what is saved beside the factors, by the config alone: freezing a trained head does not unsave it."""
     prefixes = tuple(f"{name}." for name in modules_to_save(model, config))
-    trainable = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    entries = {}
-    for name, tensor in state.items():
-        owner, _, entry = name.rpartition(".")
-        of_layer = owner in layers and entry in LAYER_ENTRIES
-        if of_layer or name in trainable or (name.startswith(prefixes) and name not in frozen):
-            entries[name] = tensor
-    return entries
+    of_layers = {f"{name}." if name else "" for name in layers}
+    names = {name for name in _tensors(model) if name.startswith(prefixes)}
+    names = {name for name in names if f"{name.rpartition('.')[0]}." not in of_layers}
+    if config.train_bias:
+        names |= {f"{prefix}bias" for prefix in of_layers if model.get_submodule(prefix.rstrip(".")).bias is not None}
+    return names
+
+
+def _without_duplicates(layers: dict[str, Any]) -> dict[str, Any]:
+    """A layer under two names, under its first one alone."""
+    first = {id(layer): name for name, layer in reversed(layers.items())}
+    return {name: layer for name, layer in layers.items() if first[id(layer)] == name}
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
@@ -116,59 +128,92 @@ def _read(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
                     f"{path} has version {metadata.get('version')!r}, this pst_kernels reads {VERSION!r};"
                     " update pst_kernels"
                 )
-            config = PSTConfig.from_dict(json.loads(metadata["config"]))
+            config = _config(metadata["config"], path)
             return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); save the checkpoint again") from error
 
 
+def _config(text: str, path: Path) -> PSTConfig:
+    try:
+        return PSTConfig.from_dict(json.loads(text))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds a damaged config: {error}; save the checkpoint again") from error
+
+
+def _check_settings(converted: dict[str, PSTLayer], config: PSTConfig, path: Path) -> None:
+    """A model converted by hand must compute the same W' and scores, and not be merged."""
+    for name, layer in converted.items():
+        if layer.merged:
+            raise RuntimeError(f"{name or 'the layer'} is merged; call unmerge() before loading into it")
+        for setting in ("beta", "alpha1", "alpha2"):
+            given, saved = getattr(layer.config, setting), getattr(config, setting)
+            if given != saved:
+                raise ValueError(
+                    f"{path} does not fit the model: {name or 'the layer'} was converted with {setting}={given}, the"
+                    f" checkpoint with {setting}={saved}; convert with the saved config, PSTConfig.from_pretrained"
+                )
+
+
 def _check_fit(
     model: nn.Module, layers: dict[str, Any], config: PSTConfig, tensors: dict[str, Tensor], path: Path
 ) -> None:
-    """Names, shapes and mask counts, all before the model is touched."""
-    state = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    expected: dict[str, tuple[int, ...]] = {}
-    for name, layer in layers.items():
-        expected |= {f"{name}.{entry}" if name else entry: s for entry, s in _layer_shapes(layer, config).items()}
-    missing = sorted(expected.keys() - tensors.keys())
-    unexpected = sorted(name for name in tensors if name not in expected and name not in state)
+    """Names, shapes, dtypes and mask counts, all before the model is touched."""
+    state = _tensors(model)
+    factors = _factor_shapes(layers, config)
+    missing = sorted((factors.keys() | _trained_beside(model, layers, config)) - tensors.keys())
+    unexpected = sorted(tensors.keys() - factors.keys() - state.keys())
     if missing or unexpected:
         raise ValueError(
             f"{path} does not fit the model: {_some('missing', missing)}{_some('unexpected', unexpected)}"
             "load it into the model it was made for, converted with the same target_modules"
         )
     for name, tensor in tensors.items():
-        shape = expected.get(name, state[name].shape if name in state else ())
-        if tuple(tensor.shape) != tuple(shape):
+        shape = factors[name] if name in factors else tuple(state[name].shape)
+        if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, the model needs"
-                f" {tuple(shape)}; check the ranks and the base model"
+                f" {shape}; check the ranks and the base model"
             )
+        wanted = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64}.get(name.rpartition(".")[2])
+        if tensor.dtype != wanted if wanted else name in factors and not tensor.is_floating_point():
+            raise ValueError(f"{path} is damaged: {name} has dtype {tensor.dtype}; save the checkpoint again")
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        kept = _count_bits(tensors[f"{prefix}pst_mask"])
-        pruned = int(tensors[f"{prefix}pst_num_pruned"])
-        if kept + pruned != layer.weight.numel():
-            raise ValueError(
-                f"{path} is damaged: the mask of {name or 'the layer'} keeps {kept} weights and prunes {pruned},"
-                f" of {layer.weight.numel()}; save the checkpoint again"
-            )
+        _check_mask(name, layer, tensors[f"{prefix}pst_mask"], int(tensors[f"{prefix}pst_num_pruned"]), path)
 
 
-def _layer_shapes(layer: Any, config: PSTConfig) -> dict[str, tuple[int, ...]]:
+def _check_mask(name: str, layer: Any, mask: Tensor, pruned: int, path: Path) -> None:
+    kept, columns = unpack_mask(mask, WORD * mask.shape[1]), _shape(layer)[1]
+    count = int(kept.sum())
+    if count + pruned != layer.weight.numel() or bool(kept[:, columns:].any()):
+        raise ValueError(
+            f"{path} is damaged: the mask of {name or 'the layer'} keeps {count} weights and prunes {pruned},"
+            f" of {layer.weight.numel()}; save the checkpoint again"
+        )
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of a layer, dense or under PST."""
     if isinstance(layer, PSTLayer):
         out, columns = layer.oriented_weight.shape
-        config = layer.config
     else:
         out, columns = layer.weight.T.shape if is_conv1d(layer) else layer.weight.shape
-    r1, r2 = config.weight_rank, config.score_rank
-    return {
-        "pst_U": (out, r1), "pst_V": (r1, columns), "pst_A": (out, r2), "pst_B": (r2, columns), "pst_R": (out,),
-        "pst_C": (columns,), "pst_mask": (out, packed_width(columns)), "pst_num_pruned": (),
-    }  # fmt: skip
+    return out, columns
+
+
+def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every factor, mask and count."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in layers.items():
+        own = layer.config if isinstance(layer, PSTLayer) else config
+        (out, columns), r1, r2 = _shape(layer), own.weight_rank, own.score_rank
+        entries = {
+            "pst_U": (out, r1), "pst_V": (r1, columns), "pst_A": (out, r2), "pst_B": (r2, columns), "pst_R": (out,),
+            "pst_C": (columns,), "pst_mask": (out, packed_width(columns)), "pst_num_pruned": (),
+        }  # fmt: skip
+        shapes |= {f"{name}.{entry}" if name else entry: shape for entry, shape in entries.items()}
+    return shapes
 
 
 def _some(what: str, names: list[str]) -> str:
@@ -176,11 +221,6 @@ def _some(what: str, names: list[str]) -> str:
         return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{what} {', '.join(names[:3])}{more}; "
-
-
-def _count_bits(packed: Tensor) -> int:
-    bits = packed.contiguous().view(torch.uint8)
-    return int(sum(((bits >> i) & 1).sum(dtype=torch.int64) for i in range(8)))
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:

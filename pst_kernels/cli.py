@@ -20,15 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="pst-kernels", description=__doc__)
     commands = parser.add_subparsers(dest="job", required=True, metavar="JOB")
-    for name, (module, summary) in JOBS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if given[:1] == [name]:  # import the one job that runs: `finetune` needs transformers, `kernels` triton
-            importlib.import_module(module).add_arguments(command)
-    options = parser.parse_args(given)
     try:
+        for name, (module, summary) in JOBS.items():
+            command = commands.add_parser(name, help=summary, description=summary)
+            if given[:1] == [name]:  # import the one job that runs: `finetune` needs transformers, `kernels` triton
+                importlib.import_module(module).add_arguments(command)
+        options = parser.parse_args(given)
         return importlib.import_module(JOBS[options.job][0]).main(options)
-    except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
-        print(f"pst-kernels {options.job}: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"pst-kernels {given[0]}: {error}", file=sys.stderr)
         return 2
 
 

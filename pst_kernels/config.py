@@ -33,7 +33,9 @@ class PSTConfig:
         initial_sparsity: fraction at which a `SparsitySchedule` starts, in [0, sparsity].
         weight_rank: rank of the weight update, U (out, rank) and V (rank, in), at least 1.
         score_rank: rank of the learned importance, A (out, rank) and B (rank, in), at least 1.
-        beta: factor of U V in the updated weight W' = W + beta U V.
+        beta: factor of U V in the updated weight W' = W + beta U V. U starts at N(0, 1), so a step of Adam moves W' by
+            about lr * beta * sqrt(weight_rank): at the default 1.0 take learning rates as for LoRA (3e-5 to 5e-4), at
+            1 / sqrt(weight_rank) those of full fine-tuning.
         alpha1: factor of A B in the importance S = |W'| + alpha1 A B + alpha2 (R + C).
         alpha2: factor of R and C in it.
         through_magnitude: let the gradient pass through |W'| in the importance, as the release does.
@@ -44,7 +46,8 @@ class PSTConfig:
             holds name suffixes; a callable takes (module, name) and returns a bool.
         exclude_modules: layers to leave alone, as a regular expression, a list of suffixes or a callable.
         modules_to_save: name suffixes of modules to train in full and to save with the factors; None means the task
-        head. train_bias: also train the biases of converted layers.
+            head.
+        train_bias: also train the biases of converted layers.
         adapter_dtype: dtype of the factors, whatever the base weight's; a torch dtype or its name.
         pattern: structure of the mask.
         mask_interval: optimizer steps from one mask to the next, at least 1.
@@ -98,12 +101,7 @@ class PSTConfig:
         if self.exclude_modules is not None:
             self.exclude_modules = _targets("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
-            if isinstance(self.modules_to_save, str):
-                raise TypeError(
-                    f"modules_to_save must be a list of names, got the string {self.modules_to_save!r};"
-                    f" use [{self.modules_to_save!r}]"
-                )
-            self.modules_to_save = list(self.modules_to_save)
+            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Raises TypeError when a setting is a callable, which no file can hold."""
@@ -193,3 +191,10 @@ def _targets(name: str, value: Any) -> Targets:
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value):
         return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
     raise TypeError(f"{name} must be a regular expression, a list of suffixes or a callable, got {value!r}")
+
+
+def _names(name: str, value: Any) -> list[str]:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return list(value)
+    hint = f"; use [{value!r}]" if isinstance(value, str) else ""
+    raise TypeError(f"{name} must be a list of names, got {value!r}{hint}")

@@ -15,6 +15,12 @@ from .packing import packed_width, unpack_mask
 FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D, a linear layer with weight (in, out); told without importing transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
 class PSTLayer(nn.Module):
     """What PSTLinear and PSTConv1D share; they differ in how the weight lies.
 
@@ -39,7 +45,12 @@ class PSTLayer(nn.Module):
     pst_num_pruned: Tensor
     pst_guess: Tensor
 
-    def _add_factors(self, config: PSTConfig) -> None:
+    def _add_factors(self, config: PSTConfig | None) -> None:
+        config = PSTConfig() if config is None else config
+        if not isinstance(config, PSTConfig):
+            raise TypeError(
+                f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say"
+            )
         out, columns = self.oriented_weight.shape
         self.config = config
         self.merged = False
@@ -200,11 +211,13 @@ class PSTLinear(PSTLayer, nn.Linear):
         *, config: PSTConfig | None = None,
     ):  # fmt: skip
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._add_factors(config or PSTConfig())
+        self._add_factors(config)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: PSTConfig | None = None) -> PSTLinear:
         """The same layer under PST: it holds the same `weight` and `bias` Parameters, which are frozen."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}; PSTConv1D takes a Conv1D")
         layer = cls.__new__(cls)
         nn.Linear.__init__(layer, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         return _take_over(layer, linear, config)
@@ -229,11 +242,15 @@ class PSTConv1D(PSTLayer):
         self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=0.02)
-        self._add_factors(config or PSTConfig())
+        self._add_factors(config)
 
     @classmethod
     def from_linear(cls, conv: Any, config: PSTConfig | None = None) -> PSTConv1D:
         """The same layer under PST: it holds the same `weight` and `bias` Parameters, which are frozen."""
+        if not is_conv1d(conv):
+            raise TypeError(
+                f"conv must be a transformers Conv1D, got {type(conv).__name__}; PSTLinear takes an nn.Linear"
+            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.nx, layer.nf = conv.weight.shape
@@ -249,7 +266,7 @@ class PSTConv1D(PSTLayer):
 
 def _take_over(layer: Any, base: Any, config: PSTConfig | None) -> Any:
     layer.weight, layer.bias = base.weight, base.bias
-    layer._add_factors(config or PSTConfig())
+    layer._add_factors(config)
     # a hook that a user put on the layer goes on being called
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(layer, hooks).update(getattr(base, hooks))

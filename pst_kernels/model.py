@@ -13,8 +13,8 @@ from torch import nn
 
 from . import ops
 from .config import PSTConfig, matches
-from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite
-from .targets import find_targets, head_modules, is_conv1d, parameter_uses
+from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d
+from .targets import find_targets, head_modules, parameter_uses
 
 logger = logging.getLogger("pst_kernels")
 
@@ -51,6 +51,7 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
             converted[id(module)] = cls.from_linear(module, config)
         model = _set_submodule(model, name, converted[id(module)])
     _freeze(model, config, saved)
+    _keep_buffers_out_of_ddp(model)
     return model
 
 
@@ -93,6 +94,15 @@ def _freeze(model: nn.Module, config: PSTConfig, saved: list[str]) -> None:
             layer.bias.requires_grad_(config.train_bias)
         for factor in layer.factors:
             factor.requires_grad_(True)
+
+
+def _keep_buffers_out_of_ddp(model: nn.Module) -> None:
+    """Masks follow from the factors, which are equal on all ranks: DistributedDataParallel need not send them."""
+    buffers = [
+        f"{name}.{buffer}" if name else buffer for name, m in pst_layers(model) for buffer in dict(m.named_buffers())
+    ]
+    ignored = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if name not in buffers]
+    model._ddp_params_and_buffers_to_ignore = ignored + buffers  # type: ignore[assignment]
 
 
 def pst_layers(model: nn.Module) -> Iterator[tuple[str, PSTLayer]]:

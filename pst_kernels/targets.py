@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .config import ALL_LINEAR, PSTConfig, matches
-from .linear import PSTLayer, check_finite
+from .functional import FLOATING
+from .linear import PSTLayer, check_finite, is_conv1d
 
 logger = logging.getLogger("pst_kernels")
 
@@ -20,12 +21,6 @@ def is_transformers_model(module: nn.Module) -> bool:
     return any(
         k.__name__ == "PreTrainedModel" and k.__module__.startswith("transformers.") for k in type(module).__mro__
     )
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D, a linear layer with weight (in, out); told without importing transformers."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def find_targets(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
@@ -140,22 +135,22 @@ def _nothing_matched(config: PSTConfig, linears: dict[str, nn.Module]) -> str:
 
 def _check(model: nn.Module, name: str, module: nn.Module) -> None:
     exclude = f"leave it out with exclude_modules=[{name!r}]"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
+        raise TypeError(
+            f"{name} sits in a {type(parent).__qualname__}, whose fast path reads the weight without calling the layer;"
+            f" {exclude}"
+        )
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if type(module) is not nn.Linear and not is_conv1d(module):
         raise TypeError(f"{name} is a {kind}, which PST cannot convert (only nn.Linear and Conv1D); {exclude}")
     if parametrize.is_parametrized(module):
         raise TypeError(f"{name} is parametrised; remove the parametrisation first, or {exclude}")
     weight = module.weight
-    if type(weight) is not nn.Parameter or not weight.is_floating_point():
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
         raise TypeError(
             f"{name} has a weight of type {type(weight).__qualname__} and dtype {weight.dtype}; quantised or otherwise"
             f" special weights are not supported: load the model in float32, float16 or bfloat16, or {exclude}"
-        )
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
-        raise TypeError(
-            f"{name} sits in a {type(parent).__qualname__}, whose fast path reads the weight without calling the layer;"
-            f" {exclude}"
         )
     if hasattr(module, "_hf_hook"):
         raise RuntimeError(

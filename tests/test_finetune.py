@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from pst_kernels import PSTConfig, finetune, load_pretrained
-from pst_kernels.finetune.callbacks import COMPLETE, newest_checkpoint
+from pst_kernels.finetune.callbacks import COMPLETE, StopOnNaN, newest_checkpoint
 from pst_kernels.finetune.measure import count_zeros
 from pst_kernels.finetune.settings import Settings
 
@@ -45,7 +46,8 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
     return [
         "--model", str(inputs / "model"), "--train-file", str(inputs / "train.csv"),
         "--validation-file", str(inputs / "validation.jsonl"), "--test-file", str(inputs / "test.jsonl"),
-        "--output", str(output), "--steps", str(STEPS), "--save-steps", "7", "--evaluations", "2", *RATES, *more,
+        "--output", str(output), "--steps", str(STEPS), "--save-steps", "7", "--evaluations", "2",
+        "--dropout", "0.1", *RATES, *more,
     ]  # fmt: skip
 
 
@@ -212,6 +214,15 @@ def test_half_written_checkpoints_are_not_resumed_from(tmp_path):
     assert newest_checkpoint(tmp_path, 5) is None
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run(loss):
+    state = SimpleNamespace(global_step=3)
+    StopOnNaN().on_log(None, state, None, {"loss": 0.5})
+    StopOnNaN().on_log(None, state, None, {"eval_accuracy": 0.5})
+    with pytest.raises(RuntimeError, match=f"the loss is {loss} at step 3; lower the learning rates"):
+        StopOnNaN().on_log(None, state, None, {"loss": loss})
+
+
 def test_zeros_are_counted_in_the_file(tmp_path):
     from safetensors.torch import save_file
 
@@ -230,6 +241,7 @@ def test_zeros_are_counted_in_the_file(tmp_path):
         ({"sparsity": 1.0}, r"--sparsity 1.0 must lie in \[0, 1\)"),
         ({"sparsity": -0.1}, "--sparsity -0.1"),
         ({"sparsity": float("nan")}, "--sparsity nan"),
+        ({"dropout": 1.0}, "--dropout 1.0"),
         ({"steps": 0}, "--steps 0 must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0"),
         ({"max_length": 2}, "--max-length 2"),

@@ -21,11 +21,6 @@ def converted(family: str = "bert", **settings) -> nn.Module:
     return toys.perturb(pst.replace_linear(toys.FAMILIES[family](), pst.PSTConfig(**settings))).eval()
 
 
-def logits(model: nn.Module, family: str) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**toys.inputs(family)).logits
-
-
 def factor_numbers(model: nn.Module) -> int:
     return sum(factor.numel() for _, layer in pst_layers(model) for factor in layer.factors)
 
@@ -94,13 +89,14 @@ def test_get_layer_status():
 def test_merged_checkpoint_loads_in_stock_transformers(family, tmp_path):
     dense = toys.FAMILIES[family]()
     names = set(dense.state_dict())
-    model = toys.perturb(pst.replace_linear(dense, pst.PSTConfig(sparsity=0.9))).eval()
+    scales = {"beta": 0.5, "alpha1": 2.0, "alpha2": 0.25}
+    model = toys.perturb(pst.replace_linear(dense, pst.PSTConfig(sparsity=0.9, **scales))).eval()
     shapes = [layer.weight.shape for _, layer in pst_layers(model)]
-    before = logits(model, family)
+    before = toys.logits(model, family)
     merged = pst.merge_and_unload(model)
     assert set(merged.state_dict()) == names
     assert not any(isinstance(m, (pst.PSTLinear, pst.PSTConv1D)) for m in merged.modules())
-    torch.testing.assert_close(logits(merged, family), before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(toys.logits(merged, family), before, rtol=1e-5, atol=1e-6)
 
     merged.save_pretrained(tmp_path)
     # found by their zeros: transformers may rename on saving, as it does for ViT
@@ -108,7 +104,7 @@ def test_merged_checkpoint_loads_in_stock_transformers(family, tmp_path):
     pruned = sorted((w.numel(), n) for w, n in zeros.items() if n > w.numel() / 2)
     assert pruned == sorted((shape.numel(), int(shape.numel() * 0.9)) for shape in shapes)
     stock = type(merged).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits(stock, family), logits(merged, family))
+    assert torch.equal(toys.logits(stock, family), toys.logits(merged, family))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -127,11 +123,11 @@ def test_merge_keeps_exactly_the_unpruned_weights(dtype, sparsity):
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_merge_is_idempotent_and_unmerge_is_exact(family):
     model = converted(family)
-    before, output = toys.snapshot(model), logits(model, family)
+    before, output = toys.snapshot(model), toys.logits(model, family)
     for _, layer in pst_layers(model):
         layer.merge()
     once = {name: layer.weight.clone() for name, layer in pst_layers(model)}
-    merged_output = logits(model, family)
+    merged_output = toys.logits(model, family)
     torch.testing.assert_close(merged_output, output, rtol=1e-5, atol=1e-6)
     for name, layer in pst_layers(model):
         layer.merge()
@@ -141,7 +137,7 @@ def test_merge_is_idempotent_and_unmerge_is_exact(family):
         for _, layer in pst_layers(model):
             layer.unmerge()
         assert not toys.differences(toys.snapshot(model), before)
-        assert torch.equal(logits(model, family), output)
+        assert torch.equal(toys.logits(model, family), output)
 
 
 def test_unmerge_restores_bf16_bits():

@@ -12,9 +12,8 @@ from torch import nn
 
 import pst_kernels as pst
 from pst_kernels.config import matches
-from pst_kernels.linear import FACTORS, PSTLayer
+from pst_kernels.linear import FACTORS, PSTLayer, is_conv1d
 from pst_kernels.model import pst_layers
-from pst_kernels.targets import is_conv1d
 
 
 def converted(model: nn.Module) -> list[str]:

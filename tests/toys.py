@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor, nn
 
+import pst_kernels as pst
+from pst_kernels.checkpoint import RELEASED_NAMES
 from pst_kernels.linear import FACTORS
 from pst_kernels.model import pst_layers
 
@@ -25,13 +27,13 @@ def plain(*sizes: int) -> nn.Sequential:
 def bert(**changes) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(BertConfig(**_encoder(), **changes))
+    return BertForSequenceClassification(BertConfig(**_encoder() | changes))
 
 
 def roberta(**changes) -> nn.Module:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    return RobertaForSequenceClassification(RobertaConfig(**_encoder(), **changes))
+    return RobertaForSequenceClassification(RobertaConfig(**_encoder() | changes))
 
 
 def gpt2(**changes) -> nn.Module:
@@ -110,6 +112,35 @@ def train_step(model: nn.Module, batch: dict[str, Tensor], lr: float = 1e-2) -> 
     optimizer.step()
     optimizer.zero_grad()
     return loss.detach()
+
+
+def seeded(family: str = "bert") -> nn.Module:
+    """The same dense toy model at every call, in eval mode: a pretrained base."""
+    torch.manual_seed(0)
+    return FAMILIES[family]().eval()
+
+
+def trained(family: str = "bert", **settings) -> nn.Module:
+    """That model under PST after a training step from factors that are not zero, in eval mode."""
+    model = perturb(pst.replace_linear(seeded(family), pst.PSTConfig(**settings)))
+    train_step(model.train(), inputs(family))
+    return model.eval()
+
+
+def logits(model: nn.Module, family: str = "bert") -> Tensor:
+    with torch.no_grad():
+        return model(**inputs(family)).logits
+
+
+def released_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the authors' code would have written for this model."""
+    names = {ours: theirs for theirs, ours in RELEASED_NAMES.items()}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner, dot, entry = name.rpartition(".")
+        if entry not in ("pst_mask", "pst_num_pruned"):
+            state[f"{owner}{dot}{names.get(entry, entry)}"] = tensor.clone()
+    return state
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -58,12 +58,17 @@ def load_tokenizer(settings: Settings) -> Any:
 
 
 def load_model(settings: Settings, labels: Sequence[str]) -> Any:
-    """The pretrained body with a new head for `labels`, in fp32."""
+    """The pretrained body with a new head for `labels`, in fp32, with the dropout that the settings ask for."""
     names = dict(enumerate(labels))
+    config = AutoConfig.from_pretrained(
+        **_where(settings), num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
+    )
+    for name, value in vars(config).items():
+        if "drop" in name and isinstance(value, float):  # hidden_dropout_prob, attn_pdrop, ...: each family has its own
+            setattr(config, name, settings.dropout)
     model = AutoModelForSequenceClassification.from_pretrained(
-        **_where(settings), num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()},
-        ignore_mismatched_sizes=True, dtype=torch.float32,
-    )  # fmt: skip
+        **_where(settings), config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+    )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = load_tokenizer(settings).pad_token_id
     return model

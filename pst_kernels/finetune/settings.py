@@ -26,10 +26,11 @@ class Settings:
     sparsity: float = 0.9
     steps: int = 150
     batch_size: int = 16
-    max_length: int = 64
+    max_length: int = 96
     learning_rate: float = 1e-4
-    pst_learning_rate: float = 1e-3
+    pst_learning_rate: float = 5e-4
     head_learning_rate: float = 1e-3
+    dropout: float = 0.0
     rank: int = 8
     evaluations: int = 5
     save_steps: int = 50
@@ -49,6 +50,9 @@ class Settings:
         for name in ("learning_rate", "pst_learning_rate", "head_learning_rate"):
             if not 0.0 < getattr(self, name) < 1.0:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must lie between 0 and 1, such as 1e-4")
+
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"--dropout {self.dropout} must lie in [0, 1)")
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -82,6 +86,7 @@ HELP = {
     "learning_rate": "of all weights but the head, in dense fine-tuning",
     "pst_learning_rate": "of the factors, in PST",
     "head_learning_rate": "of the task head in dense fine-tuning, and of all that PST trains beside its factors",
+    "dropout": "of the model while it trains; a run this short needs none, and does without in four fifths of the time",
     "rank": "rank of the weight update and of the learned importance",
     "evaluations": "how often validation accuracy is measured, evenly over the steps",
     "save_steps": "steps between two checkpoints that --resume can go on from",

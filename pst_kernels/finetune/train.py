@@ -161,7 +161,7 @@ def _trainer(
         eval_dataset=models.encode(dataset.validation, dataset.labels, tokenizer, settings.max_length),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         compute_metrics=_metrics,
-        optimizers=(torch.optim.AdamW(_groups(method, settings, model), weight_decay=0.0), None),
+        optimizers=(torch.optim.AdamW(_groups(method, settings, model), weight_decay=0.0, fused=True), None),
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
