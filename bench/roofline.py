@@ -52,6 +52,13 @@ class Tile(NamedTuple):
     rows: int
     columns: int
 
+    def down(self, shape: Shape) -> int:
+        """Tiles along the rows of W."""
+        return -(-shape.out // self.rows)
+
+    def across(self, shape: Shape) -> int:
+        return -(-shape.columns // self.columns)
+
 
 class Tiles(NamedTuple):
     """What the kernels run with: of the masked products (None: the library's GEMM on a scratch weight) and of G."""
@@ -59,6 +66,7 @@ class Tiles(NamedTuple):
     forward: Tile | None
     backward: Tile | None
     gradients: Tile
+    shares: int  # how many programs split the tokens of one tile of G, each with sums of its own
     source: str
 
 
@@ -128,8 +136,9 @@ def pst_step(shape: Shape, tokens: int, size: int, tiles: Tiles) -> list[Pass]:
             )
     # G is never written, so in its place W is read, for the gate; then W' and four small products of the tile
     G = gemm("G GEMM with factor gradients", out, columns, tokens, size, tiles.gradients)
-    down, across = -(-out // tiles.gradients.rows), -(-columns // tiles.gradients.columns)
-    partial = 4.0 * ((2 * RANK + 1) * out * across + (2 * RANK + 1) * columns * down)  # fp32, reduced in a fixed order
+    # sums for U, A, R along each row of tiles and for V, B, C along each column, fp32, added up in a fixed order
+    sums = out * tiles.gradients.across(shape) + columns * tiles.gradients.down(shape)
+    partial = 4.0 * (2 * RANK + 1) * sums * tiles.shares
     passes.append(Pass(G.name, G.nbytes + bits + partial, G.operations + 5 * low_rank + 6.0 * numel, G.cache_bytes))
     passes.append(Pass("reduce partial sums", partial + 4.0 * factors, partial / 4.0))
     passes.append(Pass("AdamW over the factors", 28.0 * factors, 14.0 * factors))
@@ -140,7 +149,7 @@ def seconds(passes: list[Pass], device: Device) -> float:
     return sum(one.floor(device) for one in passes)
 
 
-ASSUMED = "assumed"
+ASSUMED, SHIPPED = "assumed", "shipped"
 IN_LOOP_TOKENS = 2048  # assumed up to here; break-even by arithmetic lies between 1.3 k and 3.3 k tokens
 
 
@@ -148,14 +157,15 @@ def shipped_tiles(architecture: str, shape: Shape, tokens: int, dtype: torch.dty
     """From the table that the Triton kernels use; assumed ones where triton or the kernels are not there."""
     try:
         table: Any = importlib.import_module("pst_kernels.triton.tiles")
-        kind = "half" if dtype in (torch.bfloat16, torch.float16) else "float"
         products = [table.matmul(architecture, dtype, dtype, tokens, d, RANK) for d in (shape.columns, shape.out)]
         forward, backward = (None if t is None else Tile(t.rows, t.columns) for t in products)
-        gradients = table.GRADIENTS[architecture][kind]
-        return Tiles(forward, backward, Tile(gradients.rows, gradients.columns), "pst_kernels.triton.tiles")
+        found = table.gradients(architecture, dtype, dtype)
+        gradients = Tile(found.rows, found.columns)
+        shares = table.token_shares(architecture, gradients.down(shape) * gradients.across(shape), tokens)
+        return Tiles(forward, backward, gradients, shares, SHIPPED)
     except (ImportError, AttributeError):
         in_loop = Tile(128, 256 if tokens > 128 else 64) if tokens <= IN_LOOP_TOKENS else None
-        return Tiles(in_loop, in_loop, Tile(128, 128), ASSUMED)
+        return Tiles(in_loop, in_loop, Tile(128, 128), 1, ASSUMED)
 
 
 class Line(NamedTuple):

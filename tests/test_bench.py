@@ -14,7 +14,7 @@ from bench import __main__ as command
 from bench import cases, ceilings, check, compare, measure, modes, results, roofline, run, table
 from bench.baselines import LoRA, ReleasedPST
 from bench.providers import DENSE, RELEASED, Provider, all_providers
-from pst_kernels import reference
+from pst_kernels import env, reference
 
 SMALL = cases.Shape("small", 56, 40)
 PROVIDERS = {provider.name: provider for provider in all_providers("cpu")}
@@ -88,6 +88,21 @@ def test_a_whole_model_is_converted_and_checked(name):
     assert sum(isinstance(m, kind) for m in model.modules()) == 12 + (2 if name == DENSE else 0)  # pooler, classifier
     assert model.classifier.weight.requires_grad
     assert model.bert.embeddings.word_embeddings.weight.requires_grad == (name == DENSE)
+
+
+def test_a_provider_runs_on_its_own_backend(monkeypatch):
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    seen = []
+    task = modes.Task(lambda: seen.append(env.backend()), prepare=lambda: seen.append(env.backend()))
+    inside = modes._under(PROVIDERS[OURS], task)
+    inside.prepare()
+    inside.run()
+    assert seen == ["torch", "torch"]
+    assert env.backend() == "triton"
+    monkeypatch.delenv("PST_KERNELS_BACKEND")
+    with PROVIDERS[OURS].active():
+        assert env.backend() == "torch"
+    assert env.backend() == "auto"
 
 
 # The check fails when a provider is wrong
@@ -430,8 +445,8 @@ def test_roofline_of_a_dense_step_by_hand():
 
 def test_roofline_of_a_pst_step():
     shape, tile = cases.Shape("square", 4096, 4096), roofline.Tile(128, 128)
-    in_loop = {p.name: p for p in roofline.pst_step(shape, 256, 2, roofline.Tiles(tile, tile, tile, "test"))}
-    scratch = {p.name: p for p in roofline.pst_step(shape, 256, 2, roofline.Tiles(None, None, tile, "test"))}
+    in_loop = {p.name: p for p in roofline.pst_step(shape, 256, 2, roofline.Tiles(tile, tile, tile, 1, "test"))}
+    scratch = {p.name: p for p in roofline.pst_step(shape, 256, 2, roofline.Tiles(None, None, tile, 2, "test"))}
     numel, factors = 4096**2, 17 * 8192
     assert in_loop["threshold, warm"].nbytes == 2 * numel + 4 * factors
     assert in_loop["mask bits"].nbytes == 2.125 * numel + 4 * factors
@@ -444,6 +459,19 @@ def test_roofline_of_a_pst_step():
     assert in_loop["forward GEMM"].cache_bytes == 2 * (numel + 31 * 256 * 4096) + numel / 8
     partial = 4 * 17 * (4096 * 32 + 4096 * 32)
     assert in_loop["G GEMM with factor gradients"].nbytes == 2 * (2 * 256 * 4096 + numel) + numel / 8 + partial
+    assert scratch["reduce partial sums"].nbytes == 2 * partial + 4 * factors  # the tokens of a tile split in two
+
+
+def test_roofline_takes_the_tiles_of_the_kernels():
+    tiles = pytest.importorskip("pst_kernels.triton.tiles")
+    if not hasattr(tiles, "matmul"):
+        pytest.skip("no table of tiles yet")
+    shape = cases.BY_NAME["Llama-8B query"]
+    for tokens in (16, 16384):
+        found = roofline.shipped_tiles("sm_90", shape, tokens, torch.bfloat16)
+        assert found.source == roofline.SHIPPED
+        tile = tiles.matmul("sm_90", torch.bfloat16, torch.bfloat16, tokens, 4096, 8)
+        assert found.forward == (None if tile is None else (tile.rows, tile.columns))
 
 
 def test_roofline_is_labelled_and_stays_out_of_the_measured_file(tmp_path, capsys):
