@@ -67,6 +67,7 @@ class Tiles(NamedTuple):
     backward: Tile | None
     gradients: Tile
     shares: int  # how many programs split the tokens of one tile of G, each with sums of its own
+    width: int  # of the product that adds beta U V in the loop: the rank, padded and split as the kernel multiplies it
     source: str
 
 
@@ -130,7 +131,7 @@ def pst_step(shape: Shape, tokens: int, size: int, tiles: Tiles) -> list[Pass]:
             passes += [Pass(f"masked weight for {name}", 2.0 * size * numel + bits, low_rank + 2.0 * numel), product]
         else:  # every strip of tokens unpacks the bits and adds beta U V again
             strips = -(-tokens // tile.columns)
-            operations = product.operations + strips * low_rank
+            operations = product.operations + strips * 2.0 * numel * tiles.width
             passes.append(
                 Pass(product.name, product.nbytes + bits, operations, product.cache_bytes + (strips - 1) * bits)
             )
@@ -143,10 +144,6 @@ def pst_step(shape: Shape, tokens: int, size: int, tiles: Tiles) -> list[Pass]:
     passes.append(Pass("reduce partial sums", partial + 4.0 * factors, partial / 4.0))
     passes.append(Pass("AdamW over the factors", 28.0 * factors, 14.0 * factors))
     return passes
-
-
-def seconds(passes: list[Pass], device: Device) -> float:
-    return sum(one.floor(device) for one in passes)
 
 
 ASSUMED, SHIPPED = "assumed", "shipped"
@@ -162,10 +159,10 @@ def shipped_tiles(architecture: str, shape: Shape, tokens: int, dtype: torch.dty
         found = table.gradients(architecture, dtype, dtype)
         gradients = Tile(found.rows, found.columns)
         shares = table.token_shares(architecture, gradients.down(shape) * gradients.across(shape), tokens)
-        return Tiles(forward, backward, gradients, shares, SHIPPED)
+        return Tiles(forward, backward, gradients, shares, table.factor_width(RANK, True), SHIPPED)
     except (ImportError, AttributeError):
         in_loop = Tile(128, 256 if tokens > 128 else 64) if tokens <= IN_LOOP_TOKENS else None
-        return Tiles(in_loop, in_loop, Tile(128, 128), 1, ASSUMED)
+        return Tiles(in_loop, in_loop, Tile(128, 128), 1, RANK, ASSUMED)
 
 
 class Line(NamedTuple):

@@ -445,16 +445,16 @@ def test_roofline_of_a_dense_step_by_hand():
 
 def test_roofline_of_a_pst_step():
     shape, tile = cases.Shape("square", 4096, 4096), roofline.Tile(128, 128)
-    in_loop = {p.name: p for p in roofline.pst_step(shape, 256, 2, roofline.Tiles(tile, tile, tile, 1, "test"))}
-    scratch = {p.name: p for p in roofline.pst_step(shape, 256, 2, roofline.Tiles(None, None, tile, 2, "test"))}
+    in_loop = {p.name: p for p in roofline.pst_step(shape, 256, 2, roofline.Tiles(tile, tile, tile, 1, 24, "test"))}
+    scratch = {p.name: p for p in roofline.pst_step(shape, 256, 2, roofline.Tiles(None, None, tile, 2, 24, "test"))}
     numel, factors = 4096**2, 17 * 8192
     assert in_loop["threshold, warm"].nbytes == 2 * numel + 4 * factors
     assert in_loop["mask bits"].nbytes == 2.125 * numel + 4 * factors
     assert "masked weight for forward" not in in_loop
     assert scratch["masked weight for dx"].nbytes == 4.125 * numel
     assert in_loop["forward GEMM"].nbytes - scratch["forward GEMM"].nbytes == numel / 8
-    # one product of rank 8 for each of the two strips of 128 tokens
-    assert in_loop["forward GEMM"].operations - scratch["forward GEMM"].operations == 2 * 2 * 8 * numel
+    # beta U V, as a product of width 24, for each of the two strips of 128 tokens
+    assert in_loop["forward GEMM"].operations - scratch["forward GEMM"].operations == 2 * 2 * 24 * numel
     # 4096 x 256 and 256 x 4096 operands: a 32 x 2 grid reads the weight twice and x 32 times
     assert in_loop["forward GEMM"].cache_bytes == 2 * (numel + 31 * 256 * 4096) + numel / 8
     partial = 4 * 17 * (4096 * 32 + 4096 * 32)
