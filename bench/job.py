@@ -16,7 +16,7 @@ from .compare import base_version
 from .console import console
 
 QUICK_SECONDS, FULL_SECONDS = 4.0, 8.0
-QUICK_TOTAL = 90.0  # seconds of all quick cases; where a slow machine falls behind, the later cases get fewer rounds
+QUICK_TOTAL = 75.0  # seconds of all quick cases; where a slow machine falls behind, the later cases get fewer rounds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> int:
         for number, case in enumerate(wanted):
             if options.quick:
                 left = (QUICK_TOTAL - (time.perf_counter() - start)) / (len(wanted) - number)
-                settings.seconds = min(settings.seconds, max(0.0, 0.5 * left))
+                settings.seconds = min(settings.seconds, max(0.5, 0.5 * left))
                 settings.min_rounds = 3 if left > 0 else 1
             progress.update(bar, description=str(case))
             if reason := cases.too_much(case, machine):
