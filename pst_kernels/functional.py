@@ -38,6 +38,7 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     if scores.dtype != torch.float32:
         raise TypeError(f"scores must be float32, got {scores.dtype}; use scores.float()")
+    _check_whole("k", k)
     if not 1 <= k <= scores.numel():
         raise ValueError(f"k must be in [1, {scores.numel()}] for {scores.numel()} scores, got {k}")
     return ops.kth_value(scores.detach().contiguous(), k)
@@ -58,7 +59,18 @@ def prune_mask(
     tensor, which stays on its device. Raises ValueError for an int outside [0, weight.numel()] and for wrong shapes.
     """
     _check_factors(weight, U, V, A, B, R, C)
+    if isinstance(num_pruned, Tensor):
+        if num_pruned.dtype != torch.int64 or num_pruned.dim() != 0:
+            raise TypeError(
+                f"num_pruned must be an int or a 0-d int64 tensor, got {num_pruned.dtype} of shape"
+                f" {tuple(num_pruned.shape)}; use torch.tensor(n)"
+            )
+        if num_pruned.device != weight.device:
+            raise ValueError(f"num_pruned is on {num_pruned.device} but weight is on {weight.device}; move it")
+        if num_pruned.device.type == "cpu":  # on a GPU, looking would wait for it
+            num_pruned = int(num_pruned)
     if not isinstance(num_pruned, Tensor):
+        _check_whole("num_pruned", num_pruned)
         if not 0 <= num_pruned <= weight.numel():
             raise ValueError(f"num_pruned must be in [0, {weight.numel()}] for this weight, got {num_pruned}")
         num_pruned = torch.tensor(num_pruned, dtype=torch.int64, device=weight.device)
@@ -86,6 +98,12 @@ def pst_linear(
         y = pst_linear(x, W, bias, U, V, A, B, R, C, mask)
     """
     _check_factors(weight, U, V, A, B, R, C)
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype})")
+    if x.dim() == 0:
+        raise ValueError(f"x must be (..., {weight.shape[1]}) for weight {tuple(weight.shape)}, got a 0-d tensor")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"x has {x.shape[-1]} features in its last dimension, but weight {tuple(weight.shape)} takes"
@@ -149,11 +167,19 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _check_whole(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
+
+
 def _check_factors(weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor) -> None:
     """Shapes, dtypes and devices; one message that names what is off."""
     if weight.dim() != 2:
         raise ValueError(f"weight must be 2-d (out, in), got shape {tuple(weight.shape)}")
     out, columns = weight.shape
+    for name, tensor in (("V", V), ("B", B)):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have shape (rank, {columns}), got {tuple(tensor.shape)}")
     expected = {
         "U": (U, (out, V.shape[0])), "V": (V, (V.shape[0], columns)), "A": (A, (out, B.shape[0])),
         "B": (B, (B.shape[0], columns)), "R": (R, (out,)), "C": (C, (columns,)),

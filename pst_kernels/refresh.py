@@ -1,8 +1,8 @@
 """When a mask is due: computed once per change of what it depends on, not once per forward.
 
-An optimizer step writes its parameters in place, which moves their version counters. Gradient accumulation, evaluation
-and the recomputation of activation checkpointing move nothing, and reuse the mask. `seen` (int64, on the CPU) remembers
-the counters of the last look; it is a tensor so that a compiled graph can carry it.
+A write in place moves a tensor's version counter, except that of a fused optimizer, so optimizer steps are counted too.
+Gradient accumulation, evaluation and the recomputation of activation checkpointing move nothing, and reuse the mask.
+`seen` (int64, on the CPU) remembers the counters of the last look; a tensor, so that a compiled graph can carry it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,26 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _CHANGES, _VALID, _FIRST = 0, 1, 2  # changes since the last refresh, whether the counters count, the counters
+
+
+_optimizer_steps = 0  # of any optimizer in this process: torch.optim.AdamW(fused=True) moves no version counter
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def never_seen(tensors: int) -> Tensor:
     """The state of a mask that was never computed; `tensors` is how many tensors it depends on."""
     # device="cpu": under `with torch.device("meta")` it would be a meta tensor, and every refresh a silent no-op
-    return torch.zeros(_FIRST + 2 * tensors, dtype=torch.int64, device="cpu")
+    return torch.zeros(_FIRST + 2 * tensors + 1, dtype=torch.int64, device="cpu")
 
 
 def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval: int) -> bool:
@@ -50,7 +62,7 @@ def mark_stale(seen: Tensor) -> None:
 def _counters(num_pruned: Tensor, factors: Sequence[Tensor]) -> list[int]:
     # A process group may write the same count anew in every forward, so it is compared by value where reading is free.
     count = [int(num_pruned), 0] if num_pruned.device.type == "cpu" else _counter(num_pruned)
-    return count + [n for factor in factors for n in _counter(factor)]
+    return [*count, _optimizer_steps, *(n for factor in factors for n in _counter(factor))]
 
 
 def _counter(tensor: Tensor) -> list[int]:

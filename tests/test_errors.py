@@ -204,6 +204,17 @@ FUNCTIONAL = {
         )
         for value in (0, -1, 31)
     },
+    "k 2.5": Case(lambda: functional.kth_value(torch.zeros(30), 2.5), TypeError, (r"^k must be a whole number", "2.5")),
+    "num_pruned 2.5": Case(
+        lambda: functional.prune_mask(*factors(), 2.5), TypeError, (r"^num_pruned must be a whole number", "2.5"),
+    ),
+    "num_pruned as a float tensor": Case(
+        lambda: functional.prune_mask(*factors(), torch.tensor(2.5)), TypeError,
+        (r"^num_pruned must be an int or a 0-d int64 tensor", "float32", "torch.tensor"),
+    ),
+    "num_pruned as too large a tensor": Case(
+        lambda: functional.prune_mask(*factors(), torch.tensor(99)), ValueError, (r"^num_pruned must be in", "99"),
+    ),
     "no scores": Case(lambda: functional.kth_value(torch.zeros(0), 1), ValueError, ("^k must be in", "for 0 scores")),
     "scores dtype": Case(
         lambda: functional.kth_value(torch.zeros(3).half(), 1), TypeError,

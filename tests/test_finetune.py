@@ -47,7 +47,7 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
         "--model", str(inputs / "model"), "--train-file", str(inputs / "train.csv"),
         "--validation-file", str(inputs / "validation.jsonl"), "--test-file", str(inputs / "test.jsonl"),
         "--output", str(output), "--steps", str(STEPS), "--save-steps", "7", "--evaluations", "2",
-        "--dropout", "0.1", *RATES, *more,
+        "--dropout", "0.1", "--max-length", "64", *RATES, *more,
     ]  # fmt: skip
 
 

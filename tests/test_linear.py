@@ -73,6 +73,18 @@ def test_one_mask_per_optimizer_step(layer, refreshes):
     assert int((~layer.mask).sum()) == int(layer.weight.numel() * 0.7)
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+def test_every_kind_of_optimizer_is_noticed(layer, refreshes, options):
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1, **options)
+    x = torch.randn(4, 40)
+    for _ in range(3):
+        layer(x).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)
+    assert len(refreshes) == 4
+
+
 def test_recomputation_reuses_the_mask(layer, refreshes):
     x = torch.randn(4, 40, requires_grad=True)
     torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
