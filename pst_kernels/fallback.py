@@ -84,15 +84,17 @@ class _UpdatedRows:
     def masked_into(self, out: Tensor, mask: Tensor) -> Tensor:
         """Fill `out` with M * W' in its dtype."""
         for rows in self.blocks():
-            multiply_into(out[rows], self.updated(rows), self.flags(mask, rows))
+            updated, flags = self.updated(rows), self.flags(mask, rows)
+            multiply_into(out[rows], updated, flags, work=updated)
         return out
 
 
-def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+def multiply_into(out: Tensor, left: Tensor, right: Tensor, work: Tensor) -> None:
+    """out = left * right, by way of `work` where the dtypes differ: a fresh buffer costs as much as the product."""
     if out.dtype == left.dtype:
         torch.mul(left, right, out=out)
     else:
-        out.copy_(left * right)
+        out.copy_(torch.mul(left, right, out=work[: len(left)]))
 
 
 def widened(columns: Tensor) -> Tensor:
@@ -220,7 +222,7 @@ def linear_backward(
         for rows in by_rows.blocks(group.start, group.stop):
             updated, flags = by_rows.updated(rows), by_rows.flags(mask, rows)
             if masked is not None:
-                multiply_into(masked[rows], updated, flags)
+                multiply_into(masked[rows], updated, flags, work=product)
             G = gradient[rows.start - group.start : rows.stop - group.start].to(by_rows.dtype)
             D = torch.mul(G, updated, out=product[: len(G)])
             torch.mm(D, right_of_D, out=dAR[rows])
