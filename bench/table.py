@@ -119,11 +119,16 @@ def spread(rows: Iterable[Row]) -> str:
 
 
 def rewrite_readme(path: Path, rows: Sequence[Row]) -> None:
-    """Put the table between the two markers. Raises ValueError when they are not there, once each and in order."""
+    """Put the benchmark table between its two markers."""
+    replace_between(path, BEGIN, END, markdown(rows))
+
+
+def replace_between(path: Path, begin: str, end: str, table: str) -> None:
+    """Put a table between two markers. Raises ValueError when they are not there, once each and in order."""
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} must hold {BEGIN} and, after it, {END}, once each, around the place of the table")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path} must hold {begin} and, after it, {end}, once each, around the place of the table")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
     with replacing(path) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{markdown(rows)}\n{END}{after}", encoding="utf-8")
+        temporary.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import results, table
+from . import finetune_table, results, table
 from .console import console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, default=results.RESULTS / results.CSV_NAME)
-    parser.add_argument("--readme", type=Path, help=f"rewrite what stands between {table.BEGIN} and {table.END} there")
+    parser.add_argument("--finetune", type=Path, help="results.json of `make finetune`, for the README's first table")
+    parser.add_argument("--readme", type=Path, help="rewrite what stands between the markers of the two tables there")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -20,5 +21,7 @@ def main(options: argparse.Namespace) -> int:
         table.print_rows(rows, console())
     else:
         table.rewrite_readme(options.readme, rows)
-        print(f"{options.readme}: table written from {options.csv}")
+        if options.finetune is not None:
+            finetune_table.rewrite_readme(options.readme, options.finetune)
+        print(f"{options.readme}: written from {options.csv}{f' and {options.finetune}' if options.finetune else ''}")
     return 0
