@@ -113,7 +113,7 @@ class PSTLayer(nn.Module):
             refresh.mark_stale(self._seen)
         with torch.no_grad():
             ops.refresh_mask(
-                self.oriented_weight, *self.factors, self.pst_num_pruned, self.pst_mask,
+                *map(whole, (self.oriented_weight, *self.factors)), self.pst_num_pruned, self.pst_mask,
                 self.pst_guess.view(torch.float32), self._seen, self.config.mask_interval,
                 float(self.config.beta), float(self.config.alpha1), float(self.config.alpha2),
             )  # fmt: skip
@@ -136,11 +136,9 @@ class PSTLayer(nn.Module):
         if self.merged:
             return self.oriented_weight.detach().clone()
         self.refresh_mask()
-        U, V = self.factors[:2]
+        weight, U, V = map(whole, (self.oriented_weight, *self.factors[:2]))
         with torch.no_grad():
-            return ops.masked_weight(
-                self.oriented_weight, U, V, self.pst_mask, float(self.config.beta), self.weight.dtype
-            )
+            return ops.masked_weight(weight, U, V, self.pst_mask, float(self.config.beta), self.weight.dtype)
 
     def merge(self, safe_merge: bool = False) -> None:
         """Put M * W' in the weight's place, for inference; a second call does nothing.
@@ -150,6 +148,11 @@ class PSTLayer(nn.Module):
         """
         if self.merged:
             return
+        if hasattr(self.weight, "full_tensor"):
+            raise RuntimeError(
+                "the weight is sharded over processes and cannot be merged there;"
+                " load the saved state into a model of one process, and merge that"
+            )
         merged = self.masked_weight()
         if safe_merge:
             check_finite(merged, "the merged weight", "lower the learning rate, or merge an earlier checkpoint")
@@ -271,6 +274,11 @@ def _take_over(layer: Any, base: Any, config: PSTConfig | None) -> Any:
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         getattr(layer, hooks).update(getattr(base, hooks))
     return layer.train(base.training)
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself, or all of one that is sharded over processes (a DTensor), which every process must ask for."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def num_pruned_at(numel: int, sparsity: float) -> int:

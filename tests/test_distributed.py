@@ -1,10 +1,11 @@
-"""Two processes on this machine (gloo): DistributedDataParallel trains as one process does."""
+"""Two processes on this machine (gloo): DistributedDataParallel and FSDP2 train as one process does."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import pst_kernels as pst
 from pst_kernels import linear
@@ -42,12 +43,26 @@ def train(model, forward, rank=0, ranks=1):
     return len(made)
 
 
-def run_rank(rank, ranks, port, directory):
+def run_rank(rank, ranks, port, directory, engine):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     model = build()
-    made = train(model, nn.parallel.DistributedDataParallel(model), rank, ranks)
-    torch.save((made, model.state_dict()), f"{directory}/{rank}.pt")
+    if engine == "ddp":
+        forward = nn.parallel.DistributedDataParallel(model)
+    else:
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer)
+        forward = fully_shard(model)
+    made = train(model, forward, rank, ranks)
+    state = {name: linear.whole(tensor) for name, tensor in model.state_dict().items()}
+    refused = ""
+    if engine == "fsdp2":
+        try:
+            model[0].merge()
+        except RuntimeError as error:
+            refused = str(error)
+    torch.save((made, state, refused), f"{directory}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -60,13 +75,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_ddp_equals_one_process(tmp_path, free_port):
-    mp.start_processes(run_rank, (2, free_port, str(tmp_path)), nprocs=2, start_method="spawn")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes_equal_one(tmp_path, free_port, engine):
+    mp.start_processes(run_rank, (2, free_port, str(tmp_path), engine), nprocs=2, start_method="spawn")
     single = build()
     made = train(single, single)
     assert made == 2 * STEPS  # two layers, one mask a step each
-    (first_made, first), (second_made, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first_made == second_made == made
+    (first_made, first, refused), (second_made, second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    if engine == "ddp":
+        assert first_made == second_made == made
+    else:  # parameters gathered anew may be looked at anew
+        assert made <= first_made == second_made <= 2 * made
+        assert "sharded over processes and cannot be merged" in refused
     for name, expected in single.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         if name.endswith("pst_mask"):
