@@ -18,7 +18,7 @@ from .. import env
 
 
 class Target(NamedTuple):
-    """What one architecture offers a thread block and a multiprocessor."""
+    """What one architecture offers a thread block, a multiprocessor and the whole device."""
 
     capability: int | str
     warp_size: int
@@ -27,16 +27,19 @@ class Target(NamedTuple):
     registers: int  # 32-bit, a multiprocessor
     warps: int  # resident, a multiprocessor
     fma_per_cycle: int  # dense 16-bit tensor-core multiply-adds of a multiprocessor
+    multiprocessors: int
+    bandwidth: float  # bytes a second, of device memory
+    rate: float  # 16-bit multiply-adds a second that a good GEMM reaches
 
 
 TARGETS = {
-    "sm_80": Target(80, 32, 166912, 167936, 65536, 64, 1024),
-    "sm_86": Target(86, 32, 101376, 102400, 65536, 48, 512),
-    "sm_89": Target(89, 32, 101376, 102400, 65536, 48, 512),
-    "sm_90": Target(90, 32, 232448, 233472, 65536, 64, 2048),
-    "sm_100": Target(100, 32, 232448, 233472, 65536, 64, 4096),
-    "sm_120": Target(120, 32, 101376, 102400, 65536, 48, 1024),
-    "gfx942": Target("gfx942", 64, 65536, 65536, 131072, 32, 2048),
+    "sm_80": Target(80, 32, 166912, 167936, 65536, 64, 1024, 108, 2.0e12, 125e12),
+    "sm_86": Target(86, 32, 101376, 102400, 65536, 48, 512, 84, 0.94e12, 32e12),
+    "sm_89": Target(89, 32, 101376, 102400, 65536, 48, 512, 128, 1.0e12, 75e12),
+    "sm_90": Target(90, 32, 232448, 233472, 65536, 64, 2048, 132, 3.35e12, 325e12),
+    "sm_100": Target(100, 32, 232448, 233472, 65536, 64, 4096, 148, 8.0e12, 790e12),
+    "sm_120": Target(120, 32, 101376, 102400, 65536, 48, 1024, 170, 1.8e12, 95e12),
+    "gfx942": Target("gfx942", 64, 65536, 65536, 131072, 32, 2048, 304, 5.3e12, 325e12),
 }
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
@@ -86,10 +89,77 @@ class Case(NamedTuple):
     signature, constexprs, attributes, warps and stages as Triton itself binds them. So a launcher must not look at values.
     Two cases that launch the same thing count once.
 
-    A kernel whose main loop feeds tensor cores names the constexprs of its tile BLOCK_OUT, BLOCK_IN and BLOCK_T: the
-    product is the multiply-adds of one loop step, from which the issue slots per tensor-core cycle are computed.
+    A kernel whose main loop feeds tensor cores names the constexprs of its tile BLOCK_ROWS, BLOCK_COLUMNS and BLOCK_DEPTH:
+    their product is the multiply-adds of one loop step, from which the issue slots per tensor-core cycle are computed.
     """
 
     name: str  # "bf16 weight, fp32 factors, aligned"
     call: Callable[[], object]
-    slots: dict[str, float] | None = None  # budget by kernel: issue slots per tensor-core cycle that it must not exceed
+    slots: float | None = None  # budget: issue slots per tensor-core cycle that no main loop of the call may exceed
+
+
+class Tile(NamedTuple):
+    """What one program computes, and with what: rows x columns, stepping over depth."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    slots: float | None = None  # budget of the main loop: issue slots per tensor-core cycle, read from machine code
+
+
+# The masked matmul's rows are the weight's (of its transpose for the input gradient), columns are tokens, depth is what is
+# summed over. By the number of tokens up to which a tile is used; ODD where depth is no multiple of the tile's.
+Table = dict[str, tuple[tuple[int, Tile], ...]]
+ODD = {"half": Tile(64, 32, 32, 4, 2), "mixed": Tile(64, 32, 32, 4, 2), "float": Tile(32, 32, 32, 4, 2)}
+_FLOAT = ((16, Tile(32, 16, 64, 4, 3)), (1 << 30, Tile(64, 32, 32, 4, 3)))
+_AMPERE: Table = {
+    "half": ((16, Tile(64, 16, 64, 4, 4)), (64, Tile(64, 64, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3, 0.55))),
+    "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(64, 64, 64, 4, 3))),
+    "float": _FLOAT,
+}
+_SMALL_SHARED: Table = {
+    "half": ((16, Tile(64, 16, 64, 4, 3)), (64, Tile(64, 64, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 2, 0.55))),
+    "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(64, 64, 64, 4, 2))),
+    "float": _FLOAT,
+}
+_HOPPER: Table = {
+    "half": (
+        (16, Tile(64, 16, 128, 4, 3)), (64, Tile(64, 64, 64, 4, 4)), (128, Tile(128, 128, 64, 8, 3, 0.95)),
+        (1 << 30, Tile(128, 256, 64, 8, 3, 0.50)),
+    ),
+    "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3))),
+    "float": _FLOAT,
+}  # fmt: skip
+_BLACKWELL: Table = {
+    "half": ((16, Tile(64, 16, 64, 4, 4)), (64, Tile(64, 64, 64, 4, 4)), (1 << 30, Tile(128, 128, 64, 8, 3))),
+    "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3))),
+    "float": _FLOAT,
+}
+_AMD: Table = {
+    "half": ((16, Tile(64, 16, 64, 4, 2)), (1 << 30, Tile(64, 64, 64, 4, 2))),
+    "mixed": ((16, Tile(64, 16, 64, 4, 2)), (1 << 30, Tile(64, 64, 32, 4, 2))),
+    "float": _FLOAT,
+}
+MATMUL: dict[str, Table] = {
+    "sm_80": _AMPERE, "sm_86": _SMALL_SHARED, "sm_89": _SMALL_SHARED, "sm_90": _HOPPER, "sm_100": _BLACKWELL,
+    "sm_120": _SMALL_SHARED, "gfx942": _AMD,
+}  # fmt: skip
+
+# Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
+_FLOAT_GRADIENTS = Tile(64, 64, 32, 8, 2)
+GRADIENTS: dict[str, dict[str, Tile]] = {
+    "sm_80": {"half": Tile(128, 64, 32, 8, 3), "mixed": Tile(128, 64, 32, 8, 3), "float": _FLOAT_GRADIENTS},
+    "sm_86": {"half": Tile(128, 64, 32, 8, 3), "mixed": Tile(128, 64, 32, 8, 3), "float": _FLOAT_GRADIENTS},
+    "sm_89": {"half": Tile(128, 64, 32, 8, 3), "mixed": Tile(128, 64, 32, 8, 3), "float": _FLOAT_GRADIENTS},
+    "sm_90": {"half": Tile(128, 128, 64, 8, 3), "mixed": Tile(128, 128, 64, 8, 3), "float": _FLOAT_GRADIENTS},
+    "sm_100": {"half": Tile(128, 128, 64, 8, 3), "mixed": Tile(128, 128, 64, 8, 3), "float": _FLOAT_GRADIENTS},
+    "sm_120": {"half": Tile(128, 64, 32, 8, 3), "mixed": Tile(128, 64, 32, 8, 3), "float": _FLOAT_GRADIENTS},
+    "gfx942": {"half": Tile(64, 64, 32, 4, 2), "mixed": Tile(64, 64, 32, 4, 2), "float": _FLOAT_GRADIENTS},
+}
+
+
+def factor_width(rank: int, split: bool) -> int:
+    """Columns of a padded factor: what tensor cores multiply at once, a power of two from 16; `split` holds three parts."""
+    return max(16, triton.next_power_of_2(3 * rank if split else rank))
