@@ -211,13 +211,13 @@ def factor_gradients(
     dU, dV, dA, dB, dR, dC = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
     weight, stride, along_columns = one_stride(weight)
     architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
-    tile = tiles.gradients(architecture, x.dtype, weight.dtype, rows, columns)
+    tile = tiles.gradients(architecture, x.dtype, weight.dtype)
     given = tokens >= tiles.GIVEN_TOKENS
     g = scratch.get((rows, columns), x.dtype, x.device) if given else x
     if given:
         torch.mm(gy.T, x, out=g)
     across, down = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    shares = 1 if given else tiles.token_shares(architecture, across * down, tokens, tile.depth)
+    shares = 1 if given else tiles.token_shares(architecture, across * down, tokens)
     ranks = rank_w + rank_s + 1
     row_sums = torch.empty((shares * across, rows, ranks), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((shares * down, ranks, columns), dtype=torch.float32, device=x.device)

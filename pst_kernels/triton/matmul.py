@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import WORD, packed_width
-from . import tiles
+from . import scratch, tiles
 from ..fallback import masked_weight
 from .score import checked
 
@@ -317,4 +317,4 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
 
 def masked_in_scratch(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     out = scratch.get(weight.shape, dtype, weight.device)
-    return masked_weight(weight, U, V, mask, beta, dtype, out=out)
+    return out.copy_(masked_weight(weight, U, V, mask, beta, dtype))
