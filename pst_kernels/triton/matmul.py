@@ -30,9 +30,11 @@ from .score import checked
 # Columns in a column of the tile: the two bits come from two words, of which `select` takes the half with even columns or
 # that with odd ones. W itself is an operand only so that its load is pipelined: Triton pipelines what reaches a dot's
 # first two operands, and W enters through the accumulator.
-_PACK = {"bf16": "cvt.rn.bf16x2.f32 v, $2, $1;", "fp16": "cvt.rn.f16x2.f32 v, $2, $1;"}
-_ALONG_DEPTH = "shl.b32 m, ${word}, ${shift}; prmt.b32 m, m, m, ${select};"
-_ALONG_ROWS = "prmt.b32 m, ${word}, ${word1}, ${select}; shl.b32 m, m, ${shift}; prmt.b32 m, m, m, 0xBB99;"
+_PACK = {"bf16": "cvt.rn.bf16x2.f32 %pair, $2, $1;", "fp16": "cvt.rn.f16x2.f32 %pair, $2, $1;"}
+_ALONG_DEPTH = "shl.b32 %keep, ${word}, ${shift}; prmt.b32 %keep, %keep, %keep, ${select};"
+_ALONG_ROWS = (
+    "prmt.b32 %keep, ${word}, ${word1}, ${select}; shl.b32 %keep, %keep, ${shift}; prmt.b32 %keep, %keep, %keep, 0xBB99;"
+)
 
 
 def _assembly(dtype: str, along_rows: bool, wide_weight: bool) -> tuple[str, str]:
@@ -41,7 +43,7 @@ def _assembly(dtype: str, along_rows: bool, wide_weight: bool) -> tuple[str, str
     mask = _ALONG_ROWS if along_rows else _ALONG_DEPTH
     for name, place in places.items():
         mask = mask.replace("${" + name + "}", f"${place}")
-    return f"{{ .reg .b32 v, m; {_PACK[dtype]} {mask} and.b32 $0, v, m; }}", "=r" + ",r" * (first + 5)
+    return f"{{\n.reg .b32 %pair, %keep;\n{_PACK[dtype]} {mask} and.b32 $0, %pair, %keep;\n}}", "=r" + ",r" * (first + 5)
 
 
 _ASSEMBLY = {
