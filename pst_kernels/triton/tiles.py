@@ -151,17 +151,19 @@ MATMUL: dict[str, Table] = {
     "sm_120": _SMALL_SHARED, "gfx942": _AMD,
 }  # fmt: skip
 
-# Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
-_FLOAT_GRADIENTS = Tile(64, 64, 32, 8, 2)
+# Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %. WIDE
+# is for more than 15 ranks, whose products need more registers.
+_FLOAT_GRADIENTS = Tile(64, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
-    "sm_80": {"half": Tile(128, 64, 32, 8, 3), "mixed": Tile(128, 64, 32, 8, 3), "float": _FLOAT_GRADIENTS},
-    "sm_86": {"half": Tile(128, 64, 32, 8, 3), "mixed": Tile(128, 64, 32, 8, 3), "float": _FLOAT_GRADIENTS},
-    "sm_89": {"half": Tile(128, 64, 32, 8, 3), "mixed": Tile(128, 64, 32, 8, 3), "float": _FLOAT_GRADIENTS},
-    "sm_90": {"half": Tile(128, 128, 64, 8, 3), "mixed": Tile(128, 128, 64, 8, 3), "float": _FLOAT_GRADIENTS},
-    "sm_100": {"half": Tile(128, 128, 64, 8, 3), "mixed": Tile(128, 128, 64, 8, 3), "float": _FLOAT_GRADIENTS},
-    "sm_120": {"half": Tile(128, 64, 32, 8, 3), "mixed": Tile(128, 64, 32, 8, 3), "float": _FLOAT_GRADIENTS},
-    "gfx942": {"half": Tile(64, 64, 32, 4, 2), "mixed": Tile(64, 64, 32, 4, 2), "float": _FLOAT_GRADIENTS},
-}
+    name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
+    for name, half in {
+        "sm_80": Tile(128, 64, 32, 8, 3, 0.41), "sm_86": Tile(128, 64, 32, 8, 3, 0.21),
+        "sm_89": Tile(128, 64, 32, 8, 3, 0.21), "sm_90": Tile(128, 128, 64, 8, 3, 0.37),
+        "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.41), "gfx942": Tile(64, 64, 32, 4, 2),
+    }.items()
+}  # fmt: skip
+WIDE = {"sm_90": Tile(128, 64, 64, 8, 3), "sm_100": Tile(128, 64, 64, 8, 3)}
+WIDE_ELSEWHERE = Tile(64, 32, 32, 4, 3)
 
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
 # 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is. Inside
@@ -206,9 +208,11 @@ def matmul(
     return ODD[key] if odd else tile
 
 
-def gradients(architecture: str, x: torch.dtype, weight: torch.dtype) -> Tile:
-    """The tile of G that a program of the gradient kernel makes."""
+def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, width: int) -> Tile:
+    """The tile of G that a program of the gradient kernel makes; `width` is that of a padded factor."""
     key = dtype_key(x, weight)
+    if width > 16 and key != "float":
+        return WIDE.get(architecture, WIDE_ELSEWHERE)
     return _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
 
 
