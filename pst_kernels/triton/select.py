@@ -1,0 +1,454 @@
+"""The exact threshold on the device: the k-th smallest score as (key, flat index), W read once, no scores stored.
+
+Guess, verify, refine, as selection.py does on the CPU, with everything decided on the device:
+
+    bracket   a range of scores that should hold the k-th, from the last threshold or from a sample
+    gather    one read of W: count what lies below the range, collect (key, index) of what lies inside
+    refine    if the count proves that the k-th is inside and all of it was collected, select among those few; done
+    digits    else an exact radix search over W narrows the range, 8 bits a pass, until what lies inside can be
+              collected; five passes at most, the last one over the indices of equal scores; then gather and refine again
+
+All launches are always made: none depends on the host knowing a value. A kernel whose turn it is not returns at once
+(STATUS). No kernel waits for another program, and no loop depends on the data for its end.
+
+A key is the score as an unsigned integer of the same order: -0.0 as 0.0, NaN above everything. Programs meet only in
+integer atomics, and the order in which they collect does not matter, so the result has the same bits in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .score import layouts
+from .tiles import Case
+from .walk import Walk, band, flat_index, hold_right, load_weight, step_score, step_updated, walk, walk_scores
+
+# Slots of the state, int64
+STATUS = tl.constexpr(0)  # whose turn it is
+LOWER = tl.constexpr(1)  # the range of keys, both ends in it
+UPPER = tl.constexpr(2)
+FIRST = tl.constexpr(3)  # where the range is one key: the range of its indices, both ends in it
+LAST = tl.constexpr(4)
+BELOW = tl.constexpr(5)  # how many lie below the range
+COUNT = tl.constexpr(6)  # how many lie in it
+RANK = tl.constexpr(7)  # of the answer among those in the range, from 0: for the digits passes
+TICKET = tl.constexpr(8)  # programs that have finished
+KEY = tl.constexpr(9)  # the answer
+INDEX = tl.constexpr(10)
+ROUTE = tl.constexpr(11)  # how the range was found
+SLOTS = tl.constexpr(16)
+
+SEARCH, COLLECT, FOUND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # STATUS
+GUESS, SAMPLE, EVERYTHING, RADIX = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # ROUTE
+ROUTES = ("guess", "sample", "everything", "radix")
+
+LARGEST_KEY = tl.constexpr(0xFFFFFFFF)
+DIGIT = tl.constexpr(8)
+BINS = tl.constexpr(256)
+KEY_PASSES = tl.constexpr(4)
+SAMPLES = tl.constexpr(16384)
+SMALL = tl.constexpr(4096)  # candidates that one program holds in registers
+CHUNK = tl.constexpr(4096)
+
+# Margins either side of a guess, as fractions of all scores; the widest must fit the room for candidates.
+NARROW, WIDE, WIDEST = tl.constexpr(0.001), tl.constexpr(0.04), tl.constexpr(0.025)
+
+
+def capacity_of(numel: int) -> int:
+    """Room for candidates: a bracket from a sample holds 4 % of many scores; what is smaller is collected whole."""
+    return numel // 16 + 16384
+
+
+@triton.jit
+def key_of(score):
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, ~bits, bits ^ -2147483648)
+    return tl.where(score == score, key, -1).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def score_of(key):
+    bits = key.to(tl.uint32).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ -2147483648, ~bits).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sample_scores(
+    n, p_weight, p_u, p_v, p_a, p_b, p_r, p_c, numel, columns, stride_row, stride_column, beta, alpha1, alpha2,
+    RANK_W: tl.constexpr, RANK_S: tl.constexpr,
+):  # fmt: skip
+    """Scores at the n-th of SAMPLES places, one at random in each of as many equal stretches, the same every time."""
+    wide = n.to(tl.int64)
+    start = wide * numel // SAMPLES
+    length = (wide + 1) * numel // SAMPLES - start
+    noise = n.to(tl.uint32) * 2654435761
+    noise = (noise ^ (noise >> 15)) * 2246822519
+    index = start + (noise ^ (noise >> 13)).to(tl.int64) % length
+    if p_u is None:
+        return tl.load(p_weight + index)
+    row, column = index // columns, index % columns
+    b_uv = tl.zeros([n.shape[0]], tl.float32)
+    for k in range(RANK_W):
+        b_v = tl.load(p_v + tl.full([], columns, tl.int64) * k + column).to(tl.float32)
+        b_uv = tl.fma(tl.load(p_u + row * RANK_W + k).to(tl.float32), b_v, b_uv)
+    b_ab = tl.zeros([n.shape[0]], tl.float32)
+    for k in range(RANK_S):
+        b_b = tl.load(p_b + tl.full([], columns, tl.int64) * k + column).to(tl.float32)
+        b_ab = tl.fma(tl.load(p_a + row * RANK_S + k).to(tl.float32), b_b, b_ab)
+    b_weight = tl.load(p_weight + row * stride_row + column * stride_column).to(tl.float32)
+    b_one = tl.load(p_r + row).to(tl.float32) + tl.load(p_c + column).to(tl.float32)
+    return tl.abs(b_weight + beta * b_uv) + alpha1 * b_ab + alpha2 * b_one
+
+
+@triton.jit
+def bracket_kernel(
+    p_state, p_bins, p_guess, p_pruned, p_sample,
+    p_weight, p_u, p_v, p_a, p_b, p_r, p_c, numel, columns, stride_row, stride_column, beta, alpha1, alpha2, capacity,
+    RANK_W: tl.constexpr, RANK_S: tl.constexpr,
+):  # fmt: skip
+    """One program. Resets the state and proposes a range of keys."""
+    k = tl.load(p_pruned).to(tl.int64)
+    fraction = k.to(tl.float32) / tl.full([], numel, tl.int64).to(tl.float32)
+    lower = tl.full([], 0, tl.int64)
+    upper = tl.full([], LARGEST_KEY, tl.int64)
+    route = tl.full([], EVERYTHING, tl.int64)
+    if numel > capacity:
+        route = tl.full([], SAMPLE, tl.int64)
+        if p_guess is not None:
+            value, slope = tl.load(p_guess), tl.load(p_guess + 1)
+            moved = fraction - tl.load(p_guess + 2)
+            centre = value + slope * moved
+            half = slope * tl.minimum(tl.load(p_guess + 3) + 0.25 * tl.abs(moved), WIDEST)
+            if (centre - half <= centre) & (centre <= centre + half):  # false for NaN
+                lower = key_of(centre - half).to(tl.int64)
+                upper = key_of(centre + half).to(tl.int64)
+                route = tl.full([], GUESS, tl.int64)
+        if (route == SAMPLE) & (k > 0):
+            for start in range(0, SAMPLES, 1024):
+                n = start + tl.arange(0, 1024)
+                b_score = sample_scores(
+                    n, p_weight, p_u, p_v, p_a, p_b, p_r, p_c, numel, columns, stride_row, stride_column,
+                    beta, alpha1, alpha2, RANK_W, RANK_S,
+                )  # fmt: skip
+                tl.store(p_sample + n, key_of(b_score).to(tl.int32, bitcast=True))
+            tl.debug_barrier()
+            # The rank of the answer in the sample is binomial: five standard deviations either side.
+            spread = 5.0 * tl.sqrt(fraction * SAMPLES * (1.0 - fraction)) + 2.0
+            low_rank = tl.floor(fraction * SAMPLES - spread).to(tl.int32)
+            high_rank = tl.ceil(fraction * SAMPLES + spread).to(tl.int32)
+            b_key = tl.load(p_sample + tl.arange(0, SAMPLES)).to(tl.uint32, bitcast=True)
+            upper = tl.full([], 0, tl.int64)
+            for bit in range(32):  # the largest key that has at most `rank` keys below it is the one of that rank
+                step = tl.full([], 1, tl.int64) << (31 - bit)
+                fewer = tl.sum((b_key < (lower + step).to(tl.uint32)).to(tl.int32), 0)
+                lower = tl.where(fewer <= low_rank, lower + step, lower)
+                fewer = tl.sum((b_key < (upper + step).to(tl.uint32)).to(tl.int32), 0)
+                upper = tl.where(fewer <= high_rank, upper + step, upper)
+            lower = tl.where(low_rank < 0, 0, lower)
+            upper = tl.where(high_rank >= SAMPLES, LARGEST_KEY, upper)
+    slot = tl.arange(0, SLOTS)
+    state = tl.where(k > 0, COLLECT, FOUND).to(tl.int64) + tl.zeros([SLOTS], tl.int64)
+    state = tl.where(slot == STATUS, state, 0)
+    state = tl.where(slot == LOWER, lower, state)
+    state = tl.where(slot == UPPER, upper, state)
+    state = tl.where(slot == LAST, tl.full([], numel, tl.int64) - 1, state)
+    state = tl.where(slot == INDEX, -1, state)  # nothing is pruned up to (0, -1): the answer for k = 0
+    state = tl.where(slot == ROUTE, route, state)
+    tl.store(p_state + slot, state)
+    tl.store(p_bins + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
+
+
+@triton.jit
+def gather_kernel(
+    p_state, p_key, p_index,
+    p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
+    n_i, n_j, stride_i, stride_j, span, numel, capacity, beta, alpha1, alpha2,
+    RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    """Counts what lies below the range, collects what lies inside. TIES: the range may be one key and some indices."""
+    if tl.load(p_state + STATUS) != COLLECT:
+        return
+    lower = tl.load(p_state + LOWER).to(tl.uint32)
+    upper = tl.load(p_state + UPPER).to(tl.uint32)
+    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
+    held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
+    if p_right_1 is not None:
+        b_right_1 = tl.load(p_right_1 + j, mask=m_j, other=0.0).to(tl.float32)
+    b_below = tl.zeros([BLOCK_J], tl.int32)
+    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+        i = first_i + step + tl.arange(0, BLOCK_I)
+        m_i = i < n_i
+        m_tile = m_i[:, None] & m_j[None, :]
+        index = flat_index(i, j, n_i, n_j, TRANSPOSED)
+        if p_right_1 is None:
+            m_tile = m_tile & (index < numel)
+            b_score = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
+        else:
+            b_updated = step_updated(
+                p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
+                RANK_W, UNIT, TRANSPOSED, HELD,
+            )  # fmt: skip
+            b_score = step_score(
+                b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
+                RANK_S, TRANSPOSED, HELD,
+            )  # fmt: skip
+        b_key = key_of(b_score)
+        below = b_key < lower
+        inside = m_tile & (b_key >= lower) & (b_key <= upper)
+        if TIES:
+            first, last = tl.load(p_state + FIRST), tl.load(p_state + LAST)
+            below = below | ((b_key == lower) & (index < first))
+            inside = inside & (index >= first) & (index <= last)
+        b_below += tl.sum((m_tile & below).to(tl.int32), 0)
+        b_inside = inside.to(tl.int32)
+        b_column = tl.sum(b_inside, 0)
+        found = tl.sum(b_column, 0)
+        if found > 0:
+            start = tl.atomic_add(p_state + COUNT, found.to(tl.int64))
+            before = (tl.cumsum(b_column, 0) - b_column)[None, :] + tl.cumsum(b_inside, 0) - b_inside
+            slot = start + before
+            m_slot = inside & (slot < capacity)
+            tl.store(p_key + slot, b_key.to(tl.int32, bitcast=True), mask=m_slot)
+            tl.store(p_index + slot, index.to(p_index.dtype.element_ty), mask=m_slot)
+    tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64))
+
+
+@triton.jit
+def bin_of_rank(b_bins, rank):
+    """The bin that holds the element of this rank, and the rank in it."""
+    b_through = tl.cumsum(b_bins, 0)
+    place = tl.sum((b_through <= rank).to(tl.int32), 0)
+    return place.to(tl.int64), rank - tl.sum(tl.where(tl.arange(0, BINS) < place, b_bins, 0), 0)
+
+
+@triton.jit
+def refine_kernel(p_state, p_key, p_index, p_guess, p_pruned, numel, capacity, index_bits, UPDATE: tl.constexpr):
+    """One program. Selects among the candidates if the answer is proven to be one of them, else asks for a search."""
+    if tl.load(p_state + STATUS) != COLLECT:
+        return
+    k = tl.load(p_pruned).to(tl.int64)
+    count = tl.load(p_state + COUNT)
+    rank = k - tl.load(p_state + BELOW) - 1
+    one = tl.full([], 1, tl.int64)
+    if (rank < 0) | (rank >= count) | (count > capacity):
+        tl.store(p_state + RANK, k - 1)
+        tl.store(p_state + LOWER, one - 1)
+        tl.store(p_state + UPPER, one - 1 + LARGEST_KEY)
+        tl.store(p_state + ROUTE, one - 1 + RADIX)
+        tl.store(p_state + STATUS, one - 1 + SEARCH)
+        return
+    key = tl.full([], 0, tl.int64)
+    index = tl.full([], 0, tl.int64)
+    if count <= SMALL:
+        n = tl.arange(0, SMALL)
+        m_n = n < count
+        b_key = tl.load(p_key + n, mask=m_n, other=-1).to(tl.uint32, bitcast=True)
+        b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64)
+        for bit in range(32):
+            step = one << (31 - bit)
+            fewer = tl.sum((m_n & (b_key < (key + step).to(tl.uint32))).to(tl.int32), 0)
+            key = tl.where(fewer <= rank, key + step, key)
+        rank -= tl.sum((m_n & (b_key < key.to(tl.uint32))).to(tl.int32), 0)
+        m_n = m_n & (b_key == key.to(tl.uint32))
+        for bit in range(index_bits):
+            step = one << (index_bits - 1 - bit)
+            fewer = tl.sum((m_n & (b_index < index + step)).to(tl.int32), 0)
+            index = tl.where(fewer <= rank, index + step, index)
+    else:
+        rank = rank.to(tl.int32)
+        for digit in range(KEY_PASSES):
+            shift = 32 - DIGIT * (digit + 1)
+            b_bins = tl.zeros([BINS], tl.int32)
+            for start in range(0, count.to(tl.int32), CHUNK):
+                n = start + tl.arange(0, CHUNK)
+                m_n = n < count
+                b_key = tl.load(p_key + n, mask=m_n, other=0).to(tl.uint32, bitcast=True).to(tl.int64) >> shift
+                m_n = m_n & ((b_key >> DIGIT) == key)
+                b_bins += tl.histogram((b_key & (BINS - 1)).to(tl.int32), BINS, mask=m_n)
+            place, rank = bin_of_rank(b_bins, rank)
+            key = (key << DIGIT) | place
+        passes = (index_bits + DIGIT - 1) // DIGIT
+        for digit in range(passes):
+            shift = DIGIT * (passes - 1 - digit)
+            b_bins = tl.zeros([BINS], tl.int32)
+            for start in range(0, count.to(tl.int32), CHUNK):
+                n = start + tl.arange(0, CHUNK)
+                m_n = n < count
+                b_key = tl.load(p_key + n, mask=m_n, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+                b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64) >> shift
+                m_n = m_n & (b_key == key) & ((b_index >> DIGIT) == index)
+                b_bins += tl.histogram((b_index & (BINS - 1)).to(tl.int32), BINS, mask=m_n)
+            place, rank = bin_of_rank(b_bins, rank)
+            index = (index << DIGIT) | place
+    if UPDATE:
+        update_guess(p_guess, p_state, key, count, k, numel)
+    tl.store(p_state + KEY, key)
+    tl.store(p_state + INDEX, index)
+    tl.store(p_state + STATUS, one - 1 + FOUND)
+
+
+@triton.jit
+def update_guess(p_guess, p_state, key, count, k, numel):
+    """The next guess; its slope is that of the range, its margin twice what this guess was off by."""
+    value = score_of(key)
+    size = tl.full([], numel, tl.int64).to(tl.float32)
+    fraction = k.to(tl.float32) / size
+    width = score_of(tl.load(p_state + UPPER)) - score_of(tl.load(p_state + LOWER))
+    slope = width * (size / count.to(tl.float32))
+    slope = tl.where((slope >= 0.0) & (slope < float("inf")), slope, 0.0)
+    last = tl.load(p_guess) + tl.load(p_guess + 1) * (fraction - tl.load(p_guess + 2))
+    margin = 2.0 * tl.abs(value - last) / slope
+    margin = tl.where(margin > NARROW, margin, NARROW)
+    margin = tl.where((last == last) & (slope > 0.0) & (margin < WIDE), margin, WIDE)
+    tl.store(p_guess, value)
+    tl.store(p_guess + 1, slope)
+    tl.store(p_guess + 2, fraction)
+    tl.store(p_guess + 3, margin)
+
+
+@triton.jit
+def digits_kernel(
+    p_state, p_bins,
+    p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
+    n_i, n_j, stride_i, stride_j, span, numel, capacity, beta, alpha1, alpha2, shift,
+    RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, INDICES: tl.constexpr,
+):  # fmt: skip
+    """Counts the range's scores by the next 8 bits of their keys (INDICES: of the indices of one key); narrows the range."""
+    if tl.load(p_state + STATUS) != SEARCH:
+        return
+    lower = tl.load(p_state + LOWER)
+    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
+    held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
+    if p_right_1 is not None:
+        b_right_1 = tl.load(p_right_1 + j, mask=m_j, other=0.0).to(tl.float32)
+    b_bins = tl.zeros([BINS], tl.int32)
+    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+        i = first_i + step + tl.arange(0, BLOCK_I)
+        m_i = i < n_i
+        m_tile = m_i[:, None] & m_j[None, :]
+        index = flat_index(i, j, n_i, n_j, TRANSPOSED)
+        if p_right_1 is None:
+            m_tile = m_tile & (index < numel)
+            b_score = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
+        else:
+            b_updated = step_updated(
+                p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
+                RANK_W, UNIT, TRANSPOSED, HELD,
+            )  # fmt: skip
+            b_score = step_score(
+                b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
+                RANK_S, TRANSPOSED, HELD,
+            )  # fmt: skip
+        b_key = key_of(b_score)
+        if INDICES:
+            m_tile = m_tile & (b_key == lower.to(tl.uint32))
+            b_digit = (index >> shift).to(tl.int32)
+        else:
+            b_offset = b_key.to(tl.int64) - lower  # the range is aligned: its keys share all higher bits
+            m_tile = m_tile & ((b_offset >> shift) >= 0) & ((b_offset >> shift) < BINS)
+            b_digit = (b_offset >> shift).to(tl.int32)
+        b_digit = tl.reshape(tl.where(m_tile, b_digit, 0), [BLOCK_I * BLOCK_J])
+        b_bins += tl.histogram(b_digit, BINS, mask=tl.reshape(m_tile, [BLOCK_I * BLOCK_J]))
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(p_bins + bins, b_bins, mask=b_bins > 0)
+    tl.debug_barrier()
+    if tl.atomic_add(p_state + TICKET, tl.full([], 1, tl.int64), sem="acq_rel") == tl.num_programs(0) - 1:
+        b_bins = tl.atomic_xchg(p_bins + bins, tl.zeros([BINS], tl.int32))  # read where the atomics were, and reset
+        place, rank = bin_of_rank(b_bins, tl.load(p_state + RANK))
+        inside = tl.sum(tl.where(bins == place, b_bins, 0), 0)
+        one = tl.full([], 1, tl.int64)
+        if INDICES:
+            tl.store(p_state + FIRST, place << shift)
+            tl.store(p_state + LAST, ((place + 1) << shift) - 1)
+        else:
+            tl.store(p_state + LOWER, lower + (place << shift))
+            tl.store(p_state + UPPER, lower + ((place + 1) << shift) - 1)
+        tl.store(p_state + RANK, rank)
+        tl.store(p_state + TICKET, one - 1)
+        tl.store(p_state + COUNT, one - 1)
+        tl.store(p_state + BELOW, one - 1)
+        if INDICES | (inside <= capacity):
+            tl.store(p_state + STATUS, one - 1 + COLLECT)
+
+
+class Threshold(NamedTuple):
+    """Where the search ended; `state` holds KEY and INDEX for the kernels that prune by them."""
+
+    state: Tensor  # int64 (SLOTS,)
+
+    def key_and_index(self) -> tuple[Tensor, Tensor]:
+        return self.state[KEY.value], self.state[INDEX.value]
+
+    def route(self) -> str:
+        """Which way the range was found; waits for the device."""
+        return ROUTES[int(self.state[ROUTE.value])]
+
+
+def search(
+    over: Walk, given: tuple, numel: int, num_pruned: Tensor, guess: Tensor | None, scales: tuple[float, float, float]
+) -> Threshold:
+    """Run the search. `given` is what a sample is taken from: (weight, U, V, A, B, R, C), or (scores, None, ...)."""
+    weight, capacity, index_bits = given[0], capacity_of(numel), max(1, (numel - 1).bit_length())
+    state = weight.new_empty(SLOTS.value, dtype=torch.int64)
+    bins = weight.new_empty(BINS.value, dtype=torch.int32)
+    key = weight.new_empty(capacity, dtype=torch.int32)
+    index = weight.new_empty(capacity, dtype=torch.int32 if numel < 2**31 else torch.int64)
+    columns, strides = (weight.shape[1], weight.stride()) if weight.dim() == 2 else (numel, (numel, 1))
+    ranks = {name: over.constants[name] for name in ("RANK_W", "RANK_S")}
+    bracket_kernel[(1,)](
+        state, bins, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity, **ranks, num_warps=8
+    )
+    tile = {key: value for key, value in over.tile.items() if key != "num_stages"}
+    constants = {**over.constants, "STAGES": over.tile["num_stages"], **tile}
+    common = (*over.operands, *over.shape, numel, capacity, *scales)
+
+    def collect(ties: bool) -> None:
+        gather_kernel[over.grid](state, key, index, *common, **constants, TIES=ties)
+        refine_kernel[(1,)](
+            state, key, index, guess, num_pruned, numel, capacity, index_bits, UPDATE=guess is not None, num_warps=16
+        )
+
+    collect(ties=False)
+    if numel > capacity:  # else everything was collected, which cannot miss
+        for digit in range(KEY_PASSES.value + 1):
+            ties = digit == KEY_PASSES.value
+            shift = max(0, index_bits - DIGIT.value) if ties else 32 - DIGIT.value * (digit + 1)
+            digits_kernel[over.grid](state, bins, *common, shift, **constants, INDICES=ties)
+        collect(ties=True)
+    return Threshold(state)
+
+
+def threshold(
+    weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
+    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
+) -> Threshold:  # fmt: skip
+    """The num_pruned-th smallest score of a weight; updates `guess`."""
+    over = walk(weight, [(U, V), (A, B), (R, C)])
+    given = (weight, *(factor.contiguous() for factor in (U, V, A, B, R, C)))
+    return search(over, given, weight.numel(), num_pruned, guess, (beta, alpha1, alpha2))
+
+
+def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    flat = scores.reshape(-1)
+    rank = torch.full((), k, dtype=torch.int64, device=scores.device)
+    found = search(walk_scores(flat), (flat, *[None] * 6), flat.numel(), rank, None, (1.0, 1.0, 1.0))
+    index = found.state[INDEX.value].clone()
+    return flat.take(index), index  # indexing by a tensor would wait for the device
+
+
+def cases() -> Iterator[Case]:
+    for name, tensors in layouts():
+        pruned = torch.empty((), dtype=torch.int64, device="meta")
+        guess = torch.empty(4, device="meta")
+        yield Case(name, lambda t=tensors, p=pruned, g=guess: threshold(*t, p, g, 1.0, 1.0, 1.0))
+    yield Case("scores", lambda: kth_value(torch.empty(1 << 20, device="meta"), 1))

@@ -1,0 +1,178 @@
+"""How the kernels that read all of W walk over it: one read of W, and the factors read as rarely as it goes.
+
+A program owns BLOCK_J neighbours along j and a band of `span` along i, through which it steps BLOCK_I at a time. The
+right factors of its j stay in registers for the whole band. The left factors of a step and its tile of W travel through
+shared memory one step ahead (`num_stages`), so that what is broadcast to all threads is read once, not once a thread.
+
+(i, j) is (row, column) of W, or (column, row) where W is stored transposed (Conv1D): then U and V, A and B, R and C change
+places, and the operands of products and sums with them, which leaves every bit of a score as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .score import checked, low_rank_step, score_from, updated_from
+
+BLOCK_I, BLOCK_J = 16, 512
+LONGEST = 512  # band; a longer one saves little: it reads 64 bytes of factors for each j, at ranks 8 + 8
+WIDTH = BLOCK_J  # the matrix that a flat vector of scores is walked as
+
+
+@triton.jit
+def load_left(p_left, k, i, m_i, n_i, RANK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    offset = tl.full([], n_i, tl.int64) * k + i if TRANSPOSED else i * RANK + k
+    return tl.load(p_left + offset, mask=m_i, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_right(p_right, k, j, m_j, n_j, RANK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    offset = j * RANK + k if TRANSPOSED else tl.full([], n_j, tl.int64) * k + j
+    return tl.load(p_right + offset, mask=m_j, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def hold_right(p_right, j, m_j, n_j, RANK: tl.constexpr, HELD: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The right factor of a program's j, a vector a rank, where there are registers for it."""
+    held = ()
+    if HELD:
+        for k in tl.static_range(RANK):
+            held = held + (load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED),)
+    return held
+
+
+@triton.jit
+def low_rank(
+    p_left, p_right, held, i, j, m_i, m_j, n_i, n_j,
+    RANK: tl.constexpr, HELD: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    b_sum = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    if HELD:
+        for k in tl.static_range(RANK):
+            b_left = load_left(p_left, k, i, m_i, n_i, RANK, TRANSPOSED)
+            b_sum = low_rank_step(b_sum, b_left, held[k])
+    else:
+        for k in range(RANK):
+            b_left = load_left(p_left, k, i, m_i, n_i, RANK, TRANSPOSED)
+            b_right = load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED)
+            b_sum = low_rank_step(b_sum, b_left, b_right)
+    return b_sum
+
+
+@triton.jit
+def band(n_j, span, BLOCK_J: tl.constexpr, VECTOR: tl.constexpr):
+    """This program's first i, its j, and which of these exist."""
+    across = tl.cdiv(n_j, BLOCK_J)
+    program = tl.program_id(0)
+    j = (program % across).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
+    # No more neighbours than VECTOR to a thread: the held factors take that many registers a rank.
+    return (program // across).to(tl.int64) * span, tl.max_contiguous(j, VECTOR), j < n_j
+
+
+@triton.jit
+def load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT: tl.constexpr):
+    offset = i[:, None] * stride_i + (j[None, :] if UNIT else j[None, :] * stride_j)
+    return tl.load(p_weight + offset, mask=m_tile, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def step_updated(
+    p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
+    RANK_W: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """W' of one step's tile."""
+    b_weight = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
+    b_uv = low_rank(p_left_w, p_right_w, held_w, i, j, m_i, m_j, n_i, n_j, RANK_W, HELD, TRANSPOSED)
+    return updated_from(b_weight, b_uv, beta)
+
+
+@triton.jit
+def step_score(
+    b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
+    RANK_S: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """S of one step's tile, from its W'."""
+    b_ab = low_rank(p_left_s, p_right_s, held_s, i, j, m_i, m_j, n_i, n_j, RANK_S, HELD, TRANSPOSED)
+    b_left_1 = tl.load(p_left_1 + i, mask=m_i, other=0.0).to(tl.float32)
+    return score_from(b_updated, b_ab, b_left_1[:, None], b_right_1[None, :], alpha1, alpha2)
+
+
+@triton.jit
+def flat_index(i, j, n_i, n_j, TRANSPOSED: tl.constexpr):
+    """Position in the flattened W, int64."""
+    return j[None, :] * n_i + i[:, None] if TRANSPOSED else i[:, None] * n_j + j[None, :]
+
+
+class Walk(NamedTuple):
+    """One launch over all of W: its grid, its arguments in the order of every kernel here, its constants and its tile."""
+
+    grid: tuple[int]
+    operands: tuple[Any, ...]  # weight, and left and right of UV, AB and R + C; None where the kernel takes scores
+    shape: tuple[int, int, int, int, int]  # n_i, n_j, stride_i, stride_j, span
+    constants: dict[str, Any]
+    tile: dict[str, int]
+
+
+def tile_of(ranks: int) -> dict[str, Any]:
+    """The tile for so many ranks in all, the same on every target: registers for held factors decide.
+
+    168 registers at 16 ranks, as compiled for sm_90.
+    """
+    if ranks <= 16:
+        return {"HELD": True, "VECTOR": 4, "num_warps": 4, "num_stages": 2}
+    if ranks <= 32:
+        return {"HELD": True, "VECTOR": 2, "num_warps": 8, "num_stages": 2}
+    return {"HELD": False, "VECTOR": 4, "num_warps": 8, "num_stages": 2}
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs' worth of hardware there is to fill: one where programs run one after another."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def span_of(n_i: int, n_j: int, device: torch.device) -> int:
+    """The longest band that leaves two programs to every multiprocessor; a shorter one reads the factors more often."""
+    wanted = 2 * multiprocessors(device)
+    bands = -(-wanted // -(-n_j // BLOCK_J))
+    return max(BLOCK_I, min(LONGEST, n_i // bands // BLOCK_I * BLOCK_I))
+
+
+def walk(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Walk:
+    """Over a weight of any strides; `pairs` are (left, right) factors, such as (U, V), (A, B), (R, C)."""
+    checked_weight, factors = checked(weight, *(f for pair in pairs for f in pair))
+    lefts, rights = factors[0::2], factors[1::2]
+    (n_i, n_j), (stride_i, stride_j) = weight.shape, weight.stride()
+    ranks = [left.shape[1] for left in lefts if left.dim() == 2]
+    transposed = stride_i == 1 and stride_j != 1 and n_i > 1
+    if transposed:
+        lefts, rights, n_i, n_j, stride_i, stride_j = rights, lefts, n_j, n_i, stride_j, stride_i
+    span = span_of(n_i, n_j, weight.device)
+    operands = (checked_weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
+    tile = tile_of(sum(ranks))
+    constants = {
+        "UNIT": stride_j == 1 or n_j == 1, "TRANSPOSED": transposed, "HELD": tile.pop("HELD"),
+        "VECTOR": tile.pop("VECTOR"), "BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J,
+        **{name: rank for name, rank in zip(("RANK_W", "RANK_S"), ranks, strict=False)},
+    }  # fmt: skip
+    grid = (triton.cdiv(n_i, span) * triton.cdiv(n_j, BLOCK_J),)
+    return Walk(grid, operands, (n_i, n_j, stride_i, stride_j, span), constants, tile)
+
+
+def walk_scores(scores: Tensor) -> Walk:
+    """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
+    rows = triton.cdiv(scores.numel(), WIDTH)
+    span = span_of(rows, WIDTH, scores.device)
+    tile = tile_of(0)
+    constants = {
+        "UNIT": True, "TRANSPOSED": False, "HELD": tile.pop("HELD"), "VECTOR": tile.pop("VECTOR"),
+        "BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J, "RANK_W": 0, "RANK_S": 0,
+    }  # fmt: skip
+    return Walk((triton.cdiv(rows, span),), (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, span), constants, tile)
