@@ -11,23 +11,22 @@ Guess, verify, refine, as selection.py does on the CPU, with everything decided 
 All launches are always made: none depends on the host knowing a value. A kernel whose turn it is not returns at once
 (STATUS). No kernel waits for another program, and no loop depends on the data for its end.
 
-A key is the score as an unsigned integer of the same order: -0.0 as 0.0, NaN above everything. Programs meet only in
+A key is the score as an int32 of the same order: -0.0 as 0.0, NaN above everything. Programs meet only in
 integer atomics, and the order in which they collect does not matter, so the result has the same bits in any order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .score import layouts
+from .score import layouts, score_from, updated_from
 from .tiles import Case
-from .walk import Walk, band, flat_index, hold_right, load_weight, step_score, step_updated, walk, walk_scores
+from .walk import RARE, Walk, band, flat_index, hold_right, load_weight, step_score, step_updated, walk, walk_scores
 
 # Slots of the state, int64
 STATUS = tl.constexpr(0)  # whose turn it is
@@ -67,15 +66,24 @@ def capacity_of(numel: int) -> int:
 
 @triton.jit
 def key_of(score):
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, ~bits, bits ^ -2147483648)
-    return tl.where(score == score, key, -1).to(tl.uint32, bitcast=True)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0
+    return tl.where(score == score, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
 @triton.jit
 def score_of(key):
-    bits = key.to(tl.uint32).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ -2147483648, ~bits).to(tl.float32, bitcast=True)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unsigned(key):
+    """Keys from 0, for arithmetic on their digits."""
+    return key.to(tl.int64) + 2147483648
+
+
+@triton.jit
+def signed(key):
+    return (key - 2147483648).to(tl.int32)
 
 
 @triton.jit
@@ -91,19 +99,21 @@ def sample_scores(
     noise = (noise ^ (noise >> 15)) * 2246822519
     index = start + (noise ^ (noise >> 13)).to(tl.int64) % length
     if p_u is None:
-        return tl.load(p_weight + index)
-    row, column = index // columns, index % columns
-    b_uv = tl.zeros([n.shape[0]], tl.float32)
-    for k in range(RANK_W):
-        b_v = tl.load(p_v + tl.full([], columns, tl.int64) * k + column).to(tl.float32)
-        b_uv = tl.fma(tl.load(p_u + row * RANK_W + k).to(tl.float32), b_v, b_uv)
-    b_ab = tl.zeros([n.shape[0]], tl.float32)
-    for k in range(RANK_S):
-        b_b = tl.load(p_b + tl.full([], columns, tl.int64) * k + column).to(tl.float32)
-        b_ab = tl.fma(tl.load(p_a + row * RANK_S + k).to(tl.float32), b_b, b_ab)
-    b_weight = tl.load(p_weight + row * stride_row + column * stride_column).to(tl.float32)
-    b_one = tl.load(p_r + row).to(tl.float32) + tl.load(p_c + column).to(tl.float32)
-    return tl.abs(b_weight + beta * b_uv) + alpha1 * b_ab + alpha2 * b_one
+        b_score = tl.load(p_weight + index)
+    else:
+        row, column = index // columns, index % columns
+        b_uv = tl.zeros([n.shape[0]], tl.float32)
+        for k in range(RANK_W):
+            b_v = tl.load(p_v + tl.full([], columns, tl.int64) * k + column).to(tl.float32)
+            b_uv = tl.fma(tl.load(p_u + row * RANK_W + k).to(tl.float32), b_v, b_uv)
+        b_ab = tl.zeros([n.shape[0]], tl.float32)
+        for k in range(RANK_S):
+            b_b = tl.load(p_b + tl.full([], columns, tl.int64) * k + column).to(tl.float32)
+            b_ab = tl.fma(tl.load(p_a + row * RANK_S + k).to(tl.float32), b_b, b_ab)
+        b_weight = tl.load(p_weight + row * stride_row + column * stride_column).to(tl.float32)
+        b_r, b_c = tl.load(p_r + row).to(tl.float32), tl.load(p_c + column).to(tl.float32)
+        b_score = score_from(updated_from(b_weight, b_uv, beta), b_ab, b_r, b_c, alpha1, alpha2)
+    return b_score
 
 
 @triton.jit
@@ -126,8 +136,8 @@ def bracket_kernel(
             centre = value + slope * moved
             half = slope * tl.minimum(tl.load(p_guess + 3) + 0.25 * tl.abs(moved), WIDEST)
             if (centre - half <= centre) & (centre <= centre + half):  # false for NaN
-                lower = key_of(centre - half).to(tl.int64)
-                upper = key_of(centre + half).to(tl.int64)
+                lower = unsigned(key_of(centre - half))
+                upper = unsigned(key_of(centre + half))
                 route = tl.full([], GUESS, tl.int64)
         if (route == SAMPLE) & (k > 0):
             for start in range(0, SAMPLES, 1024):
@@ -136,19 +146,19 @@ def bracket_kernel(
                     n, p_weight, p_u, p_v, p_a, p_b, p_r, p_c, numel, columns, stride_row, stride_column,
                     beta, alpha1, alpha2, RANK_W, RANK_S,
                 )  # fmt: skip
-                tl.store(p_sample + n, key_of(b_score).to(tl.int32, bitcast=True))
+                tl.store(p_sample + n, key_of(b_score))
             tl.debug_barrier()
             # The rank of the answer in the sample is binomial: five standard deviations either side.
             spread = 5.0 * tl.sqrt(fraction * SAMPLES * (1.0 - fraction)) + 2.0
             low_rank = tl.floor(fraction * SAMPLES - spread).to(tl.int32)
             high_rank = tl.ceil(fraction * SAMPLES + spread).to(tl.int32)
-            b_key = tl.load(p_sample + tl.arange(0, SAMPLES)).to(tl.uint32, bitcast=True)
+            b_key = tl.load(p_sample + tl.arange(0, SAMPLES))
             upper = tl.full([], 0, tl.int64)
             for bit in range(32):  # the largest key that has at most `rank` keys below it is the one of that rank
                 step = tl.full([], 1, tl.int64) << (31 - bit)
-                fewer = tl.sum((b_key < (lower + step).to(tl.uint32)).to(tl.int32), 0)
+                fewer = tl.sum((b_key < signed(lower + step)).to(tl.int32), 0)
                 lower = tl.where(fewer <= low_rank, lower + step, lower)
-                fewer = tl.sum((b_key < (upper + step).to(tl.uint32)).to(tl.int32), 0)
+                fewer = tl.sum((b_key < signed(upper + step)).to(tl.int32), 0)
                 upper = tl.where(fewer <= high_rank, upper + step, upper)
             lower = tl.where(low_rank < 0, 0, lower)
             upper = tl.where(high_rank >= SAMPLES, LARGEST_KEY, upper)
@@ -175,8 +185,8 @@ def gather_kernel(
     """Counts what lies below the range, collects what lies inside. TIES: the range may be one key and some indices."""
     if tl.load(p_state + STATUS) != COLLECT:
         return
-    lower = tl.load(p_state + LOWER).to(tl.uint32)
-    upper = tl.load(p_state + UPPER).to(tl.uint32)
+    lower, upper = signed(tl.load(p_state + LOWER)), signed(tl.load(p_state + UPPER))
+    first, last = tl.load(p_state + FIRST), tl.load(p_state + LAST)
     first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
     held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
     held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
@@ -187,7 +197,7 @@ def gather_kernel(
         i = first_i + step + tl.arange(0, BLOCK_I)
         m_i = i < n_i
         m_tile = m_i[:, None] & m_j[None, :]
-        index = flat_index(i, j, n_i, n_j, TRANSPOSED)
+        index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
         if p_right_1 is None:
             m_tile = m_tile & (index < numel)
             b_score = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
@@ -204,7 +214,6 @@ def gather_kernel(
         below = b_key < lower
         inside = m_tile & (b_key >= lower) & (b_key <= upper)
         if TIES:
-            first, last = tl.load(p_state + FIRST), tl.load(p_state + LAST)
             below = below | ((b_key == lower) & (index < first))
             inside = inside & (index >= first) & (index <= last)
         b_below += tl.sum((m_tile & below).to(tl.int32), 0)
@@ -213,11 +222,11 @@ def gather_kernel(
         found = tl.sum(b_column, 0)
         if found > 0:
             start = tl.atomic_add(p_state + COUNT, found.to(tl.int64))
-            before = (tl.cumsum(b_column, 0) - b_column)[None, :] + tl.cumsum(b_inside, 0) - b_inside
-            slot = start + before
+            b_before = (tl.cumsum(b_column, 0) - b_column)[None, :] + tl.cumsum(b_inside, 0) - b_inside
+            slot = b_before + tl.minimum(start, capacity).to(tl.int32)
             m_slot = inside & (slot < capacity)
-            tl.store(p_key + slot, b_key.to(tl.int32, bitcast=True), mask=m_slot)
-            tl.store(p_index + slot, index.to(p_index.dtype.element_ty), mask=m_slot)
+            tl.store(p_key + slot, b_key, mask=m_slot)
+            tl.store(p_index + slot, flat_index(i, j, n_i, n_j, p_index.dtype.element_ty, TRANSPOSED), mask=m_slot)
     tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64))
 
 
@@ -250,27 +259,26 @@ def refine_kernel(p_state, p_key, p_index, p_guess, p_pruned, numel, capacity, i
     if count <= SMALL:
         n = tl.arange(0, SMALL)
         m_n = n < count
-        b_key = tl.load(p_key + n, mask=m_n, other=-1).to(tl.uint32, bitcast=True)
+        b_key = tl.load(p_key + n, mask=m_n, other=0)
         b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64)
         for bit in range(32):
             step = one << (31 - bit)
-            fewer = tl.sum((m_n & (b_key < (key + step).to(tl.uint32))).to(tl.int32), 0)
+            fewer = tl.sum((m_n & (b_key < signed(key + step))).to(tl.int32), 0)
             key = tl.where(fewer <= rank, key + step, key)
-        rank -= tl.sum((m_n & (b_key < key.to(tl.uint32))).to(tl.int32), 0)
-        m_n = m_n & (b_key == key.to(tl.uint32))
+        rank -= tl.sum((m_n & (b_key < signed(key))).to(tl.int32), 0)
+        m_n = m_n & (b_key == signed(key))
         for bit in range(index_bits):
             step = one << (index_bits - 1 - bit)
             fewer = tl.sum((m_n & (b_index < index + step)).to(tl.int32), 0)
             index = tl.where(fewer <= rank, index + step, index)
     else:
-        rank = rank.to(tl.int32)
         for digit in range(KEY_PASSES):
             shift = 32 - DIGIT * (digit + 1)
             b_bins = tl.zeros([BINS], tl.int32)
             for start in range(0, count.to(tl.int32), CHUNK):
                 n = start + tl.arange(0, CHUNK)
                 m_n = n < count
-                b_key = tl.load(p_key + n, mask=m_n, other=0).to(tl.uint32, bitcast=True).to(tl.int64) >> shift
+                b_key = unsigned(tl.load(p_key + n, mask=m_n, other=0)) >> shift
                 m_n = m_n & ((b_key >> DIGIT) == key)
                 b_bins += tl.histogram((b_key & (BINS - 1)).to(tl.int32), BINS, mask=m_n)
             place, rank = bin_of_rank(b_bins, rank)
@@ -282,9 +290,9 @@ def refine_kernel(p_state, p_key, p_index, p_guess, p_pruned, numel, capacity, i
             for start in range(0, count.to(tl.int32), CHUNK):
                 n = start + tl.arange(0, CHUNK)
                 m_n = n < count
-                b_key = tl.load(p_key + n, mask=m_n, other=0).to(tl.uint32, bitcast=True).to(tl.int64)
+                b_key = tl.load(p_key + n, mask=m_n, other=0)
                 b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64) >> shift
-                m_n = m_n & (b_key == key) & ((b_index >> DIGIT) == index)
+                m_n = m_n & (b_key == signed(key)) & ((b_index >> DIGIT) == index)
                 b_bins += tl.histogram((b_index & (BINS - 1)).to(tl.int32), BINS, mask=m_n)
             place, rank = bin_of_rank(b_bins, rank)
             index = (index << DIGIT) | place
@@ -298,10 +306,10 @@ def refine_kernel(p_state, p_key, p_index, p_guess, p_pruned, numel, capacity, i
 @triton.jit
 def update_guess(p_guess, p_state, key, count, k, numel):
     """The next guess; its slope is that of the range, its margin twice what this guess was off by."""
-    value = score_of(key)
+    value = score_of(signed(key))
     size = tl.full([], numel, tl.int64).to(tl.float32)
     fraction = k.to(tl.float32) / size
-    width = score_of(tl.load(p_state + UPPER)) - score_of(tl.load(p_state + LOWER))
+    width = score_of(signed(tl.load(p_state + UPPER))) - score_of(signed(tl.load(p_state + LOWER)))
     slope = width * (size / count.to(tl.float32))
     slope = tl.where((slope >= 0.0) & (slope < float("inf")), slope, 0.0)
     last = tl.load(p_guess) + tl.load(p_guess + 1) * (fraction - tl.load(p_guess + 2))
@@ -318,11 +326,11 @@ def update_guess(p_guess, p_state, key, count, k, numel):
 def digits_kernel(
     p_state, p_bins,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    n_i, n_j, stride_i, stride_j, span, numel, capacity, beta, alpha1, alpha2, shift,
+    n_i, n_j, stride_i, stride_j, span, numel, capacity, beta, alpha1, alpha2, shift, indices,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, INDICES: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Counts the range's scores by the next 8 bits of their keys (INDICES: of the indices of one key); narrows the range."""
+    """Counts the range's scores by the next 8 bits of their keys, or of the `indices` of one key; narrows the range."""
     if tl.load(p_state + STATUS) != SEARCH:
         return
     lower = tl.load(p_state + LOWER)
@@ -336,7 +344,7 @@ def digits_kernel(
         i = first_i + step + tl.arange(0, BLOCK_I)
         m_i = i < n_i
         m_tile = m_i[:, None] & m_j[None, :]
-        index = flat_index(i, j, n_i, n_j, TRANSPOSED)
+        index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
         if p_right_1 is None:
             m_tile = m_tile & (index < numel)
             b_score = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
@@ -349,15 +357,12 @@ def digits_kernel(
                 b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
                 RANK_S, TRANSPOSED, HELD,
             )  # fmt: skip
-        b_key = key_of(b_score)
-        if INDICES:
-            m_tile = m_tile & (b_key == lower.to(tl.uint32))
-            b_digit = (index >> shift).to(tl.int32)
-        else:
-            b_offset = b_key.to(tl.int64) - lower  # the range is aligned: its keys share all higher bits
-            m_tile = m_tile & ((b_offset >> shift) >= 0) & ((b_offset >> shift) < BINS)
-            b_digit = (b_offset >> shift).to(tl.int32)
-        b_digit = tl.reshape(tl.where(m_tile, b_digit, 0), [BLOCK_I * BLOCK_J])
+        # The range is aligned, so its keys share all higher bits; for `indices` it is one key.
+        b_offset = unsigned(key_of(b_score)) - lower
+        m_tile = m_tile & ((b_offset == 0) | (indices == 0))
+        b_digit = tl.where(indices != 0, index, b_offset) >> shift
+        m_tile = m_tile & (b_digit >= 0) & (b_digit < BINS)
+        b_digit = tl.reshape(tl.where(m_tile, b_digit, 0).to(tl.int32), [BLOCK_I * BLOCK_J])
         b_bins += tl.histogram(b_digit, BINS, mask=tl.reshape(m_tile, [BLOCK_I * BLOCK_J]))
     bins = tl.arange(0, BINS)
     tl.atomic_add(p_bins + bins, b_bins, mask=b_bins > 0)
@@ -367,7 +372,7 @@ def digits_kernel(
         place, rank = bin_of_rank(b_bins, tl.load(p_state + RANK))
         inside = tl.sum(tl.where(bins == place, b_bins, 0), 0)
         one = tl.full([], 1, tl.int64)
-        if INDICES:
+        if indices != 0:
             tl.store(p_state + FIRST, place << shift)
             tl.store(p_state + LAST, ((place + 1) << shift) - 1)
         else:
@@ -377,72 +382,70 @@ def digits_kernel(
         tl.store(p_state + TICKET, one - 1)
         tl.store(p_state + COUNT, one - 1)
         tl.store(p_state + BELOW, one - 1)
-        if INDICES | (inside <= capacity):
+        if (indices != 0) | (inside <= capacity):
             tl.store(p_state + STATUS, one - 1 + COLLECT)
 
 
-class Threshold(NamedTuple):
-    """Where the search ended; `state` holds KEY and INDEX for the kernels that prune by them."""
-
-    state: Tensor  # int64 (SLOTS,)
-
-    def key_and_index(self) -> tuple[Tensor, Tensor]:
-        return self.state[KEY.value], self.state[INDEX.value]
-
-    def route(self) -> str:
-        """Which way the range was found; waits for the device."""
-        return ROUTES[int(self.state[ROUTE.value])]
-
-
 def search(
-    over: Walk, given: tuple, numel: int, num_pruned: Tensor, guess: Tensor | None, scales: tuple[float, float, float]
-) -> Threshold:
-    """Run the search. `given` is what a sample is taken from: (weight, U, V, A, B, R, C), or (scores, None, ...)."""
+    over: tuple[Walk, Walk], given: tuple, numel: int, num_pruned: Tensor, guess: Tensor | None, scales: tuple
+) -> Tensor:
+    """Run the search: the usual walk and the rare one, and what a sample is taken from, (weight, U, V, A, B, R, C).
+
+    Returns the state, whose KEY and INDEX are the answer.
+    """
     weight, capacity, index_bits = given[0], capacity_of(numel), max(1, (numel - 1).bit_length())
     state = weight.new_empty(SLOTS.value, dtype=torch.int64)
     bins = weight.new_empty(BINS.value, dtype=torch.int32)
     key = weight.new_empty(capacity, dtype=torch.int32)
     index = weight.new_empty(capacity, dtype=torch.int32 if numel < 2**31 else torch.int64)
     columns, strides = (weight.shape[1], weight.stride()) if weight.dim() == 2 else (numel, (numel, 1))
-    ranks = {name: over.constants[name] for name in ("RANK_W", "RANK_S")}
+    usual, rare = over
     bracket_kernel[(1,)](
-        state, bins, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity, **ranks, num_warps=8
-    )
-    tile = {key: value for key, value in over.tile.items() if key != "num_stages"}
-    constants = {**over.constants, "STAGES": over.tile["num_stages"], **tile}
-    common = (*over.operands, *over.shape, numel, capacity, *scales)
+        state, bins, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
+        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=8,
+    )  # fmt: skip
 
-    def collect(ties: bool) -> None:
-        gather_kernel[over.grid](state, key, index, *common, **constants, TIES=ties)
+    def collect(walk: Walk, ties: bool) -> None:
+        gather_kernel[walk.grid](
+            state, key, index, *walk.operands, *walk.shape, numel, capacity, *scales, **walk.constants, TIES=ties
+        )
         refine_kernel[(1,)](
             state, key, index, guess, num_pruned, numel, capacity, index_bits, UPDATE=guess is not None, num_warps=16
         )
 
-    collect(ties=False)
+    collect(usual, ties=False)
     if numel > capacity:  # else everything was collected, which cannot miss
         for digit in range(KEY_PASSES.value + 1):
-            ties = digit == KEY_PASSES.value
-            shift = max(0, index_bits - DIGIT.value) if ties else 32 - DIGIT.value * (digit + 1)
-            digits_kernel[over.grid](state, bins, *common, shift, **constants, INDICES=ties)
-        collect(ties=True)
-    return Threshold(state)
+            indices = digit == KEY_PASSES.value
+            shift = max(0, index_bits - DIGIT.value) if indices else 32 - DIGIT.value * (digit + 1)
+            digits_kernel[rare.grid](
+                state, bins, *rare.operands, *rare.shape, numel, capacity, *scales, shift, int(indices), **rare.constants
+            )
+        collect(rare, ties=True)
+    return state
+
+
+def route(state: Tensor) -> str:
+    """Which way the range of a search was found; waits for the device."""
+    return ROUTES[int(state[ROUTE.value])]
 
 
 def threshold(
     weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
     num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
-) -> Threshold:  # fmt: skip
-    """The num_pruned-th smallest score of a weight; updates `guess`."""
-    over = walk(weight, [(U, V), (A, B), (R, C)])
-    given = (weight, *(factor.contiguous() for factor in (U, V, A, B, R, C)))
-    return search(over, given, weight.numel(), num_pruned, guess, (beta, alpha1, alpha2))
+) -> Tensor:  # fmt: skip
+    """The state whose KEY and INDEX are the num_pruned-th smallest score; updates `guess`."""
+    pairs = [(U, V), (A, B), (R, C)]
+    over = walk(weight, pairs), walk(weight, pairs, RARE)
+    return search(over, (weight, U, V, A, B, R, C), weight.numel(), num_pruned, guess, (beta, alpha1, alpha2))
 
 
 def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     flat = scores.reshape(-1)
     rank = torch.full((), k, dtype=torch.int64, device=scores.device)
-    found = search(walk_scores(flat), (flat, *[None] * 6), flat.numel(), rank, None, (1.0, 1.0, 1.0))
-    index = found.state[INDEX.value].clone()
+    over = walk_scores(flat), walk_scores(flat, RARE)
+    state = search(over, (flat, *[None] * 6), flat.numel(), rank, None, (1.0, 1.0, 1.0))
+    index = state[INDEX.value].clone()
     return flat.take(index), index  # indexing by a tensor would wait for the device
 
 

@@ -10,7 +10,6 @@ places, and the operands of products and sums with them, which leaves every bit 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .score import checked, low_rank_step, score_from, updated_from
+from .score import low_rank_step, score_from, updated_from
 
-BLOCK_I, BLOCK_J = 16, 512
 LONGEST = 512  # band; a longer one saves little: it reads 64 bytes of factors for each j, at ranks 8 + 8
-WIDTH = BLOCK_J  # the matrix that a flat vector of scores is walked as
+WIDTH = 512  # of the matrix that a flat vector of scores is walked as
 
 
 @triton.jit
@@ -104,75 +102,87 @@ def step_score(
 
 
 @triton.jit
-def flat_index(i, j, n_i, n_j, TRANSPOSED: tl.constexpr):
-    """Position in the flattened W, int64."""
+def flat_index(i, j, n_i, n_j, dtype: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Position in the flattened W."""
+    i, j = i.to(dtype), j.to(dtype)
     return j[None, :] * n_i + i[:, None] if TRANSPOSED else i[:, None] * n_j + j[None, :]
 
 
+class Tile(NamedTuple):
+    """A step's tile, how many of its j a thread holds, and whether the right factors are held for a whole band."""
+
+    block_i: int
+    block_j: int
+    vector: int
+    held: bool
+    warps: int
+    stages: int
+
+
+def tile_of(ranks: int) -> Tile:
+    """The tile for so many ranks in all, the same on every target: registers for the held factors decide."""
+    if ranks <= 16:
+        return Tile(8, 512, 2, True, 8, 2)
+    if ranks <= 32:
+        return Tile(8, 256, 1, True, 8, 2)
+    return RARE
+
+
+RARE = Tile(8, 256, 1, False, 8, 1)  # for many ranks, and for passes that are hardly ever needed: quick to compile
+
+
 class Walk(NamedTuple):
-    """One launch over all of W: its grid, its arguments in the order of every kernel here, its constants and its tile."""
+    """One launch over all of W: its grid, its arguments in the order of every kernel here, and its constants."""
 
     grid: tuple[int]
-    operands: tuple[Any, ...]  # weight, and left and right of UV, AB and R + C; None where the kernel takes scores
+    operands: tuple[Any, ...]  # weight, and left and right of UV, AB and R + C; None where there are no factors
     shape: tuple[int, int, int, int, int]  # n_i, n_j, stride_i, stride_j, span
     constants: dict[str, Any]
-    tile: dict[str, int]
-
-
-def tile_of(ranks: int) -> dict[str, Any]:
-    """The tile for so many ranks in all, the same on every target: registers for held factors decide.
-
-    168 registers at 16 ranks, as compiled for sm_90.
-    """
-    if ranks <= 16:
-        return {"HELD": True, "VECTOR": 4, "num_warps": 4, "num_stages": 2}
-    if ranks <= 32:
-        return {"HELD": True, "VECTOR": 2, "num_warps": 8, "num_stages": 2}
-    return {"HELD": False, "VECTOR": 4, "num_warps": 8, "num_stages": 2}
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many programs' worth of hardware there is to fill: one where programs run one after another."""
+    """How many multiprocessors there are to fill: one where programs run one after another."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def span_of(n_i: int, n_j: int, device: torch.device) -> int:
+def span_of(n_i: int, n_j: int, tile: Tile, device: torch.device) -> int:
     """The longest band that leaves two programs to every multiprocessor; a shorter one reads the factors more often."""
-    wanted = 2 * multiprocessors(device)
-    bands = -(-wanted // -(-n_j // BLOCK_J))
-    return max(BLOCK_I, min(LONGEST, n_i // bands // BLOCK_I * BLOCK_I))
+    bands = -(-2 * multiprocessors(device) // -(-n_j // tile.block_j))
+    return max(tile.block_i, min(LONGEST, n_i // bands // tile.block_i * tile.block_i))
 
 
-def walk(weight: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> Walk:
-    """Over a weight of any strides; `pairs` are (left, right) factors, such as (U, V), (A, B), (R, C)."""
-    checked_weight, factors = checked(weight, *(f for pair in pairs for f in pair))
-    lefts, rights = factors[0::2], factors[1::2]
+def walk(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tile: Tile | None = None) -> Walk:
+    """Over a weight of any strides; `pairs` are (left, right) factors, contiguous: (U, V), (A, B), (R, C)."""
+    lefts, rights = [left for left, _ in pairs], [right for _, right in pairs]
     (n_i, n_j), (stride_i, stride_j) = weight.shape, weight.stride()
     ranks = [left.shape[1] for left in lefts if left.dim() == 2]
     transposed = stride_i == 1 and stride_j != 1 and n_i > 1
     if transposed:
         lefts, rights, n_i, n_j, stride_i, stride_j = rights, lefts, n_j, n_i, stride_j, stride_i
-    span = span_of(n_i, n_j, weight.device)
-    operands = (checked_weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
-    tile = tile_of(sum(ranks))
+    tile = tile or tile_of(sum(ranks))
+    span = span_of(n_i, n_j, tile, weight.device)
+    operands = (weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
     constants = {
-        "UNIT": stride_j == 1 or n_j == 1, "TRANSPOSED": transposed, "HELD": tile.pop("HELD"),
-        "VECTOR": tile.pop("VECTOR"), "BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J,
-        **{name: rank for name, rank in zip(("RANK_W", "RANK_S"), ranks, strict=False)},
+        "RANK_W": ranks[0], **({"RANK_S": ranks[1]} if len(ranks) > 1 else {}), "UNIT": stride_j == 1 or n_j == 1,
+        "TRANSPOSED": transposed, **_constants(tile),
     }  # fmt: skip
-    grid = (triton.cdiv(n_i, span) * triton.cdiv(n_j, BLOCK_J),)
-    return Walk(grid, operands, (n_i, n_j, stride_i, stride_j, span), constants, tile)
+    grid = (triton.cdiv(n_i, span) * triton.cdiv(n_j, tile.block_j),)
+    return Walk(grid, operands, (n_i, n_j, stride_i, stride_j, span), constants)
 
 
-def walk_scores(scores: Tensor) -> Walk:
+def walk_scores(scores: Tensor, tile: Tile | None = None) -> Walk:
     """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
-    rows = triton.cdiv(scores.numel(), WIDTH)
-    span = span_of(rows, WIDTH, scores.device)
-    tile = tile_of(0)
-    constants = {
-        "UNIT": True, "TRANSPOSED": False, "HELD": tile.pop("HELD"), "VECTOR": tile.pop("VECTOR"),
-        "BLOCK_I": BLOCK_I, "BLOCK_J": BLOCK_J, "RANK_W": 0, "RANK_S": 0,
+    rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0)
+    span = span_of(rows, WIDTH, tile, scores.device)
+    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile)}
+    grid = (triton.cdiv(rows, span) * triton.cdiv(WIDTH, tile.block_j),)
+    return Walk(grid, (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, span), constants)
+
+
+def _constants(tile: Tile) -> dict[str, Any]:
+    return {
+        "HELD": tile.held, "VECTOR": tile.vector, "BLOCK_I": tile.block_i, "BLOCK_J": tile.block_j,
+        "STAGES": tile.stages, "num_warps": tile.warps,
     }  # fmt: skip
-    return Walk((triton.cdiv(rows, span),), (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, span), constants, tile)
