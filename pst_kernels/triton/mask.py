@@ -72,7 +72,7 @@ def store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED: t
     tl.store(p_out + offset, tl.where(b_kept, b_updated, 0.0).to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("span",))
 def mask_kernel(
     p_mask, p_out, p_state,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
@@ -114,7 +114,7 @@ def mask_kernel(
             store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("span",))
 def masked_weight_kernel(
     p_mask, p_out, p_weight, p_left_w, p_right_w, n_i, n_j, stride_i, stride_j, span, beta,
     RANK_W: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
@@ -150,9 +150,9 @@ def mask_from(
 
 def tile_for_words(weight: Tensor, ranks: int) -> Tile:
     """The usual tile, but a step of one word's 32 columns where the columns of W run along i."""
-    tile = tile_of(ranks)
+    tile = tile_of(ranks, weight.shape[1])
     if weight.stride(0) == 1 and weight.stride(1) != 1:
-        return tile._replace(block_i=WORD, block_j=tile.block_j // 2, vector=1)
+        return tile._replace(block_i=WORD, block_j=128, vector=1, warps=8)
     return tile
 
 

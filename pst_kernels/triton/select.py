@@ -53,7 +53,7 @@ BINS = tl.constexpr(256)
 KEY_PASSES = tl.constexpr(4)
 SAMPLES = tl.constexpr(16384)
 SMALL = tl.constexpr(4096)  # candidates that one program holds in registers
-CHUNK = tl.constexpr(4096)
+CHUNK = tl.constexpr(2048)
 
 # Margins either side of a guess, as fractions of all scores; the widest must fit the room for candidates.
 NARROW, WIDE, WIDEST = tl.constexpr(0.001), tl.constexpr(0.04), tl.constexpr(0.025)
@@ -62,6 +62,17 @@ NARROW, WIDE, WIDEST = tl.constexpr(0.001), tl.constexpr(0.04), tl.constexpr(0.0
 def capacity_of(numel: int) -> int:
     """Room for candidates: a bracket from a sample holds 4 % of many scores; what is smaller is collected whole."""
     return numel // 16 + 16384
+
+
+@triton.jit
+def load_state(p_state):
+    """All slots by one load, which a scalar load a slot would make as many of, for each thread."""
+    return tl.load(p_state + tl.arange(0, SLOTS))
+
+
+@triton.jit
+def slot_of(b_state, SLOT: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, SLOTS) == SLOT, b_state, 0), 0)
 
 
 @triton.jit
@@ -116,9 +127,9 @@ def sample_scores(
     return b_score
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("numel", "capacity"))
 def bracket_kernel(
-    p_state, p_bins, p_guess, p_pruned, p_sample,
+    p_state, p_guess, p_pruned, p_sample,
     p_weight, p_u, p_v, p_a, p_b, p_r, p_c, numel, columns, stride_row, stride_column, beta, alpha1, alpha2, capacity,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr,
 ):  # fmt: skip
@@ -171,10 +182,9 @@ def bracket_kernel(
     state = tl.where(slot == INDEX, -1, state)  # nothing is pruned up to (0, -1): the answer for k = 0
     state = tl.where(slot == ROUTE, route, state)
     tl.store(p_state + slot, state)
-    tl.store(p_bins + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("span", "numel", "capacity"))
 def gather_kernel(
     p_state, p_key, p_index,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
@@ -183,10 +193,11 @@ def gather_kernel(
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
     """Counts what lies below the range, collects what lies inside. TIES: the range may be one key and some indices."""
-    if tl.load(p_state + STATUS) != COLLECT:
+    b_state = load_state(p_state)
+    if slot_of(b_state, STATUS) != COLLECT:
         return
-    lower, upper = signed(tl.load(p_state + LOWER)), signed(tl.load(p_state + UPPER))
-    first, last = tl.load(p_state + FIRST), tl.load(p_state + LAST)
+    lower, upper = signed(slot_of(b_state, LOWER)), signed(slot_of(b_state, UPPER))
+    first, last = slot_of(b_state, FIRST), slot_of(b_state, LAST)
     first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
     held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
     held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
@@ -238,14 +249,15 @@ def bin_of_rank(b_bins, rank):
     return place.to(tl.int64), rank - tl.sum(tl.where(tl.arange(0, BINS) < place, b_bins, 0), 0)
 
 
-@triton.jit
-def refine_kernel(p_state, p_key, p_index, p_guess, p_pruned, numel, capacity, index_bits, UPDATE: tl.constexpr):
+@triton.jit(do_not_specialize=("numel", "capacity", "index_bits"))
+def refine_kernel(p_state, p_bins, p_key, p_index, p_guess, p_pruned, numel, capacity, index_bits, UPDATE: tl.constexpr):
     """One program. Selects among the candidates if the answer is proven to be one of them, else asks for a search."""
-    if tl.load(p_state + STATUS) != COLLECT:
+    b_state = load_state(p_state)
+    if slot_of(b_state, STATUS) != COLLECT:
         return
     k = tl.load(p_pruned).to(tl.int64)
-    count = tl.load(p_state + COUNT)
-    rank = k - tl.load(p_state + BELOW) - 1
+    count = slot_of(b_state, COUNT)
+    rank = k - slot_of(b_state, BELOW) - 1
     one = tl.full([], 1, tl.int64)
     if (rank < 0) | (rank >= count) | (count > capacity):
         tl.store(p_state + RANK, k - 1)
@@ -253,6 +265,7 @@ def refine_kernel(p_state, p_key, p_index, p_guess, p_pruned, numel, capacity, i
         tl.store(p_state + UPPER, one - 1 + LARGEST_KEY)
         tl.store(p_state + ROUTE, one - 1 + RADIX)
         tl.store(p_state + STATUS, one - 1 + SEARCH)
+        tl.store(p_bins + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
         return
     key = tl.full([], 0, tl.int64)
     index = tl.full([], 0, tl.int64)
@@ -297,19 +310,19 @@ def refine_kernel(p_state, p_key, p_index, p_guess, p_pruned, numel, capacity, i
             place, rank = bin_of_rank(b_bins, rank)
             index = (index << DIGIT) | place
     if UPDATE:
-        update_guess(p_guess, p_state, key, count, k, numel)
+        update_guess(p_guess, b_state, key, count, k, numel)
     tl.store(p_state + KEY, key)
     tl.store(p_state + INDEX, index)
     tl.store(p_state + STATUS, one - 1 + FOUND)
 
 
 @triton.jit
-def update_guess(p_guess, p_state, key, count, k, numel):
+def update_guess(p_guess, b_state, key, count, k, numel):
     """The next guess; its slope is that of the range, its margin twice what this guess was off by."""
     value = score_of(signed(key))
     size = tl.full([], numel, tl.int64).to(tl.float32)
     fraction = k.to(tl.float32) / size
-    width = score_of(signed(tl.load(p_state + UPPER))) - score_of(signed(tl.load(p_state + LOWER)))
+    width = score_of(signed(slot_of(b_state, UPPER))) - score_of(signed(slot_of(b_state, LOWER)))
     slope = width * (size / count.to(tl.float32))
     slope = tl.where((slope >= 0.0) & (slope < float("inf")), slope, 0.0)
     last = tl.load(p_guess) + tl.load(p_guess + 1) * (fraction - tl.load(p_guess + 2))
@@ -322,7 +335,7 @@ def update_guess(p_guess, p_state, key, count, k, numel):
     tl.store(p_guess + 3, margin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("span", "numel", "capacity", "shift", "indices"))
 def digits_kernel(
     p_state, p_bins,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
@@ -401,8 +414,8 @@ def search(
     columns, strides = (weight.shape[1], weight.stride()) if weight.dim() == 2 else (numel, (numel, 1))
     usual, rare = over
     bracket_kernel[(1,)](
-        state, bins, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
-        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=8,
+        state, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
+        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=4,
     )  # fmt: skip
 
     def collect(walk: Walk, ties: bool) -> None:
@@ -410,7 +423,7 @@ def search(
             state, key, index, *walk.operands, *walk.shape, numel, capacity, *scales, **walk.constants, TIES=ties
         )
         refine_kernel[(1,)](
-            state, key, index, guess, num_pruned, numel, capacity, index_bits, UPDATE=guess is not None, num_warps=16
+            state, bins, key, index, guess, num_pruned, numel, capacity, index_bits, UPDATE=guess is not None, num_warps=4
         )
 
     collect(usual, ties=False)

@@ -119,16 +119,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(ranks: int) -> Tile:
+def tile_of(ranks: int, n_j: int) -> Tile:
     """The tile for so many ranks in all, the same on every target: registers for the held factors decide."""
     if ranks <= 16:
-        return Tile(8, 512, 2, True, 8, 2)
+        return Tile(4, 1024, 4, True, 8, 2) if n_j > 512 else Tile(8, 512, 2, True, 8, 2)
     if ranks <= 32:
         return Tile(8, 256, 1, True, 8, 2)
     return RARE
 
 
-RARE = Tile(8, 256, 1, False, 8, 1)  # for many ranks, and for passes that are hardly ever needed: quick to compile
+RARE = Tile(4, 512, 4, False, 4, 1)  # for many ranks, and for passes that are hardly ever needed: quick to compile
 
 
 class Walk(NamedTuple):
@@ -140,16 +140,16 @@ class Walk(NamedTuple):
     constants: dict[str, Any]
 
 
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors there are to fill: one where programs run one after another."""
+def programs_wanted(device: torch.device) -> int:
+    """Two to every multiprocessor; one where programs run one after another anyway."""
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def span_of(n_i: int, n_j: int, tile: Tile, device: torch.device) -> int:
-    """The longest band that leaves two programs to every multiprocessor; a shorter one reads the factors more often."""
-    bands = -(-2 * multiprocessors(device) // -(-n_j // tile.block_j))
+    """The longest band that makes as many programs as are wanted; a shorter one reads the factors more often."""
+    bands = -(-programs_wanted(device) // -(-n_j // tile.block_j))
     return max(tile.block_i, min(LONGEST, n_i // bands // tile.block_i * tile.block_i))
 
 
@@ -161,7 +161,7 @@ def walk(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tile: Tile | None =
     transposed = stride_i == 1 and stride_j != 1 and n_i > 1
     if transposed:
         lefts, rights, n_i, n_j, stride_i, stride_j = rights, lefts, n_j, n_i, stride_j, stride_i
-    tile = tile or tile_of(sum(ranks))
+    tile = tile or tile_of(sum(ranks), n_j)
     span = span_of(n_i, n_j, tile, weight.device)
     operands = (weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
     constants = {
@@ -174,7 +174,7 @@ def walk(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tile: Tile | None =
 
 def walk_scores(scores: Tensor, tile: Tile | None = None) -> Walk:
     """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
-    rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0)
+    rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0, WIDTH)
     span = span_of(rows, WIDTH, tile, scores.device)
     constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile)}
     grid = (triton.cdiv(rows, span) * triton.cdiv(WIDTH, tile.block_j),)
