@@ -13,8 +13,6 @@ For very many tokens the library makes G in the shared scratch buffer, and the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +21,6 @@ from torch import Tensor
 from . import scratch, tiles
 from .matmul import input_gradient, one_stride
 from .score import checked
-
 
 # In one block of assembly so that the fp32 parts of a large tile do not all live at once: they would not fit.
 _SPLIT = """{

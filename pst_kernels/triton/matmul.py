@@ -20,9 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import WORD, packed_width
 from . import scratch, tiles
-from ..fallback import masked_weight
+from .mask import masked_weight
 from .score import checked
 
 # A packed pair of weights is ANDed with a pair of masks: PRMT with bit 3 of a selector set fills a byte with a sign bit.
@@ -319,4 +318,4 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
 
 def masked_in_scratch(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     out = scratch.get(weight.shape, dtype, weight.device)
-    return out.copy_(masked_weight(weight, U, V, mask, beta, dtype))
+    return masked_weight(weight, U, V, mask, beta, dtype, out=out)

@@ -3,13 +3,13 @@
     W' = W + beta U V                               S = |W'| + alpha1 A B + alpha2 (R + C)
 
 All in fp32, in a fixed order, with one rounding a step (explicit fma), so that every kernel finds the same bits for a
-weight whatever its tile, its warps or its target:
+weight whatever its tile, its warps or its target (`low_rank_step`, `updated_from`, `score_from`):
 
     UV = fma(U[:, k], V[k], UV) for k = 0 .. r1 - 1, from 0       W' = fma(beta, UV, W)
     AB = fma(A[:, k], B[k], AB) for k = 0 .. r2 - 1, from 0       S  = fma(alpha2, R + C, fma(alpha1, AB, |W'|))
 
-Rows and columns are int64 index vectors, `m_row` and `m_column` say which of them exist; entries outside are garbage that
-the caller masks. The factors are contiguous, in any floating dtype; W has any strides.
+Rows and columns are int64 index vectors, `m_row` and `m_column` say which of them exist; entries outside are garbage
+that the caller masks. The factors are contiguous, in any floating dtype; W has any strides.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .tiles import Case
 
-UNROLL = tl.constexpr(0)  # ranks up to here are unrolled; above, code size and compile time would grow with them
+UNROLL = tl.constexpr(16)  # ranks up to here are unrolled; above, code size and compile time would grow with them
 
 
 @triton.jit
@@ -41,11 +41,27 @@ def weight_offsets(i_row, i_column, stride_row, stride_column, UNIT: tl.constexp
 
 
 @triton.jit
-def low_rank_step(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK: tl.constexpr):
-    b_left = tl.load(p_left + i_row * RANK + k, mask=m_row, other=0.0).to(tl.float32)
-    start = tl.full([], columns, tl.int64) * k
-    b_right = tl.load(p_right + start + i_column, mask=m_column, other=0.0).to(tl.float32)
+def low_rank_step(b_sum, b_left, b_right):
     return tl.fma(b_left[:, None], b_right[None, :], b_sum)
+
+
+@triton.jit
+def updated_from(b_weight, b_uv, beta):
+    return tl.fma(b_uv, tl.full([], beta, tl.float32), b_weight.to(tl.float32))
+
+
+@triton.jit
+def score_from(b_updated, b_ab, b_r, b_c, alpha1, alpha2):
+    b_score = tl.fma(b_ab, tl.full([], alpha1, tl.float32), tl.abs(b_updated))
+    return tl.fma(b_r + b_c, tl.full([], alpha2, tl.float32), b_score)
+
+
+@triton.jit
+def low_rank_load(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK: tl.constexpr):
+    start = tl.full([], columns, tl.int64) * k
+    b_left = tl.load(p_left + i_row * RANK + k, mask=m_row, other=0.0).to(tl.float32)
+    b_right = tl.load(p_right + start + i_column, mask=m_column, other=0.0).to(tl.float32)
+    return low_rank_step(b_sum, b_left, b_right)
 
 
 @triton.jit
@@ -54,10 +70,10 @@ def low_rank_tile(p_left, p_right, i_row, i_column, m_row, m_column, columns, RA
     b_sum = tl.zeros([i_row.shape[0], i_column.shape[0]], tl.float32)
     if RANK <= UNROLL:
         for k in tl.static_range(RANK):
-            b_sum = low_rank_step(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK)
+            b_sum = low_rank_load(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK)
     else:
         for k in range(RANK):
-            b_sum = low_rank_step(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK)
+            b_sum = low_rank_load(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK)
     return b_sum
 
 
@@ -66,8 +82,7 @@ def updated_tile(
     b_weight, p_u, p_v, i_row, i_column, m_row, m_column, columns, beta, RANK: tl.constexpr,
 ):  # fmt: skip
     """W' of a tile, fp32, from the tile of W as it was loaded."""
-    b_uv = low_rank_tile(p_u, p_v, i_row, i_column, m_row, m_column, columns, RANK)
-    return tl.fma(b_uv, tl.full([], beta, tl.float32), b_weight.to(tl.float32))
+    return updated_from(b_weight, low_rank_tile(p_u, p_v, i_row, i_column, m_row, m_column, columns, RANK), beta)
 
 
 @triton.jit
@@ -78,8 +93,7 @@ def score_tile(
     b_ab = low_rank_tile(p_a, p_b, i_row, i_column, m_row, m_column, columns, RANK)
     b_r = tl.load(p_r + i_row, mask=m_row, other=0.0).to(tl.float32)
     b_c = tl.load(p_c + i_column, mask=m_column, other=0.0).to(tl.float32)
-    b_score = tl.fma(b_ab, tl.full([], alpha1, tl.float32), tl.abs(b_updated))
-    return tl.fma(b_r[:, None] + b_c[None, :], tl.full([], alpha2, tl.float32), b_score)
+    return score_from(b_updated, b_ab, b_r[:, None], b_c[None, :], alpha1, alpha2)
 
 
 @triton.jit
@@ -109,7 +123,7 @@ def scores_kernel(
     tl.store(p_score + i_row[:, None] * columns + i_column[None, :], b_score, mask=m_tile)
 
 
-TILE = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 2}
+TILE = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 4}
 
 
 def scores(
@@ -137,7 +151,7 @@ def unit_dimension(weight: Tensor) -> int:
 
 
 def checked(weight: Tensor, *factors: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The weight as it is and the factors contiguous. Raises TypeError for float64, which the kernels do not compute in."""
+    """The weight as it is and the factors contiguous. Raises TypeError for float64, in which the kernels do not compute."""
     for tensor in (weight, *factors):
         if tensor.dtype == torch.float64:
             raise TypeError(
@@ -147,19 +161,20 @@ def checked(weight: Tensor, *factors: Tensor) -> tuple[Tensor, list[Tensor]]:
     return weight, [factor.contiguous() for factor in factors]
 
 
-RANKS = (8, 16)  # compiled ahead of time; other ranks up to 64 differ in trip counts alone
-
-
 def layouts() -> Iterator[tuple[str, list[Tensor]]]:
-    """Every kind of (weight, U, V, A, B, R, C) that the kernels are shipped for, as meta tensors with a description."""
+    """Every kind of (weight, U, V, A, B, R, C) that the kernels are compiled for, as meta tensors with a description.
+
+    Other ranks up to 64 differ in how often a loop is unrolled, or runs.
+    """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rank in RANKS:
-            for factor in {torch.float32, dtype}:
-                yield f"{dtype} weight, {factor} factors, rank {rank}", operands(512, 512, rank, dtype, factor)
-    weight, *factors = operands(512, 512, 8, torch.bfloat16, torch.float32)
+        for factor in dict.fromkeys((torch.float32, dtype)):
+            yield f"{dtype} weight, {factor} factors, rank 8", operands(1024, 1024, 8, dtype, factor)
+    yield "bfloat16 weight of 512 columns, float32 factors, rank 8", operands(512, 512, 8, torch.bfloat16, torch.float32)
+    for rank in (16, 64):
+        yield f"bfloat16 weight, float32 factors, rank {rank}", operands(1024, 1024, rank, torch.bfloat16, torch.float32)
+    weight, *factors = operands(1024, 1024, 8, torch.bfloat16, torch.float32)
     yield "bfloat16 weight transposed, float32 factors, rank 8", [weight.T, *factors]
-    yield "bfloat16 weight, float32 factors, rank 64", operands(512, 512, 64, torch.bfloat16, torch.float32)
-    yield "bfloat16 weight unaligned, float32 factors, rank 5", operands(511, 511, 5, torch.bfloat16, torch.float32)
+    yield "bfloat16 weight unaligned, float32 factors, rank 5", operands(1023, 1023, 5, torch.bfloat16, torch.float32)
 
 
 def operands(rows: int, columns: int, rank: int, dtype: torch.dtype, factor: torch.dtype) -> list[Tensor]:
