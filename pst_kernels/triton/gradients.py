@@ -13,11 +13,14 @@ For very many tokens the library makes G in the shared scratch buffer, and the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packing import packed_width
 from . import scratch, tiles
 from .matmul import input_gradient, one_stride
 from .score import checked
@@ -309,3 +312,40 @@ def linear_backward(
     if not needs_factors:
         return dx, *(U.new_empty(0, dtype=torch.float32) for _ in range(6))
     return dx, *factor_gradients(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through_magnitude)
+
+
+def cases() -> Iterator[tiles.Case]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for weight, x in ((bf16, bf16), (fp16, fp16), (fp32, bf16), (fp32, fp16), (fp32, fp32)):
+        yield _case(weight, x)
+    yield _case(fp32, fp32, rank=16)
+    for rank in (16, 64):
+        yield _case(bf16, bf16, rank=rank)
+    for weight in (bf16, fp32):
+        yield _case(weight, weight, rows=1003, columns=1001)
+    yield _case(bf16, bf16, stored_transposed=True)
+    yield _case(bf16, bf16, through=False)
+    yield _case(bf16, bf16, tokens=tiles.GIVEN_TOKENS)
+
+
+def _case(
+    weight: torch.dtype, x: torch.dtype, rows: int = 1024, columns: int = 1024, rank: int = 8, tokens: int = 1024,
+    through: bool = True, stored_transposed: bool = False,
+) -> tiles.Case:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def call() -> None:
+        W = empty(columns, rows, dtype=weight).t() if stored_transposed else empty(rows, columns, dtype=weight)
+        mask = empty(rows, packed_width(columns), dtype=torch.int32)
+        U, V, A, B = empty(rows, rank), empty(rank, columns), empty(rows, rank), empty(rank, columns)
+        gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
+        factor_gradients(gy, x_, W, U, V, A, B, mask, 1.0, 1.0, 1.0, through)
+
+    width = tiles.factor_width(rank + 1, split=False)
+    tile = tiles.gradients(tiles.architecture(torch.device("meta")), x, weight, width)
+    odd, given = rows % 2 == 1, tokens >= tiles.GIVEN_TOKENS
+    details = [f"{rows} x {columns}"] * odd + ["W transposed"] * stored_transposed
+    details += ["G given"] * given + ["not through |W'|"] * (not through)
+    name = ", ".join(["factor gradients", tiles.pair_name(weight, x), f"rank {rank}", *details])
+    return tiles.Case(name, call, None if odd or given else tile.slots)

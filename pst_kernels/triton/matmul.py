@@ -15,11 +15,14 @@ For many tokens the masked weight is made once, in a scratch buffer shared by al
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..packing import packed_width
 from . import scratch, tiles
 from .mask import masked_weight
 from .score import checked
@@ -319,3 +322,43 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
 def masked_in_scratch(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     out = scratch.get(weight.shape, dtype, weight.device)
     return masked_weight(weight, U, V, mask, beta, dtype, out=out)
+
+
+def cases() -> Iterator[tiles.Case]:
+    """Every tile of the table with every dtype it serves, in both directions; the widest also with W transposed."""
+    architecture = tiles.architecture(torch.device("meta"))
+    pairs = {
+        "half": [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
+        "mixed": [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
+        "float": [(torch.float32, torch.float32)],
+    }
+    for key, dtypes in pairs.items():
+        table = tiles.MATMUL[architecture][key]
+        for weight, x in dtypes:
+            for transposed in (False, True):
+                for _, tile in table:
+                    yield _case(weight, x, tile, transposed)
+                yield _case(weight, x, tiles.ODD[key], transposed, rows=1003, depth=1001)
+                if weight == torch.bfloat16:
+                    yield _case(weight, x, table[-1][1], transposed, rank=16)
+                    yield _case(weight, x, table[-1][1], transposed, stored_transposed=True)
+
+
+def _case(
+    weight: torch.dtype, x: torch.dtype, tile: tiles.Tile, transposed: bool,
+    rows: int = 1024, depth: int = 1024, rank: int = 8, stored_transposed: bool = False,
+) -> tiles.Case:  # fmt: skip
+    out, columns = (depth, rows) if transposed else (rows, depth)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def call() -> None:
+        W = empty(columns, out, dtype=weight).t() if stored_transposed else empty(out, columns, dtype=weight)
+        mask = empty(out, packed_width(columns), dtype=torch.int32)
+        factors = split_factors(empty(out, rank), empty(rank, columns), 1.0, x != torch.float32)
+        masked_matmul(empty(tile.columns, depth, dtype=x), W, *factors, None, mask, tile, transposed)
+
+    name = "input gradient" if transposed else "forward"
+    details = [f"{rows} x {depth}"] * (rows % 2) + ["W transposed"] * stored_transposed
+    return tiles.Case(", ".join([name, tiles.pair_name(weight, x), f"rank {rank}", *details]), call, tile.slots)

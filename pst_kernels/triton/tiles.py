@@ -221,6 +221,12 @@ def token_shares(architecture: str, tiles: int, tokens: int) -> int:
     return max(1, min(TARGETS[architecture].multiprocessors // tiles, tokens // SHARE_TOKENS))
 
 
+def pair_name(weight: torch.dtype, x: torch.dtype) -> str:
+    """Such as "bfloat16", or "float32 W, bfloat16 x"."""
+    names = [str(dtype).removeprefix("torch.") for dtype in (weight, x)]
+    return names[0] if weight == x else f"{names[0]} W, {names[1]} x"
+
+
 def factor_width(rank: int, split: bool) -> int:
     """Columns of a padded factor: what tensor cores multiply at once, a power of two from 16; `split` holds three parts."""
     return max(16, triton.next_power_of_2(3 * rank if split else rank))
