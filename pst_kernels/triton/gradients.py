@@ -121,33 +121,52 @@ def product_tile(
 
 
 @triton.jit
-def reduce_tile(
-    b_high, b_low, b_row_sum, p_left, p_right, p_column_sums, scale, m_rows, m_columns, columns,
+def reduce_ranks(
+    first, b_high, b_low, p_left, p_right, p_column_sums, scale, m_rows, m_columns, columns,
     RANK: tl.constexpr, ONES: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Store b right^T and (scale left)^T b of a tile b. With ONES also its sums over columns and over rows: left and right
-    get a column of ones each.
+    """For WIDTH ranks of a tile b: return b right^T and store (scale left)^T b. With ONES also its sums over columns and
+    over rows: left and right get a column of ones each.
 
-    The large factor is the left one in both products: wgmma takes no fewer than 64 rows, and mma.sync would hold all of a
-    (WIDTH, ROWS) left operand in every warp's registers. Offsets within a tile fit 32 bits, those of all ranks too.
+    The large factor is the left one in both products: wgmma takes no fewer than 64 rows, and mma.sync would hold all of
+    a (WIDTH, ROWS) left operand in every warp's registers. Offsets within a tile fit 32 bits, those of all ranks too.
     """
     r = tl.arange(0, ROWS)
     c = tl.arange(0, COLUMNS)
-    k = tl.arange(0, WIDTH)
-    stored: tl.constexpr = RANK + 1 if ONES else RANK
-    b_right = tl.load(p_right + (k[:, None] * columns + c[None, :]), mask=(k < RANK)[:, None] & m_columns[None, :], other=0.0)
-    b_right = b_right.to(tl.float32)
+    k = first + tl.arange(0, WIDTH)
+    m_right = (k < RANK)[:, None] & m_columns[None, :]
+    b_right = tl.load(p_right + (k[:, None] * columns + c[None, :]), mask=m_right, other=0.0).to(tl.float32)
     if ONES:
         b_right = tl.where((k == RANK)[:, None], 1.0, b_right)
-    b_row_sum = product(b_high, b_low, tl.trans(b_right), b_row_sum, FAST, SPLIT)
-    b_left = tl.load(p_left + (r[:, None] * RANK + k[None, :]), mask=m_rows[:, None] & (k < RANK)[None, :], other=0.0)
-    b_left = b_left.to(tl.float32) * scale
+    b_row_sum = product(b_high, b_low, tl.trans(b_right), tl.zeros((ROWS, WIDTH), tl.float32), FAST, SPLIT)
+    m_left = m_rows[:, None] & (k < RANK)[None, :]
+    b_left = tl.load(p_left + (r[:, None] * RANK + k[None, :]), mask=m_left, other=0.0).to(tl.float32) * scale
     if ONES:
         b_left = tl.where((k == RANK)[None, :], 1.0, b_left)
-    b_sum = product(tl.trans(b_high), tl.trans(b_low), b_left, tl.zeros((COLUMNS, WIDTH), tl.float32), FAST, SPLIT)
-    tl.store(p_column_sums + (k[None, :] * columns + c[:, None]), b_sum, mask=(k < stored)[None, :] & m_columns[:, None])
+    b_zero = tl.zeros((COLUMNS, WIDTH), tl.float32)
+    b_sum = product(tl.trans(b_high), tl.trans(b_low), b_left, b_zero, FAST, SPLIT)
+    m_stored = (k < (RANK + 1 if ONES else RANK))[None, :] & m_columns[:, None]
+    tl.store(p_column_sums + (k[None, :] * columns + c[:, None]), b_sum, mask=m_stored)
     return b_row_sum
+
+
+@triton.jit
+def reduce_tile(
+    b_high, b_low, p_left, p_right, p_row_sums, p_column_sums, scale, m_rows, m_columns, columns,
+    RANK: tl.constexpr, ONES: tl.constexpr, RANKS: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """`reduce_ranks` for more ranks than WIDTH, and its row sums stored."""
+    r = tl.arange(0, ROWS)
+    stored: tl.constexpr = RANK + 1 if ONES else RANK
+    for first in tl.range(0, stored, WIDTH, num_stages=1):
+        b_row_sum = reduce_ranks(
+            first, b_high, b_low, p_left, p_right, p_column_sums, scale, m_rows, m_columns, columns,
+            RANK, ONES, FAST, SPLIT, ROWS, COLUMNS, WIDTH,
+        )  # fmt: skip
+        k = first + tl.arange(0, WIDTH)
+        tl.store(p_row_sums + (r[:, None] * RANKS + k[None, :]), b_row_sum, mask=m_rows[:, None] & (k < stored)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -170,19 +189,16 @@ def factor_gradients_kernel(
         p_gy, p_x, p_g, tokens, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH
     )  # fmt: skip
     r = tl.arange(0, BLOCK_ROWS)
-    k = tl.arange(0, WIDTH)
     m_rows = i_rows + r < rows
     r_in = r
     if not EVEN:
         r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
     share = tl.program_id(2).to(tl.int64)
     p_row_sums += ((share * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANKS
-    p_column_sums += (share * tl.num_programs(1) + tl.program_id(1)) * RANKS * columns
+    p_column_sums += (share * tl.num_programs(1) + tl.program_id(1)) * RANKS * columns + i_columns
     p_mask += i_rows * words
     p_u += i_rows * RANK_W
     p_a += i_rows * RANK_S
-    b_du = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
-    b_da = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
 
     c = tl.arange(0, BLOCK_COLUMNS)
     w = tl.arange(0, BLOCK_COLUMNS // 32)
@@ -197,32 +213,52 @@ def factor_gradients_kernel(
     else:
         p_weight += i_rows * stride + i_columns
         b_weight = tl.load(p_weight + (r_in[:, None] * stride + c_in[None, :])).to(tl.float32)
-    m_v = (k < RANK_W)[:, None] & m_columns[None, :]
-    b_v = tl.load(p_v + i_columns + (k[:, None] * columns + c[None, :]), mask=m_v, other=0.0).to(tl.float32)
-    m_u = m_rows[:, None] & (k < RANK_W)[None, :]
-    b_u = tl.load(p_u + (r[:, None] * RANK_W + k[None, :]), mask=m_u, other=0.0).to(tl.float32) * beta
-    b_u_high, b_u_low = split(b_u, FAST, SPLIT)
-    b_updated = product(b_u_high, b_u_low, b_v, b_weight, FAST, SPLIT)
+    MANY: tl.constexpr = RANK_W > WIDTH or RANK_S >= WIDTH
+    b_updated = b_weight
+    for first in tl.range(0, RANK_W, WIDTH, num_stages=1):
+        k = first + tl.arange(0, WIDTH)
+        m_v = (k < RANK_W)[:, None] & m_columns[None, :]
+        b_v = tl.load(p_v + i_columns + (k[:, None] * columns + c[None, :]), mask=m_v, other=0.0).to(tl.float32)
+        m_u = m_rows[:, None] & (k < RANK_W)[None, :]
+        b_u = tl.load(p_u + (r[:, None] * RANK_W + k[None, :]), mask=m_u, other=0.0).to(tl.float32) * beta
+        b_u_high, b_u_low = split(b_u, FAST, SPLIT)
+        b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
+
+    b_da = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
     if rows > 0:  # always: a branch keeps the compiler from holding the operands of D's and Q's products at once
         b_high, b_low = split(b_g * b_updated, FAST, SPLIT)
-        b_da = reduce_tile(
-            b_high, b_low, b_da, p_a, p_b + i_columns, p_column_sums + tl.full([], RANK_W, tl.int64) * columns + i_columns,
-            1.0, m_rows, m_columns, columns, RANK_S, True, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-        )  # fmt: skip
+        p_sums = p_column_sums + tl.full([], RANK_W, tl.int64) * columns
+        if MANY:
+            reduce_tile(
+                b_high, b_low, p_a, p_b + i_columns, p_row_sums + RANK_W, p_sums, 1.0, m_rows, m_columns, columns,
+                RANK_S, True, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+            )  # fmt: skip
+        else:
+            b_da = reduce_ranks(
+                0, b_high, b_low, p_a, p_b + i_columns, p_sums, 1.0, m_rows, m_columns, columns,
+                RANK_S, True, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+            )  # fmt: skip
     b_words = tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w_in[None, :]))
     b_word = tl.broadcast_to(b_words[:, :, None], (BLOCK_ROWS, BLOCK_COLUMNS // 32, 32))
-    b_gate = ((tl.reshape(b_word, (BLOCK_ROWS, BLOCK_COLUMNS)) >> (c % 32 // 2 + c % 2 * 16)[None, :]) & 1).to(tl.float32)
+    b_word = tl.reshape(b_word, (BLOCK_ROWS, BLOCK_COLUMNS))
+    b_gate = ((b_word >> (c % 32 // 2 + c % 2 * 16)[None, :]) & 1).to(tl.float32)
     if THROUGH:
         b_gate += tl.abs(b_updated)
     b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
-    b_du = reduce_tile(
-        b_high, b_low, b_du, p_u, p_v + i_columns, p_column_sums + i_columns, beta, m_rows, m_columns, columns,
-        RANK_W, False, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-    )  # fmt: skip
-
-    o_rows = r[:, None] * RANKS + k[None, :]
-    tl.store(p_row_sums + o_rows, b_du, mask=m_rows[:, None] & (k < RANK_W)[None, :])
-    tl.store(p_row_sums + RANK_W + o_rows, b_da, mask=m_rows[:, None] & (k <= RANK_S)[None, :])
+    if MANY:
+        reduce_tile(
+            b_high, b_low, p_u, p_v + i_columns, p_row_sums, p_column_sums, beta, m_rows, m_columns, columns,
+            RANK_W, False, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+        )  # fmt: skip
+    else:
+        b_du = reduce_ranks(
+            0, b_high, b_low, p_u, p_v + i_columns, p_column_sums, beta, m_rows, m_columns, columns,
+            RANK_W, False, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+        )  # fmt: skip
+        i = tl.arange(0, WIDTH)
+        o_rows = r[:, None] * RANKS + i[None, :]
+        tl.store(p_row_sums + o_rows, b_du, mask=m_rows[:, None] & (i < RANK_W)[None, :])
+        tl.store(p_row_sums + RANK_W + o_rows, b_da, mask=m_rows[:, None] & (i <= RANK_S)[None, :])
 
 
 @triton.jit
@@ -275,9 +311,8 @@ def factor_gradients(
     weight, stride, along_columns = one_stride(weight)
     architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
     fast = x.dtype != torch.float32 and not interpreted
-    width = tiles.factor_width(max(rank_w, rank_s + 1), split=False)
-    tile = tiles.gradients(architecture, x.dtype, weight.dtype, width)
-    given = tokens >= tiles.GIVEN_TOKENS
+    tile = tiles.gradients(architecture, x.dtype, weight.dtype, max(rank_w, rank_s + 1))
+    given = tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x.dtype, weight.dtype)]
     g = scratch.get((rows, columns), x.dtype, x.device) if given else x
     if given:
         torch.mm(gy.T, x, out=g)
@@ -292,7 +327,7 @@ def factor_gradients(
         FAST=fast, SPLIT="" if architecture.startswith("gfx") else _SPLIT, UPCAST=interpreted,
         EVEN=rows % tile.rows == 0 and columns % tile.columns == 0,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        WIDTH=width, num_warps=tile.warps, num_stages=tile.stages,
+        WIDTH=16, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     block = 256
     add_shares_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](
@@ -325,11 +360,12 @@ def cases() -> Iterator[tiles.Case]:
         yield _case(weight, weight, rows=1003, columns=1001)
     yield _case(bf16, bf16, stored_transposed=True)
     yield _case(bf16, bf16, through=False)
-    yield _case(bf16, bf16, tokens=tiles.GIVEN_TOKENS)
+    for dtype, key in ((bf16, "half"), (fp16, "half"), (fp32, "float")):
+        yield _case(dtype, dtype, tokens=tiles.GIVEN_TOKENS[key])
 
 
 def _case(
-    weight: torch.dtype, x: torch.dtype, rows: int = 1024, columns: int = 1024, rank: int = 8, tokens: int = 1024,
+    weight: torch.dtype, x: torch.dtype, rows: int = 1024, columns: int = 1024, rank: int = 8, tokens: int = 32,
     through: bool = True, stored_transposed: bool = False,
 ) -> tiles.Case:  # fmt: skip
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -342,9 +378,8 @@ def _case(
         gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
         factor_gradients(gy, x_, W, U, V, A, B, mask, 1.0, 1.0, 1.0, through)
 
-    width = tiles.factor_width(rank + 1, split=False)
-    tile = tiles.gradients(tiles.architecture(torch.device("meta")), x, weight, width)
-    odd, given = rows % 2 == 1, tokens >= tiles.GIVEN_TOKENS
+    tile = tiles.gradients(tiles.architecture(torch.device("meta")), x, weight, rank + 1)
+    odd, given = rows % 2 == 1, tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x, weight)]
     details = [f"{rows} x {columns}"] * odd + ["W transposed"] * stored_transposed
     details += ["G given"] * given + ["not through |W'|"] * (not through)
     name = ", ".join(["factor gradients", tiles.pair_name(weight, x), f"rank {rank}", *details])

@@ -131,7 +131,7 @@ _SMALL_SHARED: Table = {
 _HOPPER: Table = {
     "half": (
         (16, Tile(64, 16, 128, 4, 3)), (64, Tile(64, 64, 64, 4, 4)), (128, Tile(128, 128, 64, 8, 3, 0.95)),
-        (1 << 30, Tile(128, 256, 64, 8, 3, 0.50)),
+        (1 << 30, Tile(128, 256, 64, 8, 3, 0.52)),
     ),
     "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3))),
     "float": _FLOAT,
@@ -153,7 +153,7 @@ MATMUL: dict[str, Table] = {
 
 # Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %. WIDE
 # is for more than 15 ranks, whose products need more registers.
-_FLOAT_GRADIENTS = Tile(64, 32, 32, 4, 2)
+_FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
     for name, half in {
@@ -162,8 +162,7 @@ GRADIENTS: dict[str, dict[str, Tile]] = {
         "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.41), "gfx942": Tile(64, 64, 32, 4, 2),
     }.items()
 }  # fmt: skip
-WIDE = {"sm_90": Tile(128, 64, 64, 8, 3), "sm_100": Tile(128, 64, 64, 8, 3)}
-WIDE_ELSEWHERE = Tile(64, 32, 32, 4, 3)
+WIDE = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
 # 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is. Inside
@@ -178,7 +177,8 @@ WIDEST_FACTOR = 64  # padded columns of U and V that a loop step multiplies; for
 # From here on the library makes G, in the scratch buffer, and the gradient kernel reads it: 4 B a weight more, written and
 # read, against a main loop that runs at an assumed 0.9 of the library's speed. 4 B / bandwidth = T (1 / 0.9 - 1) / rate
 # gives 3,500 tokens on sm_90 and 2,250 on sm_80; some twice that, because G in x's dtype costs a rounding.
-GIVEN_TOKENS = 8192
+# fp32 multiply-adds of this kernel are so much slower than the library's that G is worth making for few tokens already.
+GIVEN_TOKENS = {"half": 8192, "mixed": 8192, "float": 64}
 SHARE_TOKENS = 1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
 
 
@@ -208,11 +208,11 @@ def matmul(
     return ODD[key] if odd else tile
 
 
-def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, width: int) -> Tile:
-    """The tile of G that a program of the gradient kernel makes; `width` is that of a padded factor."""
+def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, ranks: int) -> Tile:
+    """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
-    if width > 16 and key != "float":
-        return WIDE.get(architecture, WIDE_ELSEWHERE)
+    if ranks > 16:
+        return WIDE[key]
     return _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
 
 
