@@ -118,10 +118,10 @@ def recorded(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any, Any, An
 
 
 @functools.lru_cache(maxsize=1)
-def shipped(architecture: str) -> list[Compilation]:
+def shipped(architecture: str, files: tuple[str, ...] = KERNEL_FILES) -> list[Compilation]:
     """Every binary that the launchers can ask for on one target, once each."""
     found: dict[str, Compilation] = {}
-    for name in KERNEL_FILES:
+    for name in files:
         module = importlib.import_module(f"{__package__}.{name}")
         with compiling_for(architecture), recorded(gpu_target(architecture)) as launches:
             for case in module.cases():
@@ -133,21 +133,23 @@ def shipped(architecture: str) -> list[Compilation]:
     return list(found.values())
 
 
-def report(architecture: str, dump: Path | None = None, workers: int | None = None) -> list[Row]:
-    """A row for every shipped binary of a target. `dump` is a folder for one .ptx and .cubin a row."""
+def report(
+    architecture: str, dump: Path | None = None, workers: int | None = None, files: tuple[str, ...] = KERNEL_FILES
+) -> list[Row]:
+    """A row for every binary that `files` ship for a target. `dump` is a folder for one .ptx and .cubin a row."""
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
     workers = workers or os.cpu_count() or 1
-    count = len(shipped(architecture))
+    count = len(shipped(architecture, files))
     if workers == 1:
-        return [_row(architecture, index, dump) for index in range(count)]
+        return [_row(architecture, files, index, dump) for index in range(count)]
     context = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        return list(pool.map(_row, [architecture] * count, range(count), [dump] * count))
+        return list(pool.map(_row, [architecture] * count, [files] * count, range(count), [dump] * count))
 
 
-def _row(architecture: str, index: int, dump: Path | None) -> Row:
-    binary, target = shipped(architecture)[index], TARGETS[architecture]
+def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | None) -> Row:
+    binary, target = shipped(architecture, files)[index], TARGETS[architecture]
     start = time.monotonic()
     compiled = binary.compile(gpu_target(architecture))
     seconds = time.monotonic() - start
@@ -201,9 +203,11 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
     kinds = collections.Counter(kind for _, text in code if TENSOR_CORE.match((kind := _opcode(text)).split(".")[0]))
     loop = _main_loop(code)
     most = max(kinds, key=lambda kind: (_multiply_adds(kind), kinds[kind])) if kinds else ""
+    # wgmma takes its left operand from registers or from shared memory; the instruction says which.
+    in_registers = any(re.search(rf"{re.escape(most)} R\d+, R\d+, gdesc", text) for _, text in code) if most else False
     return {
         "registers": used.get("REG", 0), "stack": used.get("STACK", 0), "local": used.get("LOCAL", 0),
-        "tensor_core": f"{most} x{kinds[most]}" if most else "",
+        "tensor_core": f"{most} x{kinds[most]}" + ", left operand in registers" * in_registers if most else "",
         "loop": None if loop is None else sum(not TENSOR_CORE.match(_opcode(text).split(".")[0]) for text in loop),
     }  # fmt: skip
 

@@ -64,21 +64,12 @@ def product(b_high, b_low, b_right, b_sum, FAST: tl.constexpr, SPLIT: tl.constex
 
 
 @triton.jit
-def token_range(tokens, BLOCK_DEPTH: tl.constexpr):
-    """This program's tokens: shares of whole blocks, as equal as they can be."""
-    blocks = tl.cdiv(tokens, BLOCK_DEPTH)
-    share = tl.cdiv(blocks, tl.num_programs(2)) * BLOCK_DEPTH
-    first = tl.program_id(2) * share
-    return first, tl.maximum(tl.minimum(tokens - first, share), 0)
-
-
-@triton.jit
 def product_tile(
-    p_gy, p_x, p_g, tokens, rows, columns, i_rows, i_columns,
+    p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns,
     GIVEN: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G = gy^T x over this program's tokens, zero past the end; with GIVEN it is read from p_g.
+    """A tile of G = gy^T x over this program's `share` of the tokens, zero past the end; with GIVEN it is read from p_g.
 
     Nothing is masked in the loop: the partial block of tokens goes last (first, it would make ptxas issue the loop's wgmmas
     one by one), and rows and columns past the end of G are copies of its last ones until the loop is done.
@@ -94,12 +85,17 @@ def product_tile(
         p_g += i_rows * columns + i_columns
         b_g = tl.load(p_g + (r_in[:, None] * columns + c_in[None, :])).to(tl.float32)
     else:
-        first, count = token_range(tokens, BLOCK_DEPTH)
+        first = tl.program_id(2) * share
+        count = tl.minimum(tokens - first, share)
         p_gy += first.to(tl.int64) * rows + i_rows
         p_x += first.to(tl.int64) * columns + i_columns
         o_gy = t[None, :] * rows + r_in[:, None]
         o_x = t[:, None] * columns + c_in[None, :]
         b_g = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+        tail = count % BLOCK_DEPTH
+        # Of its own, so that the loop need not keep its pointers for after it.
+        p_gy_tail = p_gy + (count - tail).to(tl.int64) * rows
+        p_x_tail = p_x + (count - tail).to(tl.int64) * columns
         for _ in range(count // BLOCK_DEPTH):
             b_gy = tl.load(p_gy + o_gy)
             b_x = tl.load(p_x + o_x)
@@ -108,10 +104,9 @@ def product_tile(
             b_g = tl.dot(b_gy, b_x, b_g, input_precision="ieee")
             p_gy += tl.full([], BLOCK_DEPTH, tl.int64) * rows
             p_x += tl.full([], BLOCK_DEPTH, tl.int64) * columns
-        tail = count % BLOCK_DEPTH
         if tail > 0:
-            b_gy = tl.load(p_gy + o_gy, mask=(t < tail)[None, :], other=0.0)
-            b_x = tl.load(p_x + o_x, mask=(t < tail)[:, None], other=0.0)
+            b_gy = tl.load(p_gy_tail + o_gy, mask=(t < tail)[None, :], other=0.0)
+            b_x = tl.load(p_x_tail + o_x, mask=(t < tail)[:, None], other=0.0)
             if UPCAST:
                 b_gy, b_x = b_gy.to(tl.float32), b_x.to(tl.float32)
             b_g = tl.dot(b_gy, b_x, b_g, input_precision="ieee")
@@ -169,10 +164,10 @@ def reduce_tile(
         tl.store(p_row_sums + (r[:, None] * RANKS + k[None, :]), b_row_sum, mask=m_rows[:, None] & (k < stored)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["tokens", "share"])
 def factor_gradients_kernel(
     p_gy, p_x, p_g, p_weight, p_u, p_v, p_a, p_b, p_mask, p_row_sums, p_column_sums,
-    tokens, rows, columns, stride, words, beta,
+    tokens, share, rows, columns, stride, words, beta,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     GIVEN: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, WIDTH: tl.constexpr,
@@ -186,16 +181,16 @@ def factor_gradients_kernel(
     i_columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     b_g = product_tile(
-        p_gy, p_x, p_g, tokens, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH
+        p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH
     )  # fmt: skip
     r = tl.arange(0, BLOCK_ROWS)
     m_rows = i_rows + r < rows
     r_in = r
     if not EVEN:
         r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
-    share = tl.program_id(2).to(tl.int64)
-    p_row_sums += ((share * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANKS
-    p_column_sums += (share * tl.num_programs(1) + tl.program_id(1)) * RANKS * columns + i_columns
+    z = tl.program_id(2).to(tl.int64)
+    p_row_sums += ((z * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANKS
+    p_column_sums += (z * tl.num_programs(1) + tl.program_id(1)) * RANKS * columns + i_columns
     p_mask += i_rows * words
     p_u += i_rows * RANK_W
     p_a += i_rows * RANK_S
@@ -311,18 +306,20 @@ def factor_gradients(
     weight, stride, along_columns = one_stride(weight)
     architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
     fast = x.dtype != torch.float32 and not interpreted
-    tile = tiles.gradients(architecture, x.dtype, weight.dtype, max(rank_w, rank_s + 1))
+    tile = tiles.gradients(architecture, x.dtype, weight.dtype, rows, columns, max(rank_w, rank_s + 1))
     given = tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x.dtype, weight.dtype)]
     g = scratch.get((rows, columns), x.dtype, x.device) if given else x
     if given:
         torch.mm(gy.T, x, out=g)
     across, down = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    shares = 1 if given else tiles.token_shares(architecture, across * down, tokens)
+    share = tokens if given else tiles.token_share(architecture, across * down, tokens, tile.depth)
+    shares = triton.cdiv(tokens, share)
     ranks = rank_w + rank_s + 1
     row_sums = torch.empty((shares * across, rows, ranks), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((shares * down, ranks, columns), dtype=torch.float32, device=x.device)
     factor_gradients_kernel[across, down, shares](
-        gy, x, g, weight, U, V, A, B, mask, row_sums, column_sums, tokens, rows, columns, stride, mask.shape[1], beta,
+        gy, x, g, weight, U, V, A, B, mask, row_sums, column_sums, tokens, share, rows, columns, stride,
+        mask.shape[1], beta,
         RANK_W=rank_w, RANK_S=rank_s, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude, GIVEN=given,
         FAST=fast, SPLIT="" if architecture.startswith("gfx") else _SPLIT, UPCAST=interpreted,
         EVEN=rows % tile.rows == 0 and columns % tile.columns == 0,
@@ -378,7 +375,7 @@ def _case(
         gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
         factor_gradients(gy, x_, W, U, V, A, B, mask, 1.0, 1.0, 1.0, through)
 
-    tile = tiles.gradients(tiles.architecture(torch.device("meta")), x, weight, rank + 1)
+    tile = tiles.gradients(tiles.architecture(torch.device("meta")), x, weight, rows, columns, rank + 1)
     odd, given = rows % 2 == 1, tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x, weight)]
     details = [f"{rows} x {columns}"] * odd + ["W transposed"] * stored_transposed
     details += ["G given"] * given + ["not through |W'|"] * (not through)

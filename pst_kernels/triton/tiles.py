@@ -119,7 +119,7 @@ Table = dict[str, tuple[tuple[int, Tile], ...]]
 ODD = {"half": Tile(64, 32, 32, 4, 2), "mixed": Tile(64, 32, 32, 4, 2), "float": Tile(32, 32, 32, 4, 2)}
 _FLOAT = ((16, Tile(32, 16, 32, 4, 3)), (1 << 30, Tile(32, 32, 32, 4, 3)))
 _AMPERE: Table = {
-    "half": ((16, Tile(64, 16, 64, 4, 4)), (64, Tile(64, 64, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3, 0.55))),
+    "half": ((16, Tile(64, 16, 64, 4, 4)), (64, Tile(64, 64, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3, 0.65))),
     "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(64, 64, 64, 4, 3))),
     "float": _FLOAT,
 }
@@ -151,18 +151,18 @@ MATMUL: dict[str, Table] = {
     "sm_120": _SMALL_SHARED, "gfx942": _AMD,
 }  # fmt: skip
 
-# Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %. WIDE
-# is for more than 15 ranks, whose products need more registers.
+# Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %. SMALL
+# is for more than 15 ranks, and for matrices that are no multiple of the tile: both need more registers.
 _FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
     for name, half in {
-        "sm_80": Tile(128, 64, 32, 8, 3, 0.41), "sm_86": Tile(128, 64, 32, 8, 3, 0.21),
-        "sm_89": Tile(128, 64, 32, 8, 3, 0.21), "sm_90": Tile(128, 128, 64, 8, 3, 0.37),
-        "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.41), "gfx942": Tile(64, 64, 32, 4, 2),
+        "sm_80": Tile(128, 64, 32, 8, 3, 0.45), "sm_86": Tile(128, 64, 32, 8, 3, 0.23),
+        "sm_89": Tile(128, 64, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.37),
+        "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
     }.items()
 }  # fmt: skip
-WIDE = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
+SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
 # 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is. Inside
@@ -208,17 +208,19 @@ def matmul(
     return ODD[key] if odd else tile
 
 
-def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, ranks: int) -> Tile:
+def gradients(
+    architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int
+) -> Tile:
     """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
-    if ranks > 16:
-        return WIDE[key]
-    return _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
+    tile = _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
+    return tile if ranks <= 16 and rows % tile.rows == 0 and columns % tile.columns == 0 else SMALL[key]
 
 
-def token_shares(architecture: str, tiles: int, tokens: int) -> int:
-    """Among how many programs to share the tokens of one tile of G: more than one where the tiles leave processors idle."""
-    return max(1, min(TARGETS[architecture].multiprocessors // tiles, tokens // SHARE_TOKENS))
+def token_share(architecture: str, tiles: int, tokens: int, depth: int) -> int:
+    """How many tokens a program sums over, whole loop steps: not all where the tiles of G leave processors idle."""
+    shares = max(1, min(TARGETS[architecture].multiprocessors // tiles, tokens // SHARE_TOKENS))
+    return triton.cdiv(triton.cdiv(tokens, shares), depth) * depth
 
 
 def pair_name(weight: torch.dtype, x: torch.dtype) -> str:
