@@ -1,7 +1,8 @@
 """Compile every shipped kernel and configuration ahead of time, without a GPU, and read the machine code.
 
-Behind `pst-kernels kernels`. What is compiled comes from the launchers themselves (see `tiles.Case`), so a row is what a
-user's call would run. Triton's own cache is used; it is keyed by source, types, constants, options, target and compiler.
+Behind `pst-kernels kernels`. What is compiled comes from the launchers themselves (see `tiles.Case`), so a row is what
+a user's call would run. Triton's own cache is used; it is keyed by source, types, constants, options, target and
+compiler.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -161,15 +163,16 @@ def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | Non
                 (dump / f"{name}.{kind}").write_bytes(code.encode() if isinstance(code, str) else code)
     read = _read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amdgcn(compiled.asm["amdgcn"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    tile = [binary.constants.get(side) for side in TILE]
+    tile = [binary.constants[side] for side in TILE if side in binary.constants]
     slots = None
-    if read["loop"] is not None and None not in tile:
-        cycles = tile[0] * tile[1] * tile[2] / target.fma_per_cycle
+    if read["loop"] is not None and len(tile) == len(TILE):
+        cycles = math.prod(tile) / target.fma_per_cycle
         slots = round(read["loop"] * warps / 4 / cycles, 3)  # a multiprocessor issues four instructions a cycle
     return Row(
         architecture, binary.kernel.__name__, binary.case.name, warps, compiled.metadata.num_stages,
         read["registers"], read["stack"], read["local"], shared, _blocks(target, read["registers"], warps, shared),
-        read["tensor_core"], read["loop"], slots, binary.case.slots if None not in tile else None, round(seconds, 2), name,
+        read["tensor_core"], read["loop"], slots, binary.case.slots if len(tile) == len(TILE) else None,
+        round(seconds, 2), name,
     )  # fmt: skip
 
 
@@ -180,7 +183,10 @@ def _blocks(target: Target, registers: int, warps: int, shared: int) -> int:
     a_warp = max(1, -(-registers * target.warp_size // 256) * 256)
     reserved = shared + (1024 if isinstance(target.capability, int) else 0)
     return min(
-        target.registers // (a_warp * warps), target.warps // warps, target.shared_multiprocessor // max(1, reserved), 32
+        target.registers // (a_warp * warps),
+        target.warps // warps,
+        target.shared_multiprocessor // max(1, reserved),
+        32,
     )
 
 
@@ -198,7 +204,8 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         )
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     code = [
-        (int(address, 16), text.strip()) for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.M)
+        (int(address, 16), text.strip())
+        for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.M)
     ]
     kinds = collections.Counter(kind for _, text in code if TENSOR_CORE.match((kind := _opcode(text)).split(".")[0]))
     loop = _main_loop(code)
@@ -213,7 +220,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
 
 
 def _multiply_adds(opcode: str) -> int:
-    """Of an instruction such as HGMMA.64x256x16.F32.BF16 or HMMA.16816.F32.BF16, to tell the main product from small ones."""
+    """Of an instruction such as HGMMA.64x256x16.F32.BF16, to tell the main product from small ones."""
     shape = re.search(r"(\d+)x(\d+)x(\d+)", opcode)
     return int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else 0
 
@@ -222,7 +229,7 @@ def _main_loop(code: list[tuple[int, str]]) -> list[str] | None:
     """The shortest loop body that holds a tensor-core instruction."""
     position = {address: i for i, (address, _) in enumerate(code)}
     bodies = []
-    for i, (address, text) in enumerate(code):
+    for i, (_, text) in enumerate(code):
         branch = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if branch and (first := position.get(int(branch[1], 16), i + 1)) <= i:
             body = [line for _, line in code[first : i + 1]]
@@ -244,7 +251,8 @@ def _read_amdgcn(text: str) -> dict[str, Any]:
     most = kinds.most_common(1)
     return {
         "registers": field("vgpr_count") + field("agpr_count"), "stack": field("private_segment_fixed_size"),
-        "local": 4 * field("vgpr_spill_count"), "tensor_core": f"{most[0][0]} x{most[0][1]}" if most else "", "loop": None,
+        "local": 4 * field("vgpr_spill_count"), "tensor_core": f"{most[0][0]} x{most[0][1]}" if most else "",
+        "loop": None,
     }  # fmt: skip
 
 
@@ -274,7 +282,19 @@ def _device_target() -> str:
 
 
 def _print_table(rows: list[Row]) -> None:
-    head = ("kernel", "case", "warps", "regs", "stack", "local", "shared", "blocks/SM", "slots", "budget", "tensor core")
+    head = (
+        "kernel",
+        "case",
+        "warps",
+        "regs",
+        "stack",
+        "local",
+        "shared",
+        "blocks/SM",
+        "slots",
+        "budget",
+        "tensor core",
+    )
     lines = [
         (row.kernel, row.case, row.warps, row.registers, row.stack, row.local, row.shared, row.blocks,
          "" if row.slots is None else row.slots, "" if row.budget is None else row.budget, row.tensor_core)
@@ -286,4 +306,6 @@ def _print_table(rows: list[Row]) -> None:
     for row in rows:
         for problem in row.problems:
             print(f"{row.file}: {row.case}: {problem}", file=sys.stderr)
-    print(f"{len(rows)} binaries for {rows[0].target if rows else 'nothing'}; computed from machine code, not measured.")
+    print(
+        f"{len(rows)} binaries for {rows[0].target if rows else 'nothing'}; computed from machine code, not measured."
+    )

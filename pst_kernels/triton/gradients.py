@@ -2,11 +2,13 @@
 
 With D = G * W' and Q = G * (M + |W'|), or G * M, all six are low-rank reductions:
 
-    dA = alpha1 D B^T   dB = alpha1 A^T D   dR = alpha2 D.sum(1)   dC = alpha2 D.sum(0)   dU = beta Q V^T   dV = beta U^T Q
+    dA = alpha1 D B^T   dB = alpha1 A^T D   dR = alpha2 D.sum(1)   dC = alpha2 D.sum(0)   dU = beta Q V^T   dV = beta
+    U^T Q
 
 A program makes one (out, in) tile of G over its share of the tokens, gates it, and stores its share of the sums in a
 place of its own; a second kernel adds the shares in a fixed order. No atomics: the same bits every time. D and Q are
-products in fp32, reduced by tensor cores as pairs of bf16 that hold 16 bits of each number (fp32 x: multiply-add in fp32).
+products in fp32, reduced by tensor cores as pairs of bf16 that hold 16 bits of each number (fp32 x: multiply-add in
+fp32).
 
 For very many tokens the library makes G in the shared scratch buffer, and the same kernel reads it instead.
 """
@@ -69,10 +71,11 @@ def product_tile(
     GIVEN: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G = gy^T x over this program's `share` of the tokens, zero past the end; with GIVEN it is read from p_g.
+    """A tile of G = gy^T x over this program's `share` of the tokens, zero past the end; with GIVEN it is read from
+    p_g.
 
-    Nothing is masked in the loop: the partial block of tokens goes last (first, it would make ptxas issue the loop's wgmmas
-    one by one), and rows and columns past the end of G are copies of its last ones until the loop is done.
+    Nothing is masked in the loop: the partial block of tokens goes last (first, it would make ptxas issue the loop's
+    wgmmas one by one), and rows and columns past the end of G are copies of its last ones until the loop is done.
     """
     r = tl.arange(0, BLOCK_ROWS)
     c = tl.arange(0, BLOCK_COLUMNS)
@@ -121,8 +124,8 @@ def reduce_ranks(
     RANK: tl.constexpr, ONES: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """For WIDTH ranks of a tile b: return b right^T and store (scale left)^T b. With ONES also its sums over columns and
-    over rows: left and right get a column of ones each.
+    """For WIDTH ranks of a tile b: return b right^T and store (scale left)^T b. With ONES also its sums over columns
+    and over rows: left and right get a column of ones each.
 
     The large factor is the left one in both products: wgmma takes no fewer than 64 rows, and mma.sync would hold all of
     a (WIDTH, ROWS) left operand in every warp's registers. Offsets within a tile fit 32 bits, those of all ranks too.
@@ -161,7 +164,9 @@ def reduce_tile(
             RANK, ONES, FAST, SPLIT, ROWS, COLUMNS, WIDTH,
         )  # fmt: skip
         k = first + tl.arange(0, WIDTH)
-        tl.store(p_row_sums + (r[:, None] * RANKS + k[None, :]), b_row_sum, mask=m_rows[:, None] & (k < stored)[None, :])
+        tl.store(
+            p_row_sums + (r[:, None] * RANKS + k[None, :]), b_row_sum, mask=m_rows[:, None] & (k < stored)[None, :]
+        )
 
 
 @triton.jit(do_not_specialize=["tokens", "share"])
@@ -181,7 +186,8 @@ def factor_gradients_kernel(
     i_columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     b_g = product_tile(
-        p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH
+        p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
     )  # fmt: skip
     r = tl.arange(0, BLOCK_ROWS)
     m_rows = i_rows + r < rows
@@ -341,9 +347,10 @@ def linear_backward(
     """dx in gy's dtype and the six factor gradients in fp32; empty tensors in place of what is not needed."""
     weight, (U, V, A, B) = checked(weight, U, V, A, B)
     dx = input_gradient(gy, weight, U, V, mask, beta) if needs_input else gy.new_empty(0)
-    if not needs_factors:
-        return dx, *(U.new_empty(0, dtype=torch.float32) for _ in range(6))
-    return dx, *factor_gradients(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through_magnitude)
+    if needs_factors:
+        return dx, *factor_gradients(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through_magnitude)
+    dU, dV, dA, dB, dR, dC = (U.new_empty(0, dtype=torch.float32) for _ in range(6))
+    return dx, dU, dV, dA, dB, dR, dC
 
 
 def cases() -> Iterator[tiles.Case]:

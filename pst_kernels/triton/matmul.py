@@ -1,13 +1,13 @@
 """y = x (M * W')^T + bias and dx = gy (M * W'), for few tokens with the masking inside the loop.
 
-Both are one kernel: left (rows, depth) times x^T (depth, tokens), left being M * W' in the forward pass and its transpose
-for the input gradient. The weight is the left operand because Triton feeds it to wgmma from registers: masked on the way
-from shared memory to the tensor core, it is never written back. A loop step costs, a pair of 16-bit weights: two
-instructions to widen, none to add beta U V (a small tensor-core product whose accumulator starts as W, in fp32), one to
-round the pair to x's dtype, 1.5 to turn two bits into a pair of 16-bit masks, one AND.
+Both are one kernel: left (rows, depth) times x^T (depth, tokens), left being M * W' in the forward pass and its
+transpose for the input gradient. The weight is the left operand because Triton feeds it to wgmma from registers: masked
+on the way from shared memory to the tensor core, it is never written back. A loop step costs, a pair of 16-bit weights:
+two instructions to widen, none to add beta U V (a small tensor-core product whose accumulator starts as W, in fp32),
+one to round the pair to x's dtype, 1.5 to turn two bits into a pair of 16-bit masks, one AND.
 
-Precision. beta U V inside the loop is U_hi V_hi + U_lo V_hi + U_hi V_lo in bf16 (hi + lo holds 16 bits of a factor), added
-to W in fp32, and W' is rounded once, to x's dtype. With fp32 x everything is fp32 multiply-add, no tf32.
+Precision. beta U V inside the loop is U_hi V_hi + U_lo V_hi + U_hi V_lo in bf16 (hi + lo holds 16 bits of a factor),
+added to W in fp32, and W' is rounded once, to x's dtype. With fp32 x everything is fp32 multiply-add, no tf32.
 
 For many tokens the masked weight is made once, in a scratch buffer shared by all layers, and the library multiplies.
 `tiles.py` has the switch.
@@ -27,15 +27,16 @@ from . import scratch, tiles
 from .mask import masked_weight
 from .score import checked
 
-# A packed pair of weights is ANDed with a pair of masks: PRMT with bit 3 of a selector set fills a byte with a sign bit.
-# Columns in a row of the tile: bits p and p + 16 of the word, shifted to 7 and 23 (or 15 and 31 for p >= 8), by `shift`.
-# Columns in a column of the tile: the two bits come from two words, of which `select` takes the half with even columns or
-# that with odd ones. W itself is an operand only so that its load is pipelined: Triton pipelines what reaches a dot's
-# first two operands, and W enters through the accumulator.
+# A packed pair of weights is ANDed with a pair of masks: PRMT with bit 3 of a selector set fills a byte with a sign
+# bit. Columns in a row of the tile: bits p and p + 16 of the word, shifted to 7 and 23 (or 15 and 31 for p >= 8), by
+# `shift`. Columns in a column of the tile: the two bits come from two words, of which `select` takes the half with even
+# columns or that with odd ones. W itself is an operand only so that its load is pipelined: Triton pipelines what
+# reaches a dot's first two operands, and W enters through the accumulator.
 _PACK = {"bf16": "cvt.rn.bf16x2.f32 %pair, $2, $1;", "fp16": "cvt.rn.f16x2.f32 %pair, $2, $1;"}
 _ALONG_DEPTH = "shl.b32 %keep, ${word}, ${shift}; prmt.b32 %keep, %keep, %keep, ${select};"
 _ALONG_ROWS = (
-    "prmt.b32 %keep, ${word}, ${word1}, ${select}; shl.b32 %keep, %keep, ${shift}; prmt.b32 %keep, %keep, %keep, 0xBB99;"
+    "prmt.b32 %keep, ${word}, ${word1}, ${select};"
+    " shl.b32 %keep, %keep, ${shift}; prmt.b32 %keep, %keep, %keep, 0xBB99;"
 )
 
 
@@ -45,7 +46,9 @@ def _assembly(dtype: str, along_rows: bool, wide_weight: bool) -> tuple[str, str
     mask = _ALONG_ROWS if along_rows else _ALONG_DEPTH
     for name, place in places.items():
         mask = mask.replace("${" + name + "}", f"${place}")
-    return f"{{\n.reg .b32 %pair, %keep;\n{_PACK[dtype]} {mask} and.b32 $0, %pair, %keep;\n}}", "=r" + ",r" * (first + 5)
+    return f"{{\n.reg .b32 %pair, %keep;\n{_PACK[dtype]} {mask} and.b32 $0, %pair, %keep;\n}}", "=r" + ",r" * (
+        first + 5
+    )
 
 
 _ASSEMBLY = {
@@ -58,7 +61,12 @@ _ASSEMBLY = {
 def widen(b_weight, ASSEMBLY: tl.constexpr):
     if ASSEMBLY and b_weight.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [b_weight], dtype=tl.float32, is_pure=True, pack=2
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [b_weight],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
         )
     return b_weight.to(tl.float32)
 
@@ -80,13 +88,17 @@ def masked_matmul_kernel(
     UPCAST: tl.constexpr, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, WAIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """y[t, row] = sum over depth of keep(W + left right^T)[row, depth] x[t, depth] + bias[row], one (rows, tokens) tile.
+    """y[t, row] = sum over depth of keep(W + left right^T)[row, depth] x[t, depth] + bias[row], one (rows, tokens)
+    tile.
 
     x (tokens, depth) and y (tokens, rows) are contiguous, left is (rows, WIDTH), right (depth, WIDTH). A tile of W is
-    worked on as it lies in memory, (outer, inner) with inner of stride 1: that is (rows, depth), or with WEIGHT_ALONG_ROWS
-    (depth, rows), turned over when it is done. BITS_ALONG_ROWS: a mask word holds 32 rows, not 32 of depth.
+    worked on as it lies in memory, (outer, inner) with inner of stride 1: that is (rows, depth), or with
+    WEIGHT_ALONG_ROWS (depth, rows), turned over when it is done. BITS_ALONG_ROWS: a mask word holds 32 rows, not 32 of
+    depth.
     """
     tl.assume(tokens > 0)
+    OUTER: tl.constexpr = BLOCK_DEPTH if WEIGHT_ALONG_ROWS else BLOCK_ROWS
+    INNER: tl.constexpr = BLOCK_ROWS if WEIGHT_ALONG_ROWS else BLOCK_DEPTH
     BITS_INNER: tl.constexpr = BITS_ALONG_ROWS == WEIGHT_ALONG_ROWS
     i_tokens = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
@@ -104,16 +116,12 @@ def masked_matmul_kernel(
     o_x = t_in[None, :] * depth + d[:, None]
     p_left += i_rows * WIDTH
     if WEIGHT_ALONG_ROWS:
-        OUTER: tl.constexpr = BLOCK_DEPTH
-        INNER: tl.constexpr = BLOCK_ROWS
         p_weight += i_rows
         o_weight = d[:, None] * stride + r_in[None, :]
         weight_step = tl.full([], BLOCK_DEPTH, tl.int64) * stride
         b_left = tl.load(p_left + (r_in[None, :] * WIDTH + k[:, None]))
         o_right = d[:, None] * WIDTH + k[None, :]
     else:
-        OUTER: tl.constexpr = BLOCK_ROWS
-        INNER: tl.constexpr = BLOCK_DEPTH
         p_weight += i_rows * stride
         o_weight = r_in[:, None] * stride + d[None, :]
         weight_step = tl.full([], BLOCK_DEPTH, tl.int64)
@@ -133,10 +141,7 @@ def masked_matmul_kernel(
         mask_step = tl.full([], BLOCK_DEPTH // 32, tl.int64)
 
     # Which bit of its word belongs to a weight, in the form that `keep` wants.
-    if BITS_INNER:
-        bit = (tl.arange(0, INNER) % 32)[None, :]
-    else:
-        bit = (tl.arange(0, OUTER) % 32)[:, None]
+    bit = (tl.arange(0, INNER) % 32)[None, :] if BITS_INNER else (tl.arange(0, OUTER) % 32)[:, None]
     if ASSEMBLY == "":
         shift = bit // 2 + 16 * (bit % 2)
         select = bit
@@ -177,6 +182,8 @@ def masked_matmul_kernel(
         if WEIGHT_ALONG_ROWS:
             b_updated = tl.dot(b_right, b_left, b_updated, input_precision="ieee")
             b_kept = tl.zeros((OUTER, INNER), b_x.dtype)
+            # Always, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
+            # next, or it would give both warpgroups all of `outer`, the same 64 rows twice.
             if tokens > 0:
                 b_kept = keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY, CONSTRAINTS)
             b_kept = tl.trans(b_kept)
@@ -197,7 +204,8 @@ def masked_matmul_kernel(
     b_bias = tl.load(p_bias + i_rows + r, mask=m_rows & (has_bias != 0), other=0.0).to(tl.float32)
     o_y = t[None, :] * rows + r[:, None]
     m_y = m_rows[:, None] & (i_tokens + t < tokens)[None, :]
-    tl.store(p_y + i_tokens * rows + i_rows + o_y, (b_y + b_bias[:, None]).to(p_y.dtype.element_ty), mask=m_y)
+    b_y = (b_y + b_bias[:, None]).to(p_y.dtype.element_ty)
+    tl.store(p_y + i_tokens * rows + i_rows + o_y, b_y, mask=m_y)
 
 
 @triton.jit(do_not_specialize=["rank"])
@@ -250,9 +258,19 @@ def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tenso
 
 
 def masked_matmul(
-    x: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, mask: Tensor, tile: tiles.Tile, transposed: bool
+    x: Tensor,
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    tile: tiles.Tile,
+    transposed: bool,
 ) -> Tensor:
-    """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself; `left` and `right` from `split_factors`."""
+    """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
+
+    `left` and `right` are from `split_factors`.
+    """
     rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
     if transposed:
         left, right = right, left
@@ -271,7 +289,8 @@ def masked_matmul(
         x, weight, left, right, y if bias is None else bias, mask, y,
         tokens, rows, depth, stride, mask.shape[1], int(bias is not None),
         WIDTH=left.shape[1], BITS_ALONG_ROWS=transposed, WEIGHT_ALONG_ROWS=along_rows,
-        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=interpreted, ASSEMBLY=assembly, CONSTRAINTS=constraints,
+        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=interpreted,
+        ASSEMBLY=assembly, CONSTRAINTS=constraints,
         WAIT=architecture == "sm_90" and assembly != "",
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -279,7 +298,9 @@ def masked_matmul(
     return y
 
 
-def linear_forward(x: Tensor, weight: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
+def linear_forward(
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, mask: Tensor, beta: float
+) -> Tensor:
     weight, (U, V) = checked(weight, U, V)
     bias = None if bias is None else bias.to(x.dtype)
     tile = in_loop_tile(x, weight, V.shape[0], transposed=False)
@@ -310,7 +331,7 @@ def split(x: Tensor) -> bool:
 
 
 def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
-    """The weight with one dimension of stride 1, the other's stride, and whether columns are the dimension of stride 1."""
+    """The weight with one dimension of stride 1, the other's stride, and whether columns are the one of stride 1."""
     if weight.stride(1) == 1 or weight.shape[1] == 1:
         return weight, weight.stride(0), True
     if weight.stride(0) == 1 or weight.shape[0] == 1:

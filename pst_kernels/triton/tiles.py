@@ -87,14 +87,15 @@ def interpreted() -> bool:
 class Case(NamedTuple):
     """One call of a launcher that makes its kernels compile as a user's call would.
 
-    Every kernel file has `cases() -> Iterator[Case]`: one for each configuration, dtype and variant that it ships for the
-    target of `compiling_for`. `call` runs the launcher on tensors of device "meta" (`torch.empty(..., device="meta")`,
-    which have a shape, a dtype and an aligned address, but no memory); `compile.py` replaces the launch, and takes kernel,
-    signature, constexprs, attributes, warps and stages as Triton itself binds them. So a launcher must not look at values.
-    Two cases that launch the same thing count once.
+    Every kernel file has `cases() -> Iterator[Case]`: one for each configuration, dtype and variant that it ships for
+    the target of `compiling_for`. `call` runs the launcher on tensors of device "meta" (`torch.empty(...,
+    device="meta")`, which have a shape, a dtype and an aligned address, but no memory); `compile.py` replaces the
+    launch, and takes kernel, signature, constexprs, attributes, warps and stages as Triton itself binds them. So a
+    launcher must not look at values. Two cases that launch the same thing count once.
 
-    A kernel whose main loop feeds tensor cores names the constexprs of its tile BLOCK_ROWS, BLOCK_COLUMNS and BLOCK_DEPTH:
-    their product is the multiply-adds of one loop step, from which the issue slots per tensor-core cycle are computed.
+    A kernel whose main loop feeds tensor cores names the constexprs of its tile BLOCK_ROWS, BLOCK_COLUMNS and
+    BLOCK_DEPTH: their product is the multiply-adds of one loop step, from which the issue slots per tensor-core cycle
+    are computed.
     """
 
     name: str  # "bf16 weight, fp32 factors, aligned"
@@ -113,8 +114,8 @@ class Tile(NamedTuple):
     slots: float | None = None  # budget of the main loop: issue slots per tensor-core cycle, read from machine code
 
 
-# The masked matmul's rows are the weight's (of its transpose for the input gradient), columns are tokens, depth is what is
-# summed over. By the number of tokens up to which a tile is used; ODD where depth is no multiple of the tile's.
+# The masked matmul's rows are the weight's (of its transpose for the input gradient), columns are tokens, depth is what
+# is summed over. By the number of tokens up to which a tile is used; ODD where depth is no multiple of the tile's.
 Table = dict[str, tuple[tuple[int, Tile], ...]]
 ODD = {"half": Tile(64, 32, 32, 4, 2), "mixed": Tile(64, 32, 32, 4, 2), "float": Tile(32, 32, 32, 4, 2)}
 _FLOAT = ((16, Tile(32, 16, 32, 4, 3)), (1 << 30, Tile(32, 32, 32, 4, 3)))
@@ -151,8 +152,8 @@ MATMUL: dict[str, Table] = {
     "sm_120": _SMALL_SHARED, "gfx942": _AMD,
 }  # fmt: skip
 
-# Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %. SMALL
-# is for more than 15 ranks, and for matrices that are no multiple of the tile: both need more registers.
+# Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
+# SMALL is for more than 15 ranks, and for matrices that are no multiple of the tile: both need more registers.
 _FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
@@ -165,21 +166,23 @@ GRADIENTS: dict[str, dict[str, Tile]] = {
 SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
-# 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is. Inside
-# the loop it costs, for each token, SLOTS of that token's tensor-core time, taken as not overlapping at all. They are equal
-# at T = 4 rate / (bandwidth SLOTS): 920 tokens on sm_90. SLOTS is what `pst-kernels kernels` reads from the machine code
-# of the widest bf16 tile; for gfx942, whose code it cannot read, it is a guess.
+# 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is.
+# Inside the loop it costs, for each token, SLOTS of that token's tensor-core time, taken as not overlapping at all.
+# They are equal at T = 4 rate / (bandwidth SLOTS): 920 tokens on sm_90. SLOTS is what `pst-kernels kernels` reads from
+# the machine code of the widest bf16 tile; for gfx942, whose code it cannot read, it is a guess.
 SLOTS = {"sm_80": 0.43, "sm_86": 0.22, "sm_89": 0.22, "sm_90": 0.42, "sm_100": 1.94, "sm_120": 0.34, "gfx942": 1.0}
 ODD_SLOTS = 8.0  # the small tile of odd shapes
 FLOAT_TOKENS = 64  # fp32 multiply-adds: the library's own are so much faster that only reading W once less pays
 WIDEST_FACTOR = 64  # padded columns of U and V that a loop step multiplies; for higher ranks the masked weight is made
 
-# From here on the library makes G, in the scratch buffer, and the gradient kernel reads it: 4 B a weight more, written and
-# read, against a main loop that runs at an assumed 0.9 of the library's speed. 4 B / bandwidth = T (1 / 0.9 - 1) / rate
-# gives 3,500 tokens on sm_90 and 2,250 on sm_80; some twice that, because G in x's dtype costs a rounding.
+# From here on the library makes G, in the scratch buffer, and the gradient kernel reads it: 4 B a weight more, written
+# and read, against a main loop that runs at an assumed 0.9 of the library's speed. 4 B / bandwidth = T (1 / 0.9 - 1) /
+# rate gives 3,500 tokens on sm_90 and 2,250 on sm_80; some twice that, because G in x's dtype costs a rounding.
 # fp32 multiply-adds of this kernel are so much slower than the library's that G is worth making for few tokens already.
 GIVEN_TOKENS = {"half": 8192, "mixed": 8192, "float": 64}
-SHARE_TOKENS = 1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
+SHARE_TOKENS = (
+    1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
+)
 
 
 def dtype_key(x: torch.dtype, weight: torch.dtype) -> str:
@@ -188,9 +191,7 @@ def dtype_key(x: torch.dtype, weight: torch.dtype) -> str:
     return "mixed" if weight == torch.float32 else "half"
 
 
-def matmul(
-    architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, depth: int, rank: int
-) -> Tile | None:
+def matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, depth: int, rank: int) -> Tile | None:
     """The tile that a masked matmul masks in its loop with, or None where the masked weight shall be made first."""
     key = dtype_key(x, weight)
     split = x != torch.float32 and not interpreted()
@@ -208,9 +209,7 @@ def matmul(
     return ODD[key] if odd else tile
 
 
-def gradients(
-    architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int
-) -> Tile:
+def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int) -> Tile:
     """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
     tile = _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
@@ -230,7 +229,7 @@ def pair_name(weight: torch.dtype, x: torch.dtype) -> str:
 
 
 def factor_width(rank: int, split: bool) -> int:
-    """Columns of a padded factor: what tensor cores multiply at once, a power of two from 16; `split` holds three parts."""
+    """Columns of a padded factor: a power of two from 16, as tensor cores take them; `split` holds three parts."""
     return max(16, triton.next_power_of_2(3 * rank if split else rank))
 
 

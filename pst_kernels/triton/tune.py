@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print(
-            "pst-kernels tune times kernels on a GPU, and PyTorch finds none; on this machine the shipped tables are used"
+            "pst-kernels tune times kernels on a GPU, and PyTorch finds none; here the shipped tables are used"
             " (`pst-kernels kernels` checks them without a GPU)", file=sys.stderr,
         )  # fmt: skip
         return 1
@@ -112,7 +112,11 @@ def _matmul_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int) -> Iter
     expected = fallback.linear_forward(x, weight, U, V, None, mask, SCALES[0])
     factors = matmul.split_factors(U, V, SCALES[0], problem["split"])
     for other in neighbours(tile):
-        yield other, lambda t=other: [matmul.masked_matmul(x, weight, *factors, None, mask, t, False)], [expected]
+
+        def launch(tile: tiles.Tile = other) -> list[Tensor]:
+            return [matmul.masked_matmul(x, weight, *factors, None, mask, tile, False)]
+
+        yield other, launch, [expected]
 
 
 def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: str) -> Iterator[Run]:
@@ -143,7 +147,9 @@ def _best(runs: Iterator[Run], tolerance: float) -> tiles.Tile:
         except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as error:
             print(f"{tuple(tile)[:5]}: {type(error).__name__}", file=sys.stderr)
             continue
-        worst = max(float((r.double() - e.double()).norm() / e.double().norm()) for r, e in zip(results, expected, strict=True))
+        worst = max(
+            float((r.double() - e.double()).norm() / e.double().norm()) for r, e in zip(results, expected, strict=True)
+        )
         if not worst <= tolerance:
             print(f"{tuple(tile)[:5]}: wrong by {worst:.1e}, not timed", file=sys.stderr)
             continue

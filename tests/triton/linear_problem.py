@@ -1,4 +1,4 @@
-"""Problems for the masked linear, solved in float64 by reference.py; run as a script, it solves them in the interpreter.
+"""Problems for the masked linear, solved in float64 by reference.py; as a script it solves them in the interpreter.
 
 Triton decides when a kernel is defined whether it is interpreted, so that needs a process of its own:
     TRITON_INTERPRET=1 python linear_problem.py    prints a JSON list of [case, relative errors by output]
@@ -92,7 +92,8 @@ INTERPRETED = [
         for out, columns in ((1, 1), (7, 33), (129, 65), (96, 384))
         for tokens, rank in ((0, 8), (1, 5), (3, 16), (130, 8))
     ),
-    Problem(70, 96, 3, 1), Problem(33, 65, 3, 64), Problem(96, 65, 3, 8, transposed=True), Problem(40, 64, 3, 8, through=False),
+    Problem(70, 96, 3, 1), Problem(33, 65, 3, 64), Problem(96, 65, 3, 8, transposed=True),
+    Problem(40, 64, 3, 8, through=False),
     Problem(40, 64, 5, 8, "bfloat16", weight="float32"), Problem(40, 64, 5, 8, "float16", factors="float16"),
 ]  # fmt: skip
 

@@ -86,8 +86,10 @@ def test_widest_tile(emulator: ModuleType, arch: int) -> None:
     assert {name: errors[name] for name in OUTPUTS if not errors[name] <= problem.allowed(name)} == {}
 
 
-def test_many_tokens_share_and_use_the_library(emulator: ModuleType, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other side of each switch: masked weight and library product, tokens in shares; then G made by the library."""
+def test_many_tokens_share_and_use_the_library(
+    emulator: ModuleType, arch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other side of each switch: masked weight and library product, tokens in shares; then G by the library."""
     monkeypatch.setattr(tiles, "SLOTS", dict.fromkeys(tiles.SLOTS, 1e6))
     monkeypatch.setattr(tiles, "SHARE_TOKENS", 16)
     problem = Problem(64, 64, 70, 8, "bfloat16")

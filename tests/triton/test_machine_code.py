@@ -9,11 +9,9 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-
-import triton.language as tl
-
-from pst_kernels.triton import compile as kernels
-from pst_kernels.triton import tiles
+tl = pytest.importorskip("triton.language")
+kernels = pytest.importorskip("pst_kernels.triton.compile")
+tiles = pytest.importorskip("pst_kernels.triton.tiles")
 
 FILES = ("matmul", "gradients")
 TARGETS = ["sm_80", "sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_100", "sm_120"))]
@@ -50,7 +48,8 @@ def test_wgmma_takes_masked_weights_from_registers(report: list[kernels.Row]) ->
 
 @triton.jit
 def plain_kernel(
-    p_gy, p_x, p_g, tokens, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr
+    p_gy, p_x, p_g, tokens, rows, columns,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
     """G = gy^T x and nothing else."""
     i_rows, i_columns = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_COLUMNS
@@ -108,7 +107,7 @@ def test_report_of_one_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     options = ["--target", "sm_80", "--json", "--workers", "1", "--dump", str(tmp_path / "dump")]
     assert kernels.main(parser.parse_args(options)) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["registers"] > 0 and row["blocks"] > 0 and row["slots"] > 0
+    assert min(row["registers"], row["blocks"], row["slots"]) > 0
     assert sorted(path.suffix for path in (tmp_path / "dump").iterdir()) == [".cubin", ".ptx"]
 
 
