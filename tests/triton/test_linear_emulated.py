@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from linear_problem import OUTPUTS, Problem
 
-from pst_kernels.triton import tiles
+from pst_kernels.triton import matmul, tiles
 
 TOOLS = Path(__file__).parents[2].parent / "shared" / "tools"
 
@@ -102,3 +102,12 @@ def test_many_tokens_share_and_use_the_library(
         assert "masked_matmul_kernel" not in session.stats
         assert session.stats["masked_weight_kernel"].launches == 2
         assert session.stats["factor_gradients_kernel"].launches == launches
+
+
+def test_split_factors_hold_sixteen_bits(emulator: ModuleType, arch: int) -> None:
+    given = Problem(70, 50, 1, 8, "bfloat16").tensors()
+    U, V = given["U"], given["V"]
+    with emulator.emulate(arch):
+        left, right = matmul.split_factors(U, V, 0.7, split=True)
+    exact = 0.7 * U.double() @ V.double()
+    assert (left.double() @ right.double().T - exact).norm() / exact.norm() < 2**-15
