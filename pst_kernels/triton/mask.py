@@ -167,9 +167,13 @@ def prune_mask(
     return mask_from(state, weight, *factors, beta, alpha1, alpha2)
 
 
-def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+def masked_weight(
+    weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """M * W' in `dtype`, in `out` (contiguous) where it is given."""
     weight, (U, V) = checked(weight, U, V)
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     over = walk(weight, [(U, V)], tile_for_words(weight, U.shape[1]))
     if weight.numel():
         masked_weight_kernel[over.grid](
