@@ -1,1 +1,47 @@
-"""pst_kernels: fine-tune a pretrained transformer into a sparse one, with a drop-in for nn.Linear."""
+"""pst_kernels: fine-tune a pretrained transformer into a sparse one, with a drop-in for nn.Linear.
+
+    import pst_kernels as pst
+    model = pst.replace_linear(model, pst.PSTConfig(sparsity=0.9))
+
+Importing this needs torch, numpy and safetensors; neither triton nor transformers, and it touches no device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import functional
+from .checkpoint import load_pretrained, save_pretrained
+from .config import PSTConfig
+from .linear import PSTConv1D, PSTLinear
+from .model import get_layer_status, merge_and_unload, print_trainable_parameters, replace_linear
+from .schedule import SparsitySchedule
+
+if TYPE_CHECKING:
+    from .callback import PSTCallback
+
+__version__ = "0.1.0"
+__all__ = [
+    "PSTCallback",
+    "PSTConfig",
+    "PSTConv1D",
+    "PSTLinear",
+    "SparsitySchedule",
+    "functional",
+    "get_layer_status",
+    "load_pretrained",
+    "merge_and_unload",
+    "print_trainable_parameters",
+    "replace_linear",
+    "save_pretrained",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PSTCallback":  # its base class lives in transformers, which the rest does not need
+        try:
+            from .callback import PSTCallback
+        except ModuleNotFoundError as error:
+            raise ImportError(f"PSTCallback needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
+        return PSTCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

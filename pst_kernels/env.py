@@ -43,9 +43,19 @@ def tuning_file() -> Path | None:
     path = Path(value)
     if not path.is_file():
         raise ValueError(
-            f"PST_KERNELS_TUNING={value!r} is not a file; set it to a JSON file written by `pst-kernels tune`, or unset it"
+            f"PST_KERNELS_TUNING={value!r} is not a file; set it to a JSON file written by `pst-kernels tune`,"
+            " or unset it"
         )
     return path
+
+
+def variables() -> dict[str, str]:
+    """Every variable and its value now; a bad value raises, as it would in use."""
+    return {
+        "PST_KERNELS_BACKEND": backend(),
+        "PST_KERNELS_ARCH": architecture() or "of the device",
+        "PST_KERNELS_TUNING": str(tuning_file() or "none"),
+    }
 
 
 def has_triton() -> bool:

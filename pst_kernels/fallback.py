@@ -7,30 +7,97 @@ fp32 (in float64 for a float64 weight); a mask is decided by fp32 scores everywh
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .packing import pack_mask, unpack_flags
+from .packing import PAIRS, pack_mask, packed_width, unpack_flags
 from .selection import SAMPLE, Bracket, Guess, sample_bracket, select
 
-BLOCK = 1 << 17  # weights in a row block: 512 KiB of fp32, half of a core's second-level cache
+BLOCK = 1 << 18  # weights in a row block: 1 MiB of fp32; smaller ones pay more for calls than they save in cache misses
+GEMM_ROWS = 256  # rows of G made at once, at least: a library GEMM of 42 rows costs a quarter more than one of 256
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_blocks(weight: Tensor) -> Iterator[slice]:
-    step = max(1, BLOCK // max(1, weight.shape[1]))
-    return (slice(first, min(first + step, len(weight))) for first in range(0, len(weight), step))
+def block_rows(columns: int) -> int:
+    return max(1, BLOCK // max(1, columns))
 
 
-def updated_rows(weight: Tensor, U: Tensor, V: Tensor, rows: slice, beta: float) -> Tensor:
-    """W' = W + beta U V of some rows; U and V in the compute dtype."""
-    return torch.addmm(weight[rows].to(U.dtype), U[rows], V, alpha=beta)
+def row_blocks(first: int, last: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, last)) for start in range(first, last, step))
+
+
+class _Scratch(threading.local):
+    """One flat buffer a thread and dtype, as large as the largest weight so far: fresh pages cost half a pass."""
+
+    def __init__(self) -> None:
+        self.flat: dict[torch.dtype, Tensor] = {}
+
+    def like(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        if weight.device.type != "cpu":  # other devices have caching allocators
+            return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        flat = self.flat.get(dtype)
+        if flat is None or flat.numel() < weight.numel():
+            flat = self.flat[dtype] = torch.empty(weight.numel(), dtype=dtype)
+        return flat[: weight.numel()].view(weight.shape)
+
+
+_scratch = _Scratch()
+
+
+class _UpdatedRows:
+    """W' = W + beta U V, and M * W', a block of rows at a time in buffers that are used again."""
+
+    def __init__(self, weight: Tensor, U: Tensor, V: Tensor, beta: float):
+        self.dtype = compute_dtype(weight.dtype)
+        self.weight, self.U, self.V, self.beta = weight, U.to(self.dtype), V.to(self.dtype), beta
+        self.out, self.columns = weight.shape
+        self.step = block_rows(self.columns)
+        self._updated, self._flags = self.buffer(), self.buffer()
+        pairs = (len(self._flags), packed_width(self.columns), PAIRS)
+        self._pairs = torch.empty(pairs, dtype=torch.int32, device=weight.device)
+
+    def buffer(self) -> Tensor:
+        return torch.empty((min(self.step, self.out), self.columns), dtype=self.dtype, device=self.weight.device)
+
+    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[slice]:
+        return row_blocks(first, self.out if last is None else last, self.step)
+
+    def updated(self, rows: slice) -> Tensor:
+        """W' of some rows; overwritten by the next call."""
+        block, weight = self._updated[: rows.stop - rows.start], self.weight[rows]
+        if weight.dtype != self.dtype:
+            return block.copy_(weight).addmm_(self.U[rows], self.V, alpha=self.beta)
+        return torch.addmm(weight, self.U[rows], self.V, alpha=self.beta, out=block)
+
+    def flags(self, mask: Tensor, rows: slice) -> Tensor:
+        """The mask of some rows as 0 and 1; overwritten by the next call."""
+        count = rows.stop - rows.start
+        return self._flags[:count].copy_(unpack_flags(mask[rows], out=self._pairs[:count])[:, : self.columns])
+
+    def masked_into(self, out: Tensor, mask: Tensor) -> Tensor:
+        """Fill `out` with M * W' in its dtype."""
+        for rows in self.blocks():
+            multiply_into(out[rows], self.updated(rows), self.flags(mask, rows))
+        return out
+
+
+def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    if out.dtype == left.dtype:
+        torch.mul(left, right, out=out)
+    else:
+        out.copy_(left * right)
+
+
+def widened(columns: Tensor) -> Tensor:
+    """(n, r) with r padded by zeros to a multiple of 16: the library multiplies by 16 columns faster than by 8 or 9."""
+    return torch.nn.functional.pad(columns, (0, -columns.shape[1] % 16))
 
 
 class _ScoreRows:
@@ -40,27 +107,27 @@ class _ScoreRows:
     """
 
     def __init__(self, weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float):
-        dtype = compute_dtype(weight.dtype)
-        self.weight, self.beta = weight, beta
-        self.U, self.V = U.to(dtype), V.to(dtype)
+        self.rows = _UpdatedRows(weight, U, V, beta)
+        dtype = self.rows.dtype
         one = torch.ones((), dtype=dtype, device=weight.device)
         self.left = torch.cat([alpha1 * A.to(dtype), alpha2 * R.to(dtype)[:, None], one.expand(len(A), 1)], 1)
         self.right = torch.cat([B.to(dtype), one.expand(1, B.shape[1]), alpha2 * C.to(dtype)[None]], 0)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        magnitude = updated_rows(self.weight, self.U, self.V, rows, self.beta).abs_()
-        return magnitude.addmm_(self.left[rows], self.right).to(torch.float32)
+        """fp32 scores of some rows; overwritten by the next call."""
+        return self.rows.updated(rows).abs_().addmm_(self.left[rows], self.right).to(torch.float32)
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for rows in row_blocks(self.weight):
-            yield rows.start * self.weight.shape[1], self[rows].view(-1).numpy()
+        for rows in self.rows.blocks():
+            yield rows.start * self.rows.columns, self[rows].view(-1).numpy()
 
     def sample(self, size: int) -> np.ndarray:
         """Scores at random places (to rounding: only a bracket is made of them), the same places every time."""
         generator = torch.Generator().manual_seed(0)
-        index = torch.randint(self.weight.numel(), (size,), generator=generator)
-        row, column = index // self.weight.shape[1], index % self.weight.shape[1]
-        updated = self.weight[row, column] + self.beta * (self.U[row] * self.V[:, column].T).sum(1)
+        weight, U, V = self.rows.weight, self.rows.U, self.rows.V
+        index = torch.randint(weight.numel(), (size,), generator=generator)
+        row, column = index // self.rows.columns, index % self.rows.columns
+        updated = weight[row, column] + self.rows.beta * (U[row] * V[:, column].T).sum(1)
         score = updated.abs() + (self.left[row] * self.right[:, column].T).sum(1)
         return score.to(torch.float32).numpy()
 
@@ -68,7 +135,7 @@ class _ScoreRows:
 def scores(weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float) -> Tensor:
     by_rows = _ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    for rows in row_blocks(weight):
+    for rows in by_rows.rows.blocks():
         out[rows] = by_rows[rows]
     return out
 
@@ -96,14 +163,14 @@ def prune_mask(
     weight, U, V, A, B, R, C, num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float
 ) -> Tensor:  # fmt: skip
     k, numel = int(num_pruned), weight.numel()
-    kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     if k == 0:
+        return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+    kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    if weight.device.type != "cpu":
+        everything = scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2).view(-1)
+        kept.view(-1).fill_(True)[torch.sort(everything, stable=True).indices[:k]] = False
         return pack_mask(kept)
     by_rows = _ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
-    if weight.device.type != "cpu":
-        everything = torch.cat([by_rows[rows].view(-1) for rows in row_blocks(weight)])
-        kept.view(-1)[torch.sort(everything, stable=True).indices[:k]] = False
-        return pack_mask(kept)
     last = Guess.load(guess)
 
     def brackets() -> Iterator[Bracket | None]:
@@ -117,18 +184,13 @@ def prune_mask(
 
 
 def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    compute = compute_dtype(weight.dtype)
-    U, V = U.to(compute), V.to(compute)
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    for rows in row_blocks(weight):
-        updated = updated_rows(weight, U, V, rows, beta)
-        out[rows] = updated.mul_(_flags(mask, rows, updated))
-    return out
+    return _UpdatedRows(weight, U, V, beta).masked_into(out, mask)
 
 
 def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.nn.functional.linear(x, masked_weight(weight, U, V, mask, beta, x.dtype), bias)
+    masked = _UpdatedRows(weight, U, V, beta).masked_into(_scratch.like(weight, x.dtype), mask)
+    return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
 def linear_backward(
@@ -139,34 +201,34 @@ def linear_backward(
 
     With D = G * W' and Q = G * (M + |W'|), every factor gradient is a low-rank reduction of D or Q.
     """
-    compute = compute_dtype(weight.dtype)
-    U, V, A, B = (f.to(compute) for f in (U, V, A, B))
+    by_rows = _UpdatedRows(weight, U, V, beta)
+    masked = _scratch.like(weight, gy.dtype) if needs_input else None
     if not needs_factors:
-        dx = gy @ masked_weight(weight, U, V, mask, beta, gy.dtype) if needs_input else gy.new_empty(0)
-        return dx, *(U.new_empty(0) for _ in range(6))
-    rows_out, columns = weight.shape
-    scratch = torch.empty(weight.shape, dtype=gy.dtype, device=gy.device) if needs_input else None
+        dx = gy @ by_rows.masked_into(masked, mask) if masked is not None else gy.new_empty(0)
+        none = by_rows.U.new_empty(0)
+        return dx, none, none.clone(), none.clone(), none.clone(), none.clone(), none.clone()
+    U, V, A, B = by_rows.U, by_rows.V, A.to(by_rows.dtype), B.to(by_rows.dtype)
     # A column of ones beside B gives dR with dA, one beside A gives dC with dB.
-    one = torch.ones((), dtype=compute, device=weight.device)
-    AR, BC = torch.cat([A, one.expand(rows_out, 1)], 1), torch.cat([B, one.expand(1, columns)], 0)
-    dU, dV, dAR, dBC = torch.empty_like(U), torch.zeros_like(V), torch.empty_like(AR), torch.zeros_like(BC)
-    for rows in row_blocks(weight):
-        updated = updated_rows(weight, U, V, rows, beta)
-        flags = _flags(mask, rows, updated)
-        if scratch is not None:
-            scratch[rows] = updated * flags
-        G = (gy[:, rows].T @ x).to(compute)
-        D = G * updated
-        torch.mm(D, BC.T, out=dAR[rows])
-        dBC.addmm_(AR[rows].T, D)
-        Q = G.mul_(flags.add_(updated.abs_()) if through_magnitude else flags)
-        torch.mm(Q, V.T, out=dU[rows])
-        dV.addmm_(U[rows].T, Q)
-    dx = gy @ scratch if scratch is not None else gy.new_empty(0)
-    dA, dR, dB, dC = dAR[:, :-1] * alpha1, dAR[:, -1] * alpha2, dBC[:-1] * alpha1, dBC[-1] * alpha2
-    return dx, dU.mul_(beta), dV.mul_(beta), dA, dB, dR, dC
-
-
-def _flags(mask: Tensor, rows: slice, like: Tensor) -> Tensor:
-    """The mask of some rows as 0 and 1 in the dtype of `like`."""
-    return unpack_flags(mask[rows])[:, : like.shape[1]].to(like.dtype)
+    one = torch.ones((), dtype=by_rows.dtype, device=weight.device)
+    AR, BC = torch.cat([A, one.expand(len(A), 1)], 1), torch.cat([B, one.expand(1, B.shape[1])], 0)
+    right_of_D, right_of_Q = widened(BC.T), widened(V.T)
+    dAR, dU = A.new_empty(len(A), right_of_D.shape[1]), U.new_empty(len(U), right_of_Q.shape[1])
+    dBC, dV = torch.zeros_like(BC), torch.zeros_like(V)
+    product = by_rows.buffer()
+    for group in row_blocks(0, by_rows.out, -(-GEMM_ROWS // by_rows.step) * by_rows.step):
+        gradient = gy[:, group].T @ x
+        for rows in by_rows.blocks(group.start, group.stop):
+            updated, flags = by_rows.updated(rows), by_rows.flags(mask, rows)
+            if masked is not None:
+                multiply_into(masked[rows], updated, flags)
+            G = gradient[rows.start - group.start : rows.stop - group.start].to(by_rows.dtype)
+            D = torch.mul(G, updated, out=product[: len(G)])
+            torch.mm(D, right_of_D, out=dAR[rows])
+            dBC.addmm_(AR[rows].T, D)
+            Q = torch.mul(G, flags.add_(updated.abs_()) if through_magnitude else flags, out=D)
+            torch.mm(Q, right_of_Q, out=dU[rows])
+            dV.addmm_(U[rows].T, Q)
+    dx = gy @ masked if masked is not None else gy.new_empty(0)
+    rank = len(B)
+    dA, dR, dB, dC = dAR[:, :rank] * alpha1, dAR[:, rank] * alpha2, dBC[:rank] * alpha1, dBC[rank] * alpha2
+    return dx, dU[:, : len(V)] * beta, dV.mul_(beta), dA, dB, dR, dC

@@ -23,7 +23,9 @@ def scores(
     weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
     *, beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: training never stores it."""
+    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: training never
+    stores it.
+    """
     _check_factors(weight, U, V, A, B, R, C)
     return ops.scores(weight, U, V, A, B, R, C, float(beta), float(alpha1), float(alpha2))
 
@@ -71,13 +73,13 @@ def pst_linear(
 ) -> Tensor:  # fmt: skip
     """y = x (M * (W + beta U V))^T + bias, with the straight-through gradient of PST for the six factors.
 
-    x is (..., in) and y (..., out), in x's dtype, which is the autocast dtype under autocast and else must be the weight's.
-    `mask` is packed, from `prune_mask`. The weight is frozen and gets no gradient; the factors may be of another floating
-    dtype than the weight (fp32 over a bf16 weight, say) and their gradients are computed in fp32. Kept for backward: x, the
-    packed mask and the factors.
+    x is (..., in) and y (..., out), in x's dtype, which is the autocast dtype under autocast and else must be the
+    weight's. `mask` is packed, from `prune_mask`. The weight is frozen and gets no gradient; the factors may be of
+    another floating dtype than the weight (fp32 over a bf16 weight, say) and their gradients are computed in fp32. Kept
+    for backward: x, the packed mask and the factors.
 
-    Source: Li et al., IJCAI 2022 (arXiv 2205.11005), equations 3 to 8; with `through_magnitude` the gradient also passes
-    through |W'| in the score, as in the authors' release.
+    Source: Li et al., IJCAI 2022 (arXiv 2205.11005), equations 3 to 8; with `through_magnitude` the gradient also
+    passes through |W'| in the score, as in the authors' release.
 
     Example:
         mask = prune_mask(W, U, V, A, B, R, C, int(W.numel() * 0.9))
@@ -85,7 +87,10 @@ def pst_linear(
     """
     _check_factors(weight, U, V, A, B, R, C)
     if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x has {x.shape[-1]} features in its last dimension, but weight {tuple(weight.shape)} takes {weight.shape[1]}")
+        raise ValueError(
+            f"x has {x.shape[-1]} features in its last dimension, but weight {tuple(weight.shape)} takes"
+            f" {weight.shape[1]}"
+        )
     if mask.shape != (weight.shape[0], packed_width(weight.shape[1])) or mask.dtype != torch.int32:
         raise ValueError(
             f"mask must be packed, int32 of shape {(weight.shape[0], packed_width(weight.shape[1]))} for weight"
@@ -100,7 +105,9 @@ def pst_linear(
     if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     elif x.dtype != weight.dtype:
-        raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast")
+        raise TypeError(
+            f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast"
+        )
     with torch.autocast(device_type, enabled=False):
         y = _PSTLinear.apply(
             x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,

@@ -1,8 +1,8 @@
 """The ops: schemas, shapes and dtypes, and which backend runs them. The only file that knows backends.
 
 Every op takes a weight (out, in) of any strides in fp32, fp16, bf16 or float64, factors U (out, r1), V (r1, in),
-A (out, r2), B (r2, in), R (out,), C (in,) in any floating dtype, contiguous x (T, in) and gy (T, out), and a packed mask
-(int32, see packing.py). `guess` is fp32 (4,): where the last threshold lay, NaN at first; the ops may update it.
+A (out, r2), B (r2, in), R (out,), C (in,) in any floating dtype, contiguous x (T, in) and gy (T, out), and a packed
+mask (int32, see packing.py). `guess` is fp32 (4,): where the last threshold lay, NaN at first; the ops may update it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ NAMESPACE = "pst_kernels"
 _WEIGHT = "Tensor weight, Tensor U, Tensor V"
 _FACTORS = _WEIGHT + ", Tensor A, Tensor B, Tensor R, Tensor C"
 _SCALES = "float beta, float alpha1, float alpha2"
+NAMES: list[str] = []  # of every op, filled by _define
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -33,7 +34,9 @@ def backend_for(device_type: str) -> tuple[str, str]:
         return "torch", "PST_KERNELS_BACKEND=torch"
     if requested == "triton":
         if not env.has_triton():
-            raise ImportError("PST_KERNELS_BACKEND=triton, but triton is not installed; install it or unset the variable")
+            raise ImportError(
+                "PST_KERNELS_BACKEND=triton, but triton is not installed; install it or unset the variable"
+            )
         return "triton", "PST_KERNELS_BACKEND=triton"
     if device_type != "cuda":
         return "torch", f"no kernels for {device_type} tensors"
@@ -61,9 +64,11 @@ def _say_once(message: str) -> None:
 def _define(name: str, arguments: str, returns: str, fake: Any, run: Any = None, device_of: int = 0) -> None:
     """Register an op for every device; `run` replaces the dispatch to a backend."""
 
+    @torch.no_grad()
     def dispatch(*args: Any) -> Any:
         return getattr(_implementation(args[device_of].device.type), name)(*args)
 
+    NAMES.append(name)
     _library.define(f"{name}({arguments}) -> {returns}")
     _library.impl(name, run or dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
@@ -85,13 +90,16 @@ def _fake_backward(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, throug
     return dx, *_accumulate(weight, U.shape, V.shape, A.shape, B.shape, weight.shape[:1], weight.shape[1:])
 
 
+@torch.no_grad()
 def _refresh_mask(weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2) -> None:
     factors = (weight, U, V, A, B, R, C)
     if refresh.is_due(seen, num_pruned, factors, interval):
         mask.copy_(prune_mask(*factors, num_pruned, guess, beta, alpha1, alpha2))
 
 
-_define("scores", f"{_FACTORS}, {_SCALES}", "Tensor", lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.float32))
+_define(
+    "scores", f"{_FACTORS}, {_SCALES}", "Tensor", lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.float32)
+)
 _define(
     "kth_value", "Tensor scores, SymInt k", "(Tensor, Tensor)",
     lambda scores, k: (scores.new_empty(()), scores.new_empty((), dtype=torch.int64)),

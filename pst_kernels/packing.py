@@ -30,33 +30,39 @@ def pack_mask(mask: Tensor) -> Tensor:
         raise TypeError(
             f"mask must be a 2-d bool tensor, got {mask.dtype} of shape {tuple(mask.shape)}; use `scores > threshold`"
         )
-    rows, columns = mask.shape
+    columns = mask.shape[1]
     padding = packed_width(columns) * WORD - columns
     if padding:
         mask = torch.nn.functional.pad(mask, (0, padding))
-    if mask.device.type == "cpu":
-        return torch.from_numpy(_pack_numpy(mask.contiguous().numpy()))
-    pairs = mask.view(rows, packed_width(columns), PAIRS, 2).to(torch.int32)
+    return _pack_numpy(mask) if mask.device.type == "cpu" else _pack_torch(mask)
+
+
+def _pack_torch(mask: Tensor) -> Tensor:
+    pairs = mask.view(mask.shape[0], -1, PAIRS, 2).to(torch.int32)
     shifts = torch.arange(PAIRS, dtype=torch.int32, device=mask.device)
     words = (pairs[..., 0] << shifts) | (pairs[..., 1] << (shifts + 16))
     return words.sum(-1, dtype=torch.int32)  # distinct bits, so the sum is their union
 
 
-def _pack_numpy(mask: np.ndarray) -> np.ndarray:
-    # np.packbits runs at one byte a cycle or better; two neighbouring flags are split by a 16-bit view.
+def _pack_numpy(padded: Tensor) -> Tensor:
+    # np.packbits takes a tenth of the time; two neighbouring flags are split by a 16-bit view
+    mask = padded.contiguous().numpy()
     pairs = mask.view(np.uint16)
     words = np.empty((mask.shape[0], mask.shape[1] // WORD, 2), np.uint16)
     even = np.packbits((pairs & 1).astype(np.uint8), axis=1, bitorder="little")
     odd = np.packbits((pairs >> 8).astype(np.uint8), axis=1, bitorder="little")
     words[..., 0] = even.view(np.uint16)
     words[..., 1] = odd.view(np.uint16)
-    return words.view(np.int32)[..., 0]
+    return torch.from_numpy(words.view(np.int32)[..., 0])
 
 
-def unpack_flags(packed: Tensor) -> Tensor:
-    """int16 (out, 32 * words) of 0 and 1, padding columns included: the cheap form that masking passes multiply by."""
+def unpack_flags(packed: Tensor, out: Tensor | None = None) -> Tensor:
+    """int16 (out, 32 * words) of 0 and 1, padding columns included: the cheap form that masking passes multiply by.
+
+    `out` is an int32 (out, words, 16) buffer to use.
+    """
     shifts = torch.arange(PAIRS, dtype=torch.int32, device=packed.device)
-    pairs = (packed.unsqueeze(-1) >> shifts) & PAIR_MASK
+    pairs = torch.bitwise_right_shift(packed.unsqueeze(-1), shifts, out=out).bitwise_and_(PAIR_MASK)
     return pairs.view(torch.int16).view(packed.shape[0], -1)
 
 

@@ -44,8 +44,8 @@ def pst_linear(
 ) -> Tensor:  # fmt: skip
     """y (..., out) for x (..., in), given a bool mask (out, in).
 
-    `M = mask + (S - anchor)` with `anchor` = S as a constant makes autograd's gradient the straight-through one. A fixed
-    `anchor` turns the surrogate into an ordinary differentiable function, which is what `gradcheck` needs.
+    `M = mask + (S - anchor)` with `anchor` = S as a constant makes autograd's gradient the straight-through one.
+    A fixed `anchor` turns the surrogate into an ordinary differentiable function, which is what `gradcheck` needs.
     """
     s = scores(weight, U, V, A, B, R, C, beta=beta, alpha1=alpha1, alpha2=alpha2, through_magnitude=through_magnitude)
     straight_through = mask.to(s.dtype) + (s - (s.detach() if anchor is None else anchor))

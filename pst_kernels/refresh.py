@@ -17,7 +17,8 @@ _CHANGES, _VALID, _FIRST = 0, 1, 2  # changes since the last refresh, whether th
 
 def never_seen(tensors: int) -> Tensor:
     """The state of a mask that was never computed; `tensors` is how many tensors it depends on."""
-    return torch.zeros(_FIRST + 2 * tensors, dtype=torch.int64)
+    # device="cpu": under `with torch.device("meta")` it would be a meta tensor, and every refresh a silent no-op
+    return torch.zeros(_FIRST + 2 * tensors, dtype=torch.int64, device="cpu")
 
 
 def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval: int) -> bool:
@@ -25,20 +26,20 @@ def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval
 
     A changed sparsity is due at once, changed factors at every `interval`-th change.
     """
-    before, now = seen.tolist(), _counters(num_pruned, *factors)
+    before, now = seen.tolist(), _counters(num_pruned, factors)
     if before[_VALID] and before[_FIRST:] == now:
         return False
     first = not before[_VALID]
     sparsity_changed = before[_FIRST : _FIRST + 2] != now[:2]
     changes = before[_CHANGES] + 1
     due = first or sparsity_changed or changes >= interval
-    seen.copy_(torch.tensor([0 if due else changes, 1, *now]))
+    seen.copy_(torch.tensor([0 if due else changes, 1, *now], device="cpu"))
     return due
 
 
 def mark_fresh(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor]) -> None:
     """The mask belongs to these tensors as they are: after it was loaded with them."""
-    seen.copy_(torch.tensor([0, 1, *_counters(num_pruned, *factors)]))
+    seen.copy_(torch.tensor([0, 1, *_counters(num_pruned, factors)], device="cpu"))
 
 
 def mark_stale(seen: Tensor) -> None:
@@ -46,6 +47,12 @@ def mark_stale(seen: Tensor) -> None:
     seen.zero_()
 
 
-def _counters(*tensors: Tensor) -> list[int]:
+def _counters(num_pruned: Tensor, factors: Sequence[Tensor]) -> list[int]:
+    # A process group may write the same count anew in every forward, so it is compared by value where reading is free.
+    count = [int(num_pruned), 0] if num_pruned.device.type == "cpu" else _counter(num_pruned)
+    return count + [n for factor in factors for n in _counter(factor)]
+
+
+def _counter(tensor: Tensor) -> list[int]:
     # The address tells a replaced tensor from its predecessor. Inference tensors have no version, and never change.
-    return [n for t in tensors for n in (0 if t.is_inference() else t._version, t.data_ptr())]
+    return [0 if tensor.is_inference() else tensor._version, tensor.data_ptr()]

@@ -1,9 +1,9 @@
 """Exact selection on the CPU: the k smallest of many scores, without sorting and without storing the scores.
 
-Guess, verify, refine. A bracket [lower, upper] that should hold the k-th smallest score comes from the last step or from
-a sample. One pass over blocks of scores counts what lies below it and gathers what lies inside it; if the count proves
-that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried; at last everything is
-sorted, so the search ends after three passes whatever the distribution.
+Guess, verify, refine. A bracket [lower, upper] that should hold the k-th smallest score comes from the last step or
+from a sample. One pass over blocks of scores counts what lies below it and gathers what lies inside it; if the count
+proves that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried; at last
+everything is sorted, so the search ends after three passes whatever the distribution.
 
 Order: (score, flat index), NaN last, -0.0 equal to 0.0; that of `torch.argsort(scores.flatten(), stable=True)`.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,8 @@ class Bracket(NamedTuple):
     upper: float
 
 
-class Candidates(NamedTuple):
+@dataclass(frozen=True)
+class Candidates:
     """What one pass found: how many scores lie below the bracket, and those inside it by ascending flat index."""
 
     below: int
@@ -37,7 +39,8 @@ class Candidates(NamedTuple):
     index: np.ndarray  # int64, flat
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """The k-th smallest score as (value, flat index), and how many scores a unit of score spans around it."""
 
     value: float
@@ -88,13 +91,15 @@ def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
     return Bracket(lower, upper) if lower <= upper else None  # None: NaN in the sample
 
 
-def select(blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None], kept: np.ndarray | None) -> Selection:
+def select(
+    blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None], kept: np.ndarray | None
+) -> Selection:
     """The k-th smallest of `numel` scores, k from 1. `kept`, flat bool, becomes False for just the k smallest."""
     for bracket in brackets:
         if bracket is not None:
             found = _gather(blocks, bracket, kept)
             if found.below < k <= found.below + found.scores.size:
-                return _refine(found, k, numel, kept)
+                return _refine(found, bracket, k, numel, kept)
     return _sort(blocks, k, kept)
 
 
@@ -113,21 +118,21 @@ def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candid
     return Candidates(below, np.concatenate(scores), np.concatenate(index))
 
 
-def _refine(found: Candidates, k: int, numel: int, kept: np.ndarray | None) -> Selection:
+def _refine(found: Candidates, bracket: Bracket, k: int, numel: int, kept: np.ndarray | None) -> Selection:
     rank, n = k - found.below - 1, found.scores.size
-    reach = max(1, n // 4)
-    ranks = [max(0, rank - reach), rank, min(n - 1, rank + reach)]
-    part = np.partition(found.scores, ranks)
-    value = part[rank]
-    pruned = found.scores < value
+    value = np.partition(found.scores, rank)[rank]
+    pruned = found.scores <= value
     ties = np.flatnonzero(found.scores == value)
-    last = ties[rank - int(np.count_nonzero(pruned))]
+    surplus = int(np.count_nonzero(pruned)) - rank - 1  # ties behind the k-th, which are kept
+    last = ties[ties.size - surplus - 1]
+    pruned[ties[ties.size - surplus :]] = False
     if kept is not None:
-        pruned |= found.scores == value
-        pruned[ties[np.searchsorted(ties, last) + 1 :]] = False
         kept[found.index[~pruned]] = True
-    spacing = (float(part[ranks[2]]) - float(part[ranks[0]])) / max(1, ranks[2] - ranks[0])
-    return Selection(float(value), int(found.index[last]), spacing * numel)
+    # an end at infinity says nothing of the density; the candidates' own spread does
+    width = bracket.upper - bracket.lower
+    if not math.isfinite(width):
+        width = float(found.scores.max()) - float(found.scores.min())
+    return Selection(float(value), int(found.index[last]), width * numel / n)
 
 
 def _sort(blocks: Blocks, k: int, kept: np.ndarray | None) -> Selection:

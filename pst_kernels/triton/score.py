@@ -123,7 +123,7 @@ def scores_kernel(
     tl.store(p_score + i_row[:, None] * columns + i_column[None, :], b_score, mask=m_tile)
 
 
-TILE = {"BLOCK_ROWS": 64, "BLOCK_COLUMNS": 64, "num_warps": 4}
+TILE = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 64, "num_warps": 4}
 
 
 def scores(

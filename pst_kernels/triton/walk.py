@@ -128,7 +128,7 @@ def tile_of(ranks: int, n_j: int) -> Tile:
     return RARE
 
 
-RARE = Tile(4, 512, 4, False, 4, 1)  # for many ranks, and for passes that are hardly ever needed: quick to compile
+RARE = Tile(2, 512, 2, False, 8, 1)  # for many ranks, and for passes that are hardly ever needed: quick to compile
 
 
 class Walk(NamedTuple):

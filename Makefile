@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv, from a bare machine with Python 3.10 or newer.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: finetune test lint test-gpu bench bench-quick bench-ops clean
+
+finetune: $(VENV)/demo.stamp
+	$(RUN) -m pst_kernels.cli finetune --output runs/finetune $(ARGS)
+
+# One thread a worker: two workers of two threads would fight for two cores.
+test: lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu" $(ARGS)
+
+lint: $(VENV)/dev.stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test-gpu: $(VENV)/dev.stamp
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+bench: $(VENV)/dev.stamp
+	$(RUN) -m bench $(ARGS)
+
+bench-quick: $(VENV)/dev.stamp
+	$(RUN) -m bench --quick $(ARGS)
+
+bench-ops: $(VENV)/dev.stamp
+	$(RUN) -m pytest bench --benchmark-only $(ARGS)
+
+$(RUN):
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip setuptools
+
+# torch first and pinned, so that no dependency of the rest chooses another build of it
+$(VENV)/%.stamp: setup.py constraints.txt | $(RUN)
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,63 @@
+"""PSTCallback: the sparsity schedule for `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .linear import num_pruned_at
+from .model import pst_layers, trainable_summary
+from .schedule import SparsitySchedule
+
+logger = logging.getLogger("pst_kernels")
+
+
+class PSTCallback(TrainerCallback):
+    """Sets the sparsity from the trainer's global step, so a resumed run goes on where it stopped, and logs it.
+
+    Warns when `load_best_model_at_end` has brought back a model from before the sparsity reached its end.
+
+    Example:
+        trainer = Trainer(model=replace_linear(model, PSTConfig()), ..., callbacks=[PSTCallback()])
+    """
+
+    def __init__(self) -> None:
+        self.schedule: SparsitySchedule | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.schedule = SparsitySchedule(model, state.max_steps, step_count=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.schedule is not None:
+            self.schedule.go_to(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        best = state.best_model_checkpoint
+        if self.schedule is None or not args.load_best_model_at_end or best is None:
+            return
+        layers = [layer for _, layer in pst_layers(model)]
+        if any(
+            int(layer.pst_num_pruned) < num_pruned_at(layer.weight.numel(), layer.config.sparsity) for layer in layers
+        ):
+            now = trainable_summary(model)
+            logger.warning(
+                "the best model, %s, has sparsity %.2f, below the target %.2f: it was saved before the schedule's end;"
+                " compare models of the last %.0f %% of the steps only, or leave load_best_model_at_end off",
+                best, now.sparsity, now.target_sparsity, 100 * self.schedule.config.cooldown,
+            )  # fmt: skip
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, Any] | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        if logs is None or self.schedule is None:
+            return
+        logs["sparsity"] = round(self.schedule.sparsity, 4)
+        if state.log_history:
+            state.log_history[-1]["sparsity"] = logs["sparsity"]

@@ -1,0 +1,288 @@
+"""Adapter checkpoints: the factors, the packed masks and the modules to save, without the base model.
+
+A checkpoint is a directory with `pst_adapter.safetensors`, which is complete in itself (its metadata holds the config),
+and `pst_config.json`, the same config for people and for `PSTConfig.from_pretrained`. Each file is replaced in one
+step, so a process killed while saving leaves the previous checkpoint usable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import PSTConfig
+from .files import replacing
+from .linear import FACTORS, PSTLayer, is_conv1d
+from .model import get_config, modules_to_save, pst_layers, replace_linear
+from .packing import WORD, packed_width, unpack_mask
+from .targets import find_targets
+
+ADAPTER_NAME = "pst_adapter.safetensors"
+FORMAT, VERSION = "pst_kernels", "1"
+RELEASED_NAMES = {
+    "weight_U": "pst_U", "weight_V": "pst_V", "mask_scores_A": "pst_A",
+    "mask_scores_B": "pst_B", "mask_scores_R": "pst_R", "mask_scores_C": "pst_C",
+}  # fmt: skip
+
+
+def save_pretrained(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapter checkpoint of a converted model into a directory, which is made if need be.
+
+    Saved are the factors, masks and pruned counts of every PST layer, the modules to save (the head, say) with their
+    buffers, and whatever else is trainable. Raises ValueError when the model has no PST layers.
+    """
+    config = _saved_config(model)
+    layers = dict(pst_layers(model))
+    names = _factor_shapes(layers, config).keys() | _trained_beside(model, layers, config)
+    names |= {name for name, p in model.named_parameters() if p.requires_grad}
+    state = model.state_dict()
+    tensors = {name: state[name].detach().contiguous().cpu().clone() for name in sorted(names)}
+    metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict())}
+    with replacing(Path(directory) / ADAPTER_NAME) as temporary:
+        save_file(tensors, temporary, metadata)
+    config.save_pretrained(directory)
+
+
+def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Load an adapter checkpoint into a model with the same base weights; returns the model.
+
+    A dense model is converted first, with the saved config; a converted one must have the same layers and ranks.
+    Factors on the meta device are replaced by the loaded ones. Strict: raises FileNotFoundError when there is no
+    checkpoint, and ValueError when it is damaged, foreign, or does not fit the model; the model is then as it was.
+
+    Also reads a state dict of the authors' release (`weight_U`, `mask_scores_A`, ... in `model.safetensors` or
+    `pytorch_model.bin`) into a converted model. It holds neither masks nor sparsity: set the layers' sparsity yourself.
+    """
+    directory = Path(directory)
+    path = directory / ADAPTER_NAME
+    if not path.is_file():
+        return _load_released(model, directory)
+    tensors, config = _read(path)
+    converted = dict(pst_layers(model))
+    layers: dict[str, Any] = converted or _without_duplicates(find_targets(model, config))
+    _check_settings(converted, config, path)
+    _check_fit(model, layers, config, tensors, path)
+    if not converted:
+        model = replace_linear(model, config)
+    _fill(model, tensors)
+    for _, layer in pst_layers(model):
+        layer.after_load(with_mask=True)
+    return model
+
+
+def _saved_config(model: nn.Module) -> PSTConfig:
+    config = get_config(model)
+    if not callable(config.target_modules) and not callable(config.exclude_modules):
+        return config
+    # a file cannot hold a callable, but what it chose; a list of suffixes could match more than these names
+    chosen = "|".join(re.escape(name) for name, _ in pst_layers(model))
+    return dataclasses.replace(config, target_modules=chosen, exclude_modules=None)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What the model's state dict holds, without bringing any mask up to date."""
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _trained_beside(model: nn.Module, layers: dict[str, Any], config: PSTConfig) -> set[str]:
+    """Names of what is saved beside the factors, by the config alone: freezing a trained head does not unsave it."""
+    prefixes = tuple(f"{name}." for name in modules_to_save(model, config))
+    of_layers = {f"{name}." if name else "" for name in layers}
+    names = {name for name in _tensors(model) if name.startswith(prefixes)}
+    names = {name for name in names if f"{name.rpartition('.')[0]}." not in of_layers}
+    if config.train_bias:
+        names |= {f"{prefix}bias" for prefix in of_layers if model.get_submodule(prefix.rstrip(".")).bias is not None}
+    return names
+
+
+def _without_duplicates(layers: dict[str, Any]) -> dict[str, Any]:
+    """A layer under two names, under its first one alone."""
+    first = {id(layer): name for name, layer in reversed(layers.items())}
+    return {name: layer for name, layer in layers.items() if first[id(layer)] == name}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} was not written by pst_kernels (its format is {metadata.get('format')!r});"
+                    " pass a directory written by save_pretrained"
+                )
+            if metadata.get("version") != VERSION:
+                raise ValueError(
+                    f"{path} has version {metadata.get('version')!r}, this pst_kernels reads {VERSION!r};"
+                    " update pst_kernels"
+                )
+            config = _config(metadata["config"], path)
+            return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118 (not a dict)
+    except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); save the checkpoint again") from error
+
+
+def _config(text: str, path: Path) -> PSTConfig:
+    try:
+        return PSTConfig.from_dict(json.loads(text))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds a damaged config: {error}; save the checkpoint again") from error
+
+
+def _check_settings(converted: dict[str, PSTLayer], config: PSTConfig, path: Path) -> None:
+    """A model converted by hand must compute the same W' and scores, and not be merged."""
+    for name, layer in converted.items():
+        if layer.merged:
+            raise RuntimeError(f"{name or 'the layer'} is merged; call unmerge() before loading into it")
+        for setting in ("beta", "alpha1", "alpha2"):
+            given, saved = getattr(layer.config, setting), getattr(config, setting)
+            if given != saved:
+                raise ValueError(
+                    f"{path} does not fit the model: {name or 'the layer'} was converted with {setting}={given}, the"
+                    f" checkpoint with {setting}={saved}; convert with the saved config, PSTConfig.from_pretrained"
+                )
+
+
+def _check_fit(
+    model: nn.Module, layers: dict[str, Any], config: PSTConfig, tensors: dict[str, Tensor], path: Path
+) -> None:
+    """Names, shapes, dtypes and mask counts, all before the model is touched."""
+    state = _tensors(model)
+    factors = _factor_shapes(layers, config)
+    missing = sorted((factors.keys() | _trained_beside(model, layers, config)) - tensors.keys())
+    unexpected = sorted(tensors.keys() - factors.keys() - state.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not fit the model: {_some('missing', missing)}{_some('unexpected', unexpected)}"
+            "load it into the model it was made for, converted with the same target_modules"
+        )
+    for name, tensor in tensors.items():
+        shape = factors[name] if name in factors else tuple(state[name].shape)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, the model needs"
+                f" {shape}; check the ranks and the base model"
+            )
+        wanted = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64}.get(name.rpartition(".")[2])
+        if tensor.dtype != wanted if wanted else name in factors and not tensor.is_floating_point():
+            raise ValueError(f"{path} is damaged: {name} has dtype {tensor.dtype}; save the checkpoint again")
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        _check_mask(name, layer, tensors[f"{prefix}pst_mask"], int(tensors[f"{prefix}pst_num_pruned"]), path)
+
+
+def _check_mask(name: str, layer: Any, mask: Tensor, pruned: int, path: Path) -> None:
+    kept, columns = unpack_mask(mask, WORD * mask.shape[1]), _shape(layer)[1]
+    count = int(kept.sum())
+    if count + pruned != layer.weight.numel() or bool(kept[:, columns:].any()):
+        raise ValueError(
+            f"{path} is damaged: the mask of {name or 'the layer'} keeps {count} weights and prunes {pruned},"
+            f" of {layer.weight.numel()}; save the checkpoint again"
+        )
+
+
+def _shape(layer: Any) -> tuple[int, int]:
+    """(out, in) of a layer, dense or under PST."""
+    if isinstance(layer, PSTLayer):
+        out, columns = layer.oriented_weight.shape
+    else:
+        out, columns = layer.weight.T.shape if is_conv1d(layer) else layer.weight.shape
+    return out, columns
+
+
+def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every factor, mask and count."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer in layers.items():
+        own = layer.config if isinstance(layer, PSTLayer) else config
+        (out, columns), r1, r2 = _shape(layer), own.weight_rank, own.score_rank
+        entries = {
+            "pst_U": (out, r1), "pst_V": (r1, columns), "pst_A": (out, r2), "pst_B": (r2, columns), "pst_R": (out,),
+            "pst_C": (columns,), "pst_mask": (out, packed_width(columns)), "pst_num_pruned": (),
+        }  # fmt: skip
+        shapes |= {f"{name}.{entry}" if name else entry: shape for entry, shape in entries.items()}
+    return shapes
+
+
+def _some(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{what} {', '.join(names[:3])}{more}; "
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            owner, _, entry = name.rpartition(".")
+            module = model.get_submodule(owner)
+            current = getattr(module, entry)
+            if not current.is_meta:
+                current.copy_(tensor)
+            elif isinstance(current, nn.Parameter):
+                setattr(module, entry, nn.Parameter(tensor.to(current.dtype), requires_grad=current.requires_grad))
+            else:
+                setattr(module, entry, tensor)
+
+
+def _load_released(model: nn.Module, directory: Path) -> nn.Module:
+    state = _read_released(directory)
+    renamed = {}
+    for name, tensor in state.items():
+        owner, dot, entry = name.rpartition(".")
+        renamed[f"{owner}{dot}{RELEASED_NAMES.get(entry, entry)}"] = tensor
+    layers = dict(pst_layers(model))
+    if not layers:
+        raise ValueError(
+            f"{directory} holds a state dict of the authors' release, which does not record its settings;"
+            " call replace_linear(model, PSTConfig(...)) with those it was trained with first"
+        )
+    current = model.state_dict()
+    needed = {f"{name}.{factor}" if name else factor for name, layer in layers.items() for factor in FACTORS}
+    missing, unexpected = sorted(needed - renamed.keys()), sorted(renamed.keys() - current.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{directory} does not fit the model: {_some('missing', missing)}{_some('unexpected', unexpected)}"
+            "the release converts every linear layer: choose target_modules accordingly"
+        )
+    for name, tensor in renamed.items():
+        if tensor.shape != current[name].shape:
+            raise ValueError(
+                f"{directory} does not fit the model: {name} has shape {tuple(tensor.shape)}, the model needs"
+                f" {tuple(current[name].shape)}; check the ranks and the base model"
+            )
+    _fill(model, renamed)
+    for layer in layers.values():
+        layer.after_load(with_mask=False)
+    return model
+
+
+def _read_released(directory: Path) -> dict[str, Tensor]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = directory / name
+        if not path.is_file():
+            continue
+        try:
+            if name.endswith(".bin"):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                with safe_open(path, "pt") as file:
+                    state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        except Exception as error:
+            raise ValueError(f"{path} is damaged ({error}); save the checkpoint again") from error
+        if any(key.rpartition(".")[2] in RELEASED_NAMES for key in state):
+            return state
+        raise ValueError(f"{path} holds no PST factors; pass a directory written by save_pretrained")
+    raise FileNotFoundError(f"{directory} has no {ADAPTER_NAME}; pass a directory written by save_pretrained")

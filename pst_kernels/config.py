@@ -1,0 +1,200 @@
+"""PSTConfig: every setting of the method, validated when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .files import read_json, write_json
+
+CONFIG_NAME = "pst_config.json"
+ALL_LINEAR = "all-linear"
+PATTERNS = ("unstructured",)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+Targets = str | Sequence[str] | Callable[[nn.Module, str], bool]
+
+
+@dataclass
+class PSTConfig:
+    """Settings of Parameter-efficient Sparse Training; the defaults are those of the paper's release.
+
+    Args:
+        sparsity: fraction of each converted matrix that is pruned in the end, in [0, 1).
+        initial_sparsity: fraction at which a `SparsitySchedule` starts, in [0, sparsity].
+        weight_rank: rank of the weight update, U (out, rank) and V (rank, in), at least 1.
+        score_rank: rank of the learned importance, A (out, rank) and B (rank, in), at least 1.
+        beta: factor of U V in the updated weight W' = W + beta U V. U starts at N(0, 1), so a step of Adam moves W' by
+            about lr * beta * sqrt(weight_rank): at the default 1.0 take learning rates as for LoRA (3e-5 to 5e-4), at
+            1 / sqrt(weight_rank) those of full fine-tuning.
+        alpha1: factor of A B in the importance S = |W'| + alpha1 A B + alpha2 (R + C).
+        alpha2: factor of R and C in it.
+        through_magnitude: let the gradient pass through |W'| in the importance, as the release does.
+        warmup: fraction of the steps at `initial_sparsity`.
+        cooldown: fraction of the steps, at the end, at `sparsity`.
+        target_modules: which linear layers to convert. "all-linear" means those inside repeated blocks (no embeddings,
+            pooler or task head); any other string is a regular expression that must match the whole module name; a list
+            holds name suffixes; a callable takes (module, name) and returns a bool.
+        exclude_modules: layers to leave alone, as a regular expression, a list of suffixes or a callable.
+        modules_to_save: name suffixes of modules to train in full and to save with the factors; None means the task
+            head.
+        train_bias: also train the biases of converted layers.
+        adapter_dtype: dtype of the factors, whatever the base weight's; a torch dtype or its name.
+        pattern: structure of the mask.
+        mask_interval: optimizer steps from one mask to the next, at least 1.
+
+    Raises ValueError or TypeError that names the setting, its value and what is allowed.
+    """
+
+    sparsity: float = 0.9
+    initial_sparsity: float = 0.0
+    weight_rank: int = 8
+    score_rank: int = 8
+    beta: float = 1.0
+    alpha1: float = 1.0
+    alpha2: float = 1.0
+    through_magnitude: bool = True
+    warmup: float = 0.1
+    cooldown: float = 0.3
+    target_modules: Targets = ALL_LINEAR
+    exclude_modules: Targets | None = None
+    modules_to_save: Sequence[str] | None = None
+    train_bias: bool = False
+    adapter_dtype: torch.dtype = torch.float32
+    pattern: str = "unstructured"
+    mask_interval: int = 1
+
+    def __post_init__(self) -> None:
+        check_sparsity("sparsity", self.sparsity)
+        check_sparsity("initial_sparsity", self.initial_sparsity)
+        if self.initial_sparsity > self.sparsity:
+            raise ValueError(
+                f"initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity};"
+                " the schedule only rises, so start at or below the final sparsity"
+            )
+        for name in ("weight_rank", "score_rank", "mask_interval"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("beta", "alpha1", "alpha2"):
+            _check_number(name, getattr(self, name), -math.inf, math.inf, "a finite number")
+        for name in ("warmup", "cooldown"):
+            _check_number(name, getattr(self, name), 0.0, 1.0, "a fraction of the steps in [0, 1]")
+        if self.warmup + self.cooldown > 1.0:
+            raise ValueError(
+                f"warmup={self.warmup} and cooldown={self.cooldown} add up to more than 1; lower one of them"
+            )
+        for name in ("through_magnitude", "train_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern={self.pattern!r} is not known; use one of {', '.join(map(repr, PATTERNS))}")
+        self.adapter_dtype = _dtype(self.adapter_dtype)
+        self.target_modules = _targets("target_modules", self.target_modules)
+        if self.exclude_modules is not None:
+            self.exclude_modules = _targets("exclude_modules", self.exclude_modules)
+        if self.modules_to_save is not None:
+            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON. Raises TypeError when a setting is a callable, which no file can hold."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("target_modules", "exclude_modules"):
+            if callable(values[name]):
+                raise TypeError(
+                    f"{name} is a callable and cannot be saved; use a regular expression or a list of names"
+                )
+        return values | {"adapter_dtype": str(self.adapter_dtype).removeprefix("torch.")}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PSTConfig:
+        """The inverse of `to_dict`. Raises ValueError for an unknown setting, naming the nearest known one."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+                raise ValueError(f"{name!r} is not a setting of PSTConfig{hint}")
+        return cls(**values)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `pst_config.json` into a directory, which is made if need be."""
+        write_json(Path(directory) / CONFIG_NAME, self.to_dict())
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> PSTConfig:
+        """Read `pst_config.json`. Raises FileNotFoundError when it is absent, ValueError when it is damaged."""
+        return cls.from_dict(
+            read_json(Path(directory) / CONFIG_NAME, "a configuration saved by PSTConfig.save_pretrained")
+        )
+
+
+def matches(targets: Targets, module: nn.Module, name: str) -> bool:
+    """Whether a module name meets a regular expression (in full), a list of suffixes, or a callable."""
+    if callable(targets):
+        return bool(targets(module, name))
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in targets)
+
+
+def check_sparsity(name: str, value: Any) -> float:
+    """A float in [0, 1), or an error that names the argument."""
+    _check_number(name, value, 0.0, 1.0, "a fraction in [0, 1)")
+    if value >= 1.0:
+        raise ValueError(f"{name} must be a fraction in [0, 1), got {value!r}; 0.9 keeps a tenth of the weights")
+    return float(value)
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise an error that names the argument unless it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be a whole number of at least {least}, got {value!r} of type {type(value).__name__}"
+        )
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
+    if not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _dtype(value: Any) -> torch.dtype:
+    dtype: Any = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
+    if dtype not in DTYPES.values():
+        raise ValueError(f"adapter_dtype={value!r} is not supported; use one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def _targets(name: str, value: Any) -> Targets:
+    if callable(value):
+        return value
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{name}={value!r} is not a regular expression ({error}); pass a list to match suffixes"
+            ) from error
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value):
+        return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+    raise TypeError(f"{name} must be a regular expression, a list of suffixes or a callable, got {value!r}")
+
+
+def _names(name: str, value: Any) -> list[str]:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return list(value)
+    hint = f"; use [{value!r}]" if isinstance(value, str) else ""
+    raise TypeError(f"{name} must be a list of names, got {value!r}{hint}")

@@ -1,0 +1,140 @@
+"""The order of things: check, read, train each method in its own process, report. And how a stopped run goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json, write_json
+from .data import Dataset, load
+from .settings import METHODS, Settings, from_arguments
+
+# Below the output folder: what --resume reads, and the trainer's checkpoints while they are needed.
+STATE, RUN = "state", "run.json"
+PRODUCTS = ("results.json", "curves.png", *METHODS, *(f".{method}.tmp" for method in METHODS), STATE)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the job; 0 when done, 1 when training failed, 130 when interrupted. Raises ValueError for a bad request."""
+    started = time.monotonic()
+    settings = from_arguments(args)
+    dataset = _prepare(settings, args.resume, args.overwrite)
+    again = "; the same command with --resume goes on from the last checkpoint"
+    try:
+        results = _train(settings, dataset)
+    except RuntimeError as error:
+        print(f"pst-kernels finetune: {error}{again}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"pst-kernels finetune: interrupted{again}", file=sys.stderr)
+        return 130
+    from . import report
+
+    report.draw_curves(settings.folder / "curves.png", results)
+    report.write_results(settings.folder / "results.json", results, settings, dataset)
+    report.print_table(results, settings.sparsity)
+    print(f"Written to {settings.folder} in {time.monotonic() - started:.0f} s:")
+    for name in ("results.json", "curves.png", "dense", "pst/adapter", "pst/merged"):
+        if (settings.folder / name).exists():
+            print(f"  {settings.folder / name}")
+    return 0
+
+
+def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
+    """Everything that can be wrong before training is found here, before anything is written."""
+    folder = settings.folder
+    existing = [name for name in PRODUCTS if (folder / name).exists()]
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--output {folder} is a file; give a folder")
+    if existing and not (resume or overwrite):
+        raise FileExistsError(
+            f"--output {folder} holds a run already ({', '.join(existing)}); go on with --resume,"
+            " start anew with --overwrite, or give another folder"
+        )
+    train, validation, test = (
+        Path(name) if name else None for name in (settings.train_file, settings.validation_file, settings.test_file)
+    )
+    dataset = load(train, validation, test, settings.text_column, settings.label_column, settings.seed)
+    print(dataset.summary())
+    from . import models
+
+    if Path(models.model_name(settings)).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing of a local model needs the network; inherited by the training
+    models.check(settings, dataset.labels)
+    run = {"settings": settings.fixed(), "data": dataset.fingerprint()}
+    if resume and (folder / STATE / RUN).is_file():
+        _check_same(run, read_json(folder / STATE / RUN, "the settings of the run to resume"), folder)
+    elif resume and existing:
+        raise ValueError(f"--resume: {folder} has no {STATE}/{RUN}, so nothing can go on there; use --overwrite")
+    else:
+        for name in existing:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_json(folder / STATE / RUN, run)
+    return dataset
+
+
+def _check_same(now: dict[str, Any], before: dict[str, Any], folder: Path) -> None:
+    now = json.loads(json.dumps(now))
+    for name, value in now["settings"].items():
+        if value != before.get("settings", {}).get(name):
+            raise ValueError(
+                f"--resume: the run in {folder} had {name} = {before.get('settings', {}).get(name)!r}, now it is"
+                f" {value!r}; give the same settings, or --overwrite"
+            )
+    if now["data"] != before.get("data"):
+        raise ValueError(f"--resume: the texts are not those of the run in {folder}; restore them, or use --overwrite")
+
+
+def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
+    """The results of every method, each trained unless an earlier run did."""
+    from .train import read_result
+
+    work = settings.folder / STATE
+    results = {}
+    for method in settings.methods:
+        result = read_result(work, method)
+        if result is None:
+            # spawn, not fork: a fresh process, whose memory is that of its own method
+            process = multiprocessing.get_context("spawn").Process(
+                target=_child, args=(method, settings, dataset, work), name=method
+            )
+            process.start()
+            try:
+                process.join()
+            finally:
+                process.terminate()
+                process.join()
+            if process.exitcode:
+                raise RuntimeError(f"training {method} ended with exit status {process.exitcode}")
+            result = read_result(work, method)
+            if result is None:
+                raise RuntimeError(f"training {method} ended without a result")
+        results[method] = result
+    return results
+
+
+def _child(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent ends this process
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    from .train import run
+
+    run(method, settings, dataset, work)
+
+
+def _end_with_parent() -> None:
+    """A training process must not go on writing when the command was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)

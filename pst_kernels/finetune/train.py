@@ -1,0 +1,217 @@
+"""One method, start to end: train with `transformers.Trainer`, save, and judge what was saved.
+
+`run` is called in a process of its own, so that the peak memory of one method is not hidden by the other's. A kill
+at any moment leaves whole checkpoints only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from .. import PSTCallback, PSTConfig, merge_and_unload, replace_linear, save_pretrained
+from ..files import write_json
+from ..linear import FACTORS
+from ..targets import find_targets, head_modules
+from . import models
+from .callbacks import MarkComplete, Progress, Recorder, StopOnNaN, newest_checkpoint
+from .data import Dataset, Example
+from .measure import count_zeros, memory_mb, weights_mb
+from .settings import Settings
+
+EVALUATION_BATCH = 32
+
+
+@dataclass
+class Result:
+    """What one method leaves behind for the table, the plot and results.json."""
+
+    row: dict[str, Any]
+    details: dict[str, Any]
+    history: dict[str, list] = field(default_factory=dict)
+
+
+def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
+    """Train `method`, write its checkpoints below `settings.folder`, and `<work>/<method>.json` when all is done."""
+    transformers.logging.set_verbosity_error()  # it warns that the head is new, which is the point
+    transformers.logging.disable_progress_bar()
+    base_mb = memory_mb(peak=False)
+    tokenizer = models.load_tokenizer(settings)
+    # One seed before both methods, so both start from the same head.
+    transformers.set_seed(settings.seed)
+    model = models.load_model(settings, dataset.labels)
+    dense_numel = sum(p.numel() for p in model.parameters())
+    config = PSTConfig(
+        sparsity=settings.sparsity, weight_rank=settings.rank, score_rank=settings.rank,
+        modules_to_save=trained_in_full(model),
+    )  # fmt: skip
+    targets: dict[str, Any] = find_targets(model, config)
+    layers = {name: layer.weight.numel() for name, layer in targets.items()}
+    if method == "pst":
+        model = replace_linear(model, config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    checkpoints = work / method
+    trainer, recorder = _trainer(method, settings, dataset, model, tokenizer, checkpoints)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints, settings.steps))
+    peak_mb = max([memory_mb(peak=True), *(entry["peak_mb"] for entry in recorder.entries(trainer.state.log_history))])
+
+    trained_model: Any = trainer.model
+    trained = _predict(trained_model, tokenizer, dataset.test, settings)
+    final = settings.folder / method
+    building = final.with_name(f".{method}.tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    if method == "pst":
+        save_pretrained(trained_model, building / "adapter")
+        whole, checkpoint_mb = building / "merged", weights_mb(building / "adapter")
+        models.save(merge_and_unload(trained_model, safe_merge=True), tokenizer, whole)
+    else:
+        whole = building
+        models.save(trained_model, tokenizer, whole)
+        checkpoint_mb = weights_mb(whole)
+
+    saved = _predict(models.load_saved(whole), tokenizer, dataset.test, settings)
+    zeros = count_zeros(whole, layers)
+    steps = recorder.entries(trainer.state.log_history)
+    result = Result(
+        row={
+            "method": method,
+            "test_accuracy": _accuracy(saved, dataset.test, dataset.labels),
+            "zeros_pruned": zeros.pruned_share,
+            "zeros_model": zeros.model_share,
+            "trainable": trainable,
+            "step_ms": statistics.median(entry["step_ms"] for entry in steps),
+            "peak_mb": peak_mb,
+            "checkpoint_mb": checkpoint_mb,
+        },
+        details={
+            "model_numel": dense_numel,
+            "prunable_numel": sum(layers.values()),
+            "trainable_of_model": trainable / dense_numel,
+            # movement pruning trains every weight, and a score for every prunable one
+            "trainable_of_movement": trainable / (dense_numel + sum(layers.values())),
+            "memory_before_model_mb": base_mb,
+            "saved_model_mb": weights_mb(whole),
+            "saved_and_trained_agree": bool((saved.argmax(1) == trained.argmax(1)).all()),
+            "saved_and_trained_max_difference": float(np.abs(saved - trained).max()),
+            "zeros": zeros.to_dict(),
+        },
+        history=_history(trainer.state.log_history),
+    )
+    shutil.rmtree(final, ignore_errors=True)
+    building.rename(final)
+    write_json(work / f"{method}.json", {"row": result.row, "details": result.details, "history": result.history})
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def read_result(work: Path, method: str) -> Result | None:
+    """The result of a method that has ended, or None."""
+    path = work / f"{method}.json"
+    return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def trained_in_full(model: nn.Module) -> list[str]:
+    """The task head, and what stands between the blocks and it (BERT's pooler), where a pretrained model has it."""
+    poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
+    return [*head_modules(model), *poolers]
+
+
+def _trainer(
+    method: str, settings: Settings, dataset: Dataset, model: Any, tokenizer: Any, checkpoints: Path
+) -> tuple[transformers.Trainer, Recorder]:
+    recorder = Recorder()
+    every = max(1, math.ceil(settings.steps / settings.evaluations))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=EVALUATION_BATCH,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        eval_strategy="steps",
+        eval_steps=every,
+        logging_steps=max(1, settings.steps // 250),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        # The one before the newest is needed until the newest is complete.
+        save_total_limit=2,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        report_to=[],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    callbacks = [*([PSTCallback()] if method == "pst" else []), recorder, Progress(method), StopOnNaN(), MarkComplete()]
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=models.encode(dataset.train, dataset.labels, tokenizer, settings.max_length),
+        eval_dataset=models.encode(dataset.validation, dataset.labels, tokenizer, settings.max_length),
+        data_collator=transformers.DataCollatorWithPadding(tokenizer),
+        compute_metrics=_metrics,
+        optimizers=(torch.optim.AdamW(_groups(method, settings, model), weight_decay=0.0, fused=True), None),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer, recorder
+
+
+def _metrics(evaluation: transformers.EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((np.argmax(evaluation.predictions, 1) == evaluation.label_ids).mean())}
+
+
+def _groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, Any]]:
+    """The body, or the factors, at one learning rate; the head, new and random, at its own."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if method == "pst":
+        body = {name for name in parameters if name.rpartition(".")[2] in FACTORS}
+        rate = settings.pst_learning_rate
+    else:
+        heads = tuple(f"{name}." for name in head_modules(model))
+        body = {name for name in parameters if not name.startswith(heads)}
+        rate = settings.learning_rate
+    return [
+        {"params": [p for name, p in parameters.items() if name in body], "lr": rate},
+        {"params": [p for name, p in parameters.items() if name not in body], "lr": settings.head_learning_rate},
+    ]
+
+
+def _history(log: Sequence[dict[str, Any]]) -> dict[str, list]:
+    """Columns for the plot, from the trainer's log, which goes through its checkpoints."""
+    losses = [entry for entry in log if "loss" in entry]
+    validation = [entry for entry in log if "eval_accuracy" in entry]
+    return {
+        "step": [entry["step"] for entry in losses],
+        "loss": [entry["loss"] for entry in losses],
+        "sparsity": [entry.get("sparsity", 0.0) for entry in losses],
+        "validation_step": [entry["step"] for entry in validation],
+        "validation_accuracy": [entry["eval_accuracy"] for entry in validation],
+    }
+
+
+def _predict(model: Any, tokenizer: Any, examples: Sequence[Example], settings: Settings) -> np.ndarray:
+    """Logits (texts, labels)."""
+    model.eval()
+    rows = []
+    with torch.inference_mode():
+        for first in range(0, len(examples), EVALUATION_BATCH):
+            texts = [example.text for example in examples[first : first + EVALUATION_BATCH]]
+            batch = tokenizer(texts, truncation=True, max_length=settings.max_length, padding=True, return_tensors="pt")
+            rows.append(model(**batch.to(model.device)).logits.float().cpu().numpy())
+    return np.concatenate(rows)
+
+
+def _accuracy(logits: np.ndarray, examples: Sequence[Example], labels: Sequence[str]) -> float:
+    return float(np.mean([labels[i] == example.label for i, example in zip(logits.argmax(1), examples, strict=True)]))

@@ -1,0 +1,232 @@
+"""Whole models: convert them, look at them, and turn them back into plain ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import ops
+from .config import PSTConfig, matches
+from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d
+from .targets import find_targets, head_modules, parameter_uses
+
+logger = logging.getLogger("pst_kernels")
+
+
+def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Module:
+    """Convert a model's linear layers to PST in place, and freeze everything else but the modules to save.
+
+    The converted layers hold the same `Parameter` objects for weight and bias. Layers that are under PST already are
+    left as they are, so calling this twice is harmless; other settings than theirs are ignored, with a warning. Returns
+    the model; a new module if the model itself is a linear layer.
+
+    Args:
+        model: any module; of a transformers model the linear layers of its blocks are converted by default.
+        config: the settings; `PSTConfig()` if None.
+
+    Raises ValueError, TypeError or RuntimeError before anything is changed; see `targets.find_targets`.
+
+    Example:
+        model = AutoModelForSequenceClassification.from_pretrained("bert-base-uncased")
+        model = replace_linear(model, PSTConfig(sparsity=0.9))
+    """
+    config = PSTConfig() if config is None else config
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, PSTConfig):
+        raise TypeError(f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say")
+    targets = find_targets(model, config)
+    saved = modules_to_save(model, config)
+    _warn_of_other_settings(model, config)
+    converted: dict[int, PSTLayer] = {}  # by identity: a layer used in two places stays one layer
+    for name, module in targets.items():
+        if id(module) not in converted:
+            cls: Any = PSTConv1D if is_conv1d(module) else PSTLinear
+            converted[id(module)] = cls.from_linear(module, config)
+        model = _set_submodule(model, name, converted[id(module)])
+    _freeze(model, config, saved)
+    _keep_buffers_out_of_ddp(model)
+    return model
+
+
+def modules_to_save(model: nn.Module, config: PSTConfig) -> list[str]:
+    """Full names of the modules trained beside the factors. Raises ValueError for a name that matches nothing."""
+    if config.modules_to_save is None:
+        return head_modules(model)
+    names = [name for name, m in model.named_modules() if name and matches(config.modules_to_save, m, name)]
+    for wanted in config.modules_to_save:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
+            children = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name}))
+            raise ValueError(f"modules_to_save names {wanted!r}, but no module is called that; there are {children}")
+    return names
+
+
+def _warn_of_other_settings(model: nn.Module, config: PSTConfig) -> None:
+    for name, layer in pst_layers(model):
+        given = {f.name: (getattr(layer.config, f.name), getattr(config, f.name)) for f in dataclasses.fields(config)}
+        differ = [f"{setting}={old!r}, not {new!r}" for setting, (old, new) in given.items() if old != new]
+        if differ:
+            logger.warning("%s is under PST already and keeps its settings: %s", name, "; ".join(differ))
+            return
+
+
+def _set_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
+    if not name:
+        return new
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    return model
+
+
+def _freeze(model: nn.Module, config: PSTConfig, saved: list[str]) -> None:
+    model.requires_grad_(False)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    for _, layer in pst_layers(model):
+        layer.weight.requires_grad_(False)  # a module to save may hold converted layers
+        if layer.bias is not None:
+            layer.bias.requires_grad_(config.train_bias)
+        for factor in layer.factors:
+            factor.requires_grad_(True)
+
+
+def _keep_buffers_out_of_ddp(model: nn.Module) -> None:
+    """Masks follow from the factors, which are equal on all ranks: DistributedDataParallel need not send them."""
+    buffers = [
+        f"{name}.{buffer}" if name else buffer for name, m in pst_layers(model) for buffer in dict(m.named_buffers())
+    ]
+    ignored = [name for name in getattr(model, "_ddp_params_and_buffers_to_ignore", []) if name not in buffers]
+    model._ddp_params_and_buffers_to_ignore = ignored + buffers  # type: ignore[assignment]
+
+
+def pst_layers(model: nn.Module) -> Iterator[tuple[str, PSTLayer]]:
+    """(name, layer) of every converted layer."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, PSTLayer))
+
+
+def get_config(model: nn.Module) -> PSTConfig:
+    """The config a model was converted with. Raises ValueError when it has no PST layers, or layers of several
+    configs.
+    """
+    configs = {name: layer.config for name, layer in pst_layers(model)}
+    if not configs:
+        raise ValueError(f"{type(model).__name__} has no PST layers; call replace_linear(model, PSTConfig(...)) first")
+    first, config = next(iter(configs.items()))
+    for name, other in configs.items():
+        if other != config:
+            raise ValueError(
+                f"{first} and {name} were converted with different configs; convert a model with one PSTConfig"
+            )
+    return config
+
+
+@dataclass(frozen=True)
+class TrainableSummary:
+    """Numbers behind `print_trainable_parameters`; sparsity counts the converted matrices only."""
+
+    trainable: int
+    total: int
+    factors: int
+    prunable: int
+    sparsity: float
+    target_sparsity: float
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * self.trainable / max(1, self.total)
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    layers = [layer for _, layer in pst_layers(model)]
+    prunable = sum(layer.weight.numel() for layer in layers)
+    pruned = sum(int(layer.pst_num_pruned) for layer in layers)
+    target = sum(layer.config.sparsity * layer.weight.numel() for layer in layers)
+    return TrainableSummary(
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in model.parameters()),
+        factors=sum(f.numel() for layer in layers for f in layer.factors),
+        prunable=prunable,
+        sparsity=pruned / max(1, prunable),
+        target_sparsity=target / max(1, prunable),
+    )
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print PEFT's line, and the sparsity of the converted matrices now and in the end."""
+    s = trainable_summary(model)
+    print(
+        f"trainable params: {s.trainable:,} || all params: {s.total:,} || trainable%: {s.percent:.4f}"
+        f" || sparsity of {s.prunable:,} prunable weights: {s.sparsity:.4f} (target {s.target_sparsity:.4f})"
+    )
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    name: str
+    shape: tuple[int, ...]  # (out, in)
+    dtype: torch.dtype
+    backend: str
+    sparsity: float
+    target_sparsity: float
+    merged: bool
+
+
+def get_layer_status(model: nn.Module) -> list[LayerStatus]:
+    """One row per converted layer, in the model's order."""
+    return [
+        LayerStatus(
+            name, tuple(layer.oriented_weight.shape), layer.weight.dtype,
+            ops.backend_for(layer.weight.device.type)[0], layer.sparsity, layer.config.sparsity, layer.merged,
+        )
+        for name, layer in pst_layers(model)
+    ]  # fmt: skip
+
+
+def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
+    """Turn every PST layer into a plain `nn.Linear` or `Conv1D` that holds M * W'; the state dict has a dense model's
+    keys.
+
+    In place; returns the model (a new module if the model itself is a PST layer). Layers that were merged are taken as
+    they are. With `safe_merge`, raises ValueError if any merged weight has NaN or infinite values. Raises RuntimeError
+    when a converted weight is shared with another module, which the merge would change too. Raises before anything is
+    changed.
+    """
+    get_config(model)
+    uses = parameter_uses(model)
+    for name, layer in pst_layers(model):
+        if uses[id(layer.weight)] > 1:
+            raise RuntimeError(
+                f"the weight of {name} is shared with another module, which merging would change;"
+                " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
+            )
+        if safe_merge:
+            remedy = "lower the learning rate, or merge an earlier checkpoint"
+            check_finite(layer.masked_weight(), f"the merged weight of {name}", remedy)
+    plain: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(module, PSTLayer):
+            if id(module) not in plain:
+                plain[id(module)] = _plain(module)
+            model = _set_submodule(model, name, plain[id(module)])
+    return model
+
+
+def _plain(layer: PSTLayer) -> nn.Module:
+    layer.merge()
+    plain: Any
+    if isinstance(layer, PSTConv1D):
+        from transformers.pytorch_utils import Conv1D
+
+        plain = Conv1D(0, 0)
+        plain.nx, plain.nf = layer.nx, layer.nf
+    else:
+        out, columns = layer.oriented_weight.shape
+        plain = nn.Linear(columns, out, layer.bias is not None, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain.train(layer.training)

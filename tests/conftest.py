@@ -1,0 +1,15 @@
+"""Every test starts from the same seed and without the user's environment variables; toy models are in toys.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # toy models gain nothing from more, and lose much on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for name in ("PST_KERNELS_BACKEND", "PST_KERNELS_ARCH", "PST_KERNELS_TUNING"):
+        monkeypatch.delenv(name, raising=False)

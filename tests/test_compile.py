@@ -1,0 +1,94 @@
+"""torch.compile of whole models: one graph over a sparsity schedule, a changing batch, and activation checkpointing."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+import pst_kernels as pst
+
+
+class Block(nn.Module):
+    def __init__(self, recompute=None):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.recompute = recompute
+
+    def inner(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+    def forward(self, x):
+        if self.recompute is None:
+            return self.inner(x)
+        return checkpoint(self.inner, x, use_reentrant=self.recompute == "reentrant")
+
+
+def build(recompute=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(recompute), Block(recompute), nn.Linear(32, 4))
+    return pst.replace_linear(model, pst.PSTConfig(sparsity=0.8, weight_rank=2, score_rank=2))
+
+
+def train(model, forward, steps, dtype=None):
+    schedule = pst.SparsitySchedule(model, steps)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    outputs = []
+    torch.manual_seed(1)
+    for step in range(steps):
+        x = torch.randn(
+            3 + step, 32, requires_grad=True
+        )  # reentrant checkpointing wants an input that needs a gradient
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            y = forward(x)
+        outputs.append(y.detach())
+        y.float().pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return outputs
+
+
+def assert_same_training(compiled, eager, forward, **kwargs):
+    for ours, expected in zip(train(compiled, forward, 12, **kwargs), train(eager, eager, 12, **kwargs), strict=True):
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    for (name, ours), expected in zip(compiled.state_dict().items(), eager.state_dict().values(), strict=True):
+        if name.endswith("pst_mask"):
+            assert torch.equal(ours, expected), name
+        else:
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    assert [layer.sparsity for layer in pst.get_layer_status(compiled)] == [int(2048 * 0.8) / 2048] * 4
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_graph_over_a_schedule_and_changing_batches(backend):
+    torch.compiler.reset()
+    counters.clear()
+    compiled, eager = build(), build()
+    assert_same_training(compiled, eager, torch.compile(compiled, fullgraph=True, backend=backend, dynamic=True))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_autocast_gives_the_same_dtypes_compiled():
+    torch.compiler.reset()
+    compiled, eager = build(), build()
+    forward = torch.compile(compiled, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert_same_training(compiled, eager, forward, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("recompute", ["reentrant", "non-reentrant"])
+def test_activation_checkpointing_in_eager_mode(recompute):
+    checkpointed, plain = build(recompute), build()
+    assert_same_training(checkpointed, plain, checkpointed)
+
+
+def test_activation_checkpointing_compiled():
+    torch.compiler.reset()
+    counters.clear()
+    compiled, eager = build("non-reentrant"), build()
+    # not dynamic=True, under which Dynamo also makes every float dynamic, and then fails inside a checkpoint
+    forward = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    assert_same_training(compiled, eager, forward)
+    assert not counters["graph_break"]

@@ -1,0 +1,155 @@
+"""Exact selection: every distribution, every rank, and the path that was meant to be taken."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import make_problem
+
+from pst_kernels import fallback, functional, selection
+
+N = 100_003  # above the size from which a sample is drawn, and prime
+
+
+def distributions():
+    generator = torch.Generator().manual_seed(1)
+    normal = torch.randn(N, generator=generator)
+    yield "normal", normal
+    yield "constant", torch.full((N,), 0.25)
+    yield "two values", (normal > 0).float()
+    yield "bimodal", torch.where(normal > 0, normal + 1e6, normal - 1e6)
+    yield "heavy tails", normal.sign() * torch.exp(normal.abs() * 20)
+    yield "denormals", normal * 1e-41
+    yield "signed zeros", torch.where(normal > 0, 0.0, -0.0)
+    yield "few distinct", (normal * 8).round()
+    yield "sorted", normal.sort().values
+    yield "reversed", normal.sort(descending=True).values
+    yield "bf16 magnitudes", normal.abs().to(torch.bfloat16).float()
+    yield "infinities", torch.where(normal.abs() > 1.5, normal.sign() * math.inf, normal)
+    yield "some NaN", torch.where(normal > 2, math.nan, normal)
+    yield "mostly NaN", torch.where(normal > -2, math.nan, normal)
+    yield "all NaN", torch.full((N,), math.nan)
+
+
+@pytest.mark.parametrize(("name", "scores"), distributions(), ids=lambda v: v if isinstance(v, str) else "")
+def test_kth_value_of_every_distribution(name, scores):
+    order = torch.argsort(scores, stable=True)
+    for k in (1, 2, N // 10, N // 2, int(N * 0.9), int(N * 0.99), N - 1, N):
+        value, index = functional.kth_value(scores, k)
+        assert index == order[k - 1]
+        assert value == scores[order[k - 1]] or (value.isnan() and scores[order[k - 1]].isnan())
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=True), min_size=1, max_size=40), st.integers(0, 10**6), st.integers(1, 5))
+def test_kth_value_of_anything(values, seed, repeat):
+    scores = torch.tensor(values * repeat, dtype=torch.float32)
+    k = seed % scores.numel() + 1
+    value, index = functional.kth_value(scores, k)
+    order = torch.argsort(scores, stable=True)
+    assert index == order[k - 1]
+    assert torch.equal(value, scores[order[k - 1]]) or value.isnan()
+
+
+@pytest.mark.parametrize("shape", [(1,), (5, 7), (3, 4, 5)])
+def test_shape_and_dtype(shape):
+    scores = torch.randn(shape)
+    value, index = functional.kth_value(scores, 1)
+    assert value.shape == index.shape == ()
+    assert value.dtype == torch.float32
+    assert index.dtype == torch.int64
+    assert scores.flatten()[index] == value == scores.min()
+
+
+def count_passes(monkeypatch):
+    passes = []
+    gather = selection._gather
+
+    def counting(*args):
+        passes.append(args[1])
+        return gather(*args)
+
+    monkeypatch.setattr(selection, "_gather", counting)
+    monkeypatch.setattr(selection, "_sort", lambda *_: pytest.fail("sorted everything"))
+    return passes
+
+
+def mask_of(weight, factors, num_pruned, guess):
+    return fallback.prune_mask(weight, *factors, torch.tensor(num_pruned), guess, 1.0, 1.0, 1.0)
+
+
+def test_a_warm_guess_needs_one_pass_over_few_candidates(monkeypatch):
+    weight, factors = make_problem(400, 500, weight_dtype=torch.float32, factor_dtype=torch.float32)
+    guess = functional.new_guess()
+    mask_of(weight, factors, 180_000, guess)
+    passes = count_passes(monkeypatch)
+    for step in range(1, 6):  # factors and sparsity move as they do in training
+        moved = [f + 1e-3 * step for f in factors]
+        num_pruned = 180_000 + 300 * step
+        packed = mask_of(weight, moved, num_pruned, guess)
+        order = torch.argsort(functional.scores(weight, *moved).flatten(), stable=True)
+        kept = functional.unpack_mask(packed, 500).flatten()
+        assert not kept[order[:num_pruned]].any()
+        assert kept[order[num_pruned:]].all()
+        assert len(passes) == step
+
+
+def test_a_wrong_guess_is_found_out(monkeypatch):
+    weight, factors = make_problem(300, 400, weight_dtype=torch.float32, factor_dtype=torch.float32)
+    expected = functional.prune_mask(weight, *factors, 60_000)
+    passes = count_passes(monkeypatch)
+    for wrong in ([1e9, 1.0, 0.5, 0.01], [-1e9, 1.0, 0.5, 0.01], [0.0, 0.0, 0.5, 0.0], [math.inf, 1.0, 0.5, 0.1]):
+        guess = torch.tensor(wrong)
+        passes.clear()
+        assert torch.equal(mask_of(weight, factors, 60_000, guess), expected)
+        assert len(passes) == 2  # the guess, then the sample
+        passes.clear()
+        assert torch.equal(mask_of(weight, factors, 60_000, guess), expected)
+        assert len(passes) == 1  # and now the guess is right
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+@pytest.mark.parametrize("end", ["lower", "upper"])
+def test_a_bracket_that_ends_at_the_answer(end, offset):
+    """The k-th is the first score inside, the last one below, and so on: each end is inclusive."""
+    scores = np.arange(1000, dtype=np.float32)
+    edge = 500.0 + offset
+    bracket = selection.Bracket(edge, 600.0) if end == "lower" else selection.Bracket(400.0, edge)
+    kept = np.empty(1000, bool)
+    chosen = selection.select(lambda: iter([(0, scores)]), 1000, 501, [bracket], kept)
+    assert (chosen.value, chosen.index) == (500.0, 500)
+    assert np.array_equal(kept, scores > 500)
+
+
+def test_nan_beside_a_good_guess(monkeypatch):
+    weight, factors = make_problem(400, 500, weight_dtype=torch.float32, factor_dtype=torch.float32)
+    guess = functional.new_guess()
+    mask_of(weight, factors, 100_000, guess)
+    count_passes(monkeypatch)
+    factors[4][3] = math.nan
+    kept = functional.unpack_mask(mask_of(weight, factors, 100_000, guess), 500)
+    assert kept[3].all()
+    assert int((~kept).sum()) == 100_000
+
+
+def test_the_sample_brackets_the_answer():
+    generator = np.random.default_rng(3)
+    for fraction in (1e-4, 0.1, 0.5, 0.9, 0.9999):
+        scores = generator.standard_normal(200_000).astype(np.float32)
+        bracket = selection.sample_bracket(generator.choice(scores, selection.SAMPLE), fraction)
+        answer = np.sort(scores)[int(fraction * scores.size)]
+        assert bracket.lower <= answer <= bracket.upper
+        inside = np.count_nonzero((scores >= bracket.lower) & (scores <= bracket.upper))
+        assert inside < 0.05 * scores.size
+
+
+def test_nan_in_the_factors_prunes_exactly_all_the_same():
+    weight, factors = make_problem(50, 60, weight_dtype=torch.float32, factor_dtype=torch.float32)
+    factors[4][7] = math.nan
+    for num_pruned in (100, 2_900, 2_960, 3_000):
+        mask = functional.unpack_mask(functional.prune_mask(weight, *factors, num_pruned), 60)
+        assert int((~mask).sum()) == num_pruned
+    assert functional.unpack_mask(functional.prune_mask(weight, *factors, 2_900), 60)[7].all()
