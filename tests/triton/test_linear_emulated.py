@@ -14,6 +14,8 @@ pytest.importorskip("triton")
 
 from linear_problem import OUTPUTS, Problem
 
+from pst_kernels import ops
+from pst_kernels.packing import pack_mask
 from pst_kernels.triton import matmul, tiles
 
 TOOLS = Path(__file__).parents[2].parent / "shared" / "tools"
@@ -111,3 +113,17 @@ def test_split_factors_hold_sixteen_bits(emulator: ModuleType, arch: int) -> Non
         left, right = matmul.split_factors(U, V, 0.7, split=True)
     exact = 0.7 * U.double() @ V.double()
     assert (left.double() @ right.double().T - exact).norm() / exact.norm() < 2**-15
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+def test_opcheck(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, bool]) -> None:
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
+    given = Problem(32, 64, 3, 8).tensors()
+    weight, U, V, A, B = (given[name] for name in ("weight", "U", "V", "A", "B"))
+    mask = pack_mask(given["kept"])
+    tests = ("test_schema", "test_faketensor")
+    with emulator.emulate(90):
+        torch.library.opcheck(ops.linear_forward, (given["x"], weight, U, V, None, mask, 0.7), test_utils=tests)
+        arguments = (given["gy"], given["x"], weight, U, V, A, B, mask, 0.7, 1.3, 0.9, True, *needs)
+        torch.library.opcheck(ops.linear_backward, arguments, test_utils=tests)
