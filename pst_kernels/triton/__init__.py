@@ -1,0 +1,9 @@
+"""The ops of ops.py as Triton kernels: for CUDA tensors, and for CPU tensors in the interpreter or an emulator."""
+
+from .gradients import linear_backward
+from .mask import masked_weight, prune_mask
+from .matmul import linear_forward
+from .score import scores
+from .select import kth_value
+
+__all__ = ["kth_value", "linear_backward", "linear_forward", "masked_weight", "prune_mask", "scores"]

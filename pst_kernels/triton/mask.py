@@ -1,0 +1,197 @@
+"""The mask from a threshold, as packed bits, and the masked weight M * W' that library GEMMs take.
+
+One read of W makes the mask; the same pass can write the masked weight. Later masked weights of the same step read the
+bits instead of A, B, R and C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..packing import WORD, packed_width
+from .score import checked, layouts
+from .select import INDEX, KEY, key_of, signed, threshold
+from .tiles import Case
+from .walk import Tile, band, hold_right, step_score, step_updated, tile_of, walk
+
+BITS = tl.constexpr(WORD)
+
+
+@triton.jit
+def bit_of(column):
+    """Where the flag of a column lies in its word: see packing.py."""
+    within = column % BITS
+    return (within // 2 + (within % 2) * 16).to(tl.int32)
+
+
+@triton.jit
+def store_words(p_mask, b_kept, i, j, m_i, m_j, n_i, n_j, TRANSPOSED: tl.constexpr):
+    """Pack the flags of a tile. Where i is the column, a step is the 32 columns of one word."""
+    BLOCK_I: tl.constexpr = b_kept.shape[0]
+    BLOCK_J: tl.constexpr = b_kept.shape[1]
+    if TRANSPOSED:
+        b_word = tl.sum(b_kept.to(tl.int32) << bit_of(i)[:, None], 0)
+        word = tl.min(i, 0) // BITS
+        tl.store(p_mask + j * tl.cdiv(n_i, BITS) + word, b_word, mask=m_j & (word * BITS < n_i))
+    else:
+        b_bits = b_kept.to(tl.int32) << bit_of(j)[None, :]
+        b_word = tl.sum(tl.reshape(b_bits, [BLOCK_I, BLOCK_J // BITS, BITS]), 2)
+        word = tl.min(j, 0) // BITS + tl.arange(0, BLOCK_J // BITS)
+        width = tl.cdiv(n_j, BITS)
+        m_word = m_i[:, None] & (word < width)[None, :]
+        tl.store(p_mask + i[:, None] * width + word[None, :], b_word, mask=m_word)
+
+
+@triton.jit
+def load_flags(p_mask, i, j, m_i, m_j, n_i, n_j, TRANSPOSED: tl.constexpr):
+    """The flags of a tile, bool."""
+    BLOCK_I: tl.constexpr = i.shape[0]
+    BLOCK_J: tl.constexpr = j.shape[0]
+    if TRANSPOSED:
+        word = tl.min(i, 0) // BITS
+        b_word = tl.load(p_mask + j * tl.cdiv(n_i, BITS) + word, mask=m_j & (word * BITS < n_i), other=0)
+        return ((b_word[None, :] >> bit_of(i)[:, None]) & 1) != 0
+    else:
+        word = tl.min(j, 0) // BITS + tl.arange(0, BLOCK_J // BITS)
+        width = tl.cdiv(n_j, BITS)
+        m_word = m_i[:, None] & (word < width)[None, :]
+        b_word = tl.load(p_mask + i[:, None] * width + word[None, :], mask=m_word, other=0)
+        b_words = tl.broadcast_to(b_word[:, :, None], [BLOCK_I, BLOCK_J // BITS, BITS])
+        return ((tl.reshape(b_words, [BLOCK_I, BLOCK_J]) >> bit_of(j)[None, :]) & 1) != 0
+
+
+@triton.jit
+def store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED: tl.constexpr):
+    """M * W' of a tile into a contiguous (out, in)."""
+    offset = j[None, :] * n_i + i[:, None] if TRANSPOSED else i[:, None] * n_j + j[None, :]
+    tl.store(p_out + offset, tl.where(b_kept, b_updated, 0.0).to(p_out.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit(do_not_specialize=("span",))
+def mask_kernel(
+    p_mask, p_out, p_state,
+    p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
+    n_i, n_j, stride_i, stride_j, span, beta, alpha1, alpha2,
+    RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Prunes up to and with (KEY, INDEX); `p_out` may be None."""
+    key = signed(tl.load(p_state + KEY))
+    index = tl.load(p_state + INDEX)
+    n_row = n_i if TRANSPOSED else n_j
+    last_row, last_column = index // n_row, index % n_row
+    none = index < 0
+    last_row = tl.where(none, -1, last_row)
+    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
+    held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
+    b_right_1 = tl.load(p_right_1 + j, mask=m_j, other=0.0).to(tl.float32)
+    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+        i = first_i + step + tl.arange(0, BLOCK_I)
+        m_i = i < n_i
+        m_tile = m_i[:, None] & m_j[None, :]
+        b_updated = step_updated(
+            p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
+            RANK_W, UNIT, TRANSPOSED, HELD,
+        )  # fmt: skip
+        b_score = step_score(
+            b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
+            RANK_S, TRANSPOSED, HELD,
+        )  # fmt: skip
+        b_key = key_of(b_score)
+        if TRANSPOSED:
+            after = (j > last_row)[None, :] | ((j == last_row)[None, :] & (i > last_column)[:, None])
+        else:
+            after = (i > last_row)[:, None] | ((i == last_row)[:, None] & (j > last_column)[None, :])
+        b_kept = m_tile & ((b_key > key) | ((b_key == key) & after) | none)
+        store_words(p_mask, b_kept, i, j, m_i, m_j, n_i, n_j, TRANSPOSED)
+        if p_out is not None:
+            store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED)
+
+
+@triton.jit(do_not_specialize=("span",))
+def masked_weight_kernel(
+    p_mask, p_out, p_weight, p_left_w, p_right_w, n_i, n_j, stride_i, stride_j, span, beta,
+    RANK_W: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
+    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+        i = first_i + step + tl.arange(0, BLOCK_I)
+        m_i = i < n_i
+        m_tile = m_i[:, None] & m_j[None, :]
+        b_updated = step_updated(
+            p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
+            RANK_W, UNIT, TRANSPOSED, HELD,
+        )  # fmt: skip
+        b_kept = load_flags(p_mask, i, j, m_i, m_j, n_i, n_j, TRANSPOSED)
+        store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED)
+
+
+def mask_from(
+    state: Tensor, weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
+    beta: float, alpha1: float, alpha2: float, masked: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The packed mask from a threshold's state; `masked`, contiguous (out, in) of any dtype, is filled with M * W'."""
+    mask = weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
+    over = walk(weight, [(U, V), (A, B), (R, C)], tile_for_words(weight, U.shape[1] + A.shape[1]))
+    if weight.numel():
+        mask_kernel[over.grid](
+            mask, masked, state, *over.operands, *over.shape, beta, alpha1, alpha2, **over.constants
+        )  # fmt: skip
+    return mask
+
+
+def tile_for_words(weight: Tensor, ranks: int) -> Tile:
+    """The usual tile, but a step of one word's 32 columns where the columns of W run along i."""
+    tile = tile_of(ranks, weight.shape[1])
+    if weight.stride(0) == 1 and weight.stride(1) != 1:
+        return tile._replace(block_i=WORD, block_j=128, vector=1, warps=8)
+    return tile
+
+
+def prune_mask(
+    weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
+    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
+) -> Tensor:  # fmt: skip
+    weight, factors = checked(weight, U, V, A, B, R, C)
+    if not weight.numel():
+        return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
+    state = threshold(weight, *factors, num_pruned, guess, beta, alpha1, alpha2)
+    return mask_from(state, weight, *factors, beta, alpha1, alpha2)
+
+
+def masked_weight(
+    weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """M * W' in `dtype`, in `out` (contiguous) where it is given."""
+    weight, (U, V) = checked(weight, U, V)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    over = walk(weight, [(U, V)], tile_for_words(weight, U.shape[1]))
+    if weight.numel():
+        masked_weight_kernel[over.grid](
+            mask.contiguous(), out, *over.operands, *over.shape, beta, **over.constants
+        )  # fmt: skip
+    return out
+
+
+def cases() -> Iterator[Case]:
+    for name, tensors in layouts():
+        weight, U, V = tensors[:3]
+        state = torch.empty(16, dtype=torch.int64, device="meta")
+        mask = torch.empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32, device="meta")
+        masked = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        yield Case(name, lambda t=tensors, s=state: mask_from(s, *t, 1.0, 1.0, 1.0))
+        if weight.dtype == torch.bfloat16:
+            yield Case(
+                f"{name}, with the masked weight",
+                lambda t=tensors, s=state, o=masked: mask_from(s, *t, 1.0, 1.0, 1.0, masked=o),
+            )
+        yield Case(name, lambda w=weight, u=U, v=V, m=mask: masked_weight(w, u, v, m, 1.0, w.dtype))

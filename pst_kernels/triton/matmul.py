@@ -1,0 +1,385 @@
+"""y = x (M * W')^T + bias and dx = gy (M * W'), for few tokens with the masking inside the loop.
+
+Both are one kernel: left (rows, depth) times x^T (depth, tokens), left being M * W' in the forward pass and its
+transpose for the input gradient. The weight is the left operand because Triton feeds it to wgmma from registers: masked
+on the way from shared memory to the tensor core, it is never written back. A loop step costs, a pair of 16-bit weights:
+two instructions to widen, none to add beta U V (a small tensor-core product whose accumulator starts as W, in fp32),
+one to round the pair to x's dtype, 1.5 to turn two bits into a pair of 16-bit masks, one AND.
+
+Precision. beta U V inside the loop is U_hi V_hi + U_lo V_hi + U_hi V_lo in bf16 (hi + lo holds 16 bits of a factor),
+added to W in fp32, and W' is rounded once, to x's dtype. With fp32 x everything is fp32 multiply-add, no tf32.
+
+For many tokens the masked weight is made once, in a scratch buffer shared by all layers, and the library multiplies.
+`tiles.py` has the switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..packing import packed_width
+from . import scratch, tiles
+from .mask import masked_weight
+from .score import checked
+
+# A packed pair of weights is ANDed with a pair of masks: PRMT with bit 3 of a selector set fills a byte with a sign
+# bit. Columns in a row of the tile: bits p and p + 16 of the word, shifted to 7 and 23 (or 15 and 31 for p >= 8), by
+# `shift`. Columns in a column of the tile: the two bits come from two words, of which `select` takes the half with even
+# columns or that with odd ones. W itself is an operand only so that its load is pipelined: Triton pipelines what
+# reaches a dot's first two operands, and W enters through the accumulator.
+_PACK = {"bf16": "cvt.rn.bf16x2.f32 %pair, $2, $1;", "fp16": "cvt.rn.f16x2.f32 %pair, $2, $1;"}
+_ALONG_DEPTH = "shl.b32 %keep, ${word}, ${shift}; prmt.b32 %keep, %keep, %keep, ${select};"
+_ALONG_ROWS = (
+    "prmt.b32 %keep, ${word}, ${word1}, ${select};"
+    " shl.b32 %keep, %keep, ${shift}; prmt.b32 %keep, %keep, %keep, 0xBB99;"
+)
+
+
+def _assembly(dtype: str, along_rows: bool, wide_weight: bool) -> tuple[str, str]:
+    first = 5 if wide_weight else 4  # $3 is a pair of W: one register, or two where it is fp32
+    places = {"word": first, "word1": first + 1, "shift": first + 2, "select": first + 4}
+    mask = _ALONG_ROWS if along_rows else _ALONG_DEPTH
+    for name, place in places.items():
+        mask = mask.replace("${" + name + "}", f"${place}")
+    return f"{{\n.reg .b32 %pair, %keep;\n{_PACK[dtype]} {mask} and.b32 $0, %pair, %keep;\n}}", "=r" + ",r" * (
+        first + 5
+    )
+
+
+_ASSEMBLY = {
+    (dtype, along_rows, wide): _assembly(dtype, along_rows, wide)
+    for dtype in _PACK for along_rows in (False, True) for wide in (False, True)
+}  # fmt: skip
+
+
+@triton.jit
+def widen(b_weight, ASSEMBLY: tl.constexpr):
+    if ASSEMBLY and b_weight.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [b_weight],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    return b_weight.to(tl.float32)
+
+
+@triton.jit
+def keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr):
+    """W' where its bit is set, else 0, in the dtype of `b_x`."""
+    if ASSEMBLY == "":
+        return tl.where(((b_word >> b_shift) & 1) != 0, b_updated, 0.0).to(b_x.dtype)
+    return tl.inline_asm_elementwise(
+        ASSEMBLY, CONSTRAINTS, [b_updated, b_weight, b_word, b_shift, b_select], dtype=b_x.dtype, is_pure=True, pack=2
+    )
+
+
+@triton.jit(do_not_specialize=["tokens", "has_bias"])
+def masked_matmul_kernel(
+    p_x, p_weight, p_left, p_right, p_bias, p_mask, p_y, tokens, rows, depth, stride, words, has_bias,
+    WIDTH: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, BITS_ALONG_ROWS: tl.constexpr, EVEN: tl.constexpr,
+    UPCAST: tl.constexpr, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, WAIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """y[t, row] = sum over depth of keep(W + left right^T)[row, depth] x[t, depth] + bias[row], one (rows, tokens)
+    tile.
+
+    x (tokens, depth) and y (tokens, rows) are contiguous, left is (rows, WIDTH), right (depth, WIDTH). A tile of W is
+    worked on as it lies in memory, (outer, inner) with inner of stride 1: that is (rows, depth), or with
+    WEIGHT_ALONG_ROWS (depth, rows), turned over when it is done. BITS_ALONG_ROWS: a mask word holds 32 rows, not 32 of
+    depth.
+    """
+    tl.assume(tokens > 0)
+    OUTER: tl.constexpr = BLOCK_DEPTH if WEIGHT_ALONG_ROWS else BLOCK_ROWS
+    INNER: tl.constexpr = BLOCK_ROWS if WEIGHT_ALONG_ROWS else BLOCK_DEPTH
+    BITS_INNER: tl.constexpr = BITS_ALONG_ROWS == WEIGHT_ALONG_ROWS
+    i_tokens = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
+    i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
+    r = tl.arange(0, BLOCK_ROWS)
+    t = tl.arange(0, BLOCK_COLUMNS)
+    d = tl.arange(0, BLOCK_DEPTH)
+    k = tl.arange(0, WIDTH)
+    # Rows and tokens past the end read the last one again and are not stored: cheaper than a mask a load.
+    r_in = r
+    if not (EVEN and WEIGHT_ALONG_ROWS):
+        r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
+    t_in = tl.minimum(t, (tokens - 1 - i_tokens).to(tl.int32))
+
+    p_x += i_tokens * depth
+    o_x = t_in[None, :] * depth + d[:, None]
+    p_left += i_rows * WIDTH
+    if WEIGHT_ALONG_ROWS:
+        p_weight += i_rows
+        o_weight = d[:, None] * stride + r_in[None, :]
+        weight_step = tl.full([], BLOCK_DEPTH, tl.int64) * stride
+        b_left = tl.load(p_left + (r_in[None, :] * WIDTH + k[:, None]))
+        o_right = d[:, None] * WIDTH + k[None, :]
+    else:
+        p_weight += i_rows * stride
+        o_weight = r_in[:, None] * stride + d[None, :]
+        weight_step = tl.full([], BLOCK_DEPTH, tl.int64)
+        b_left = tl.load(p_left + (r_in[:, None] * WIDTH + k[None, :]))
+        o_right = d[None, :] * WIDTH + k[:, None]
+
+    if BITS_ALONG_ROWS:
+        w = tl.arange(0, BLOCK_ROWS // 32)
+        p_mask += i_rows // 32
+        w_in = tl.minimum(w, (words - 1 - i_rows // 32).to(tl.int32))
+        o_mask = d[:, None] * words + w_in[None, :]
+        mask_step = tl.full([], BLOCK_DEPTH, tl.int64) * words
+    else:
+        w = tl.arange(0, BLOCK_DEPTH // 32)
+        p_mask += i_rows * words
+        o_mask = r_in[:, None] * words + w[None, :]
+        mask_step = tl.full([], BLOCK_DEPTH // 32, tl.int64)
+
+    # Which bit of its word belongs to a weight, in the form that `keep` wants.
+    bit = (tl.arange(0, INNER) % 32)[None, :] if BITS_INNER else (tl.arange(0, OUTER) % 32)[:, None]
+    if ASSEMBLY == "":
+        shift = bit // 2 + 16 * (bit % 2)
+        select = bit
+    elif BITS_INNER:
+        shift = 7 - bit // 2 % 8
+        select = tl.where(bit >= 16, 0xBB99, 0xAA88)
+    else:
+        shift = 15 - bit // 2
+        select = tl.where(bit % 2 == 0, 0x5410, 0x7632)
+    b_shift = tl.broadcast_to(shift, (OUTER, INNER))
+    b_select = tl.broadcast_to(select, (OUTER, INNER))
+
+    b_y = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for i in range(0, depth, BLOCK_DEPTH):
+        if EVEN:
+            b_weight = tl.load(p_weight + o_weight)
+            b_x = tl.load(p_x + o_x)
+            b_right = tl.load(p_right + o_right)
+            b_words = tl.load(p_mask + o_mask)
+        else:
+            m = d < depth - i
+            m_inner = m[:, None] if WEIGHT_ALONG_ROWS else m[None, :]
+            b_weight = tl.load(p_weight + o_weight, mask=m_inner, other=0.0)
+            b_x = tl.load(p_x + o_x, mask=m[:, None], other=0.0)
+            b_right = tl.load(p_right + o_right, mask=m_inner, other=0.0)
+            m_words = m[:, None] if BITS_ALONG_ROWS else (w < words - i // 32)[None, :]
+            b_words = tl.load(p_mask + o_mask, mask=m_words, other=0)
+        if UPCAST:
+            b_x = b_x.to(tl.float32)
+        if not BITS_INNER:
+            b_words = tl.trans(b_words)
+        if BITS_INNER:
+            b_word = tl.broadcast_to(b_words[:, :, None], (OUTER, INNER // 32, 32))
+        else:
+            b_word = tl.broadcast_to(b_words[:, None, :], (OUTER // 32, 32, INNER))
+        b_word = tl.reshape(b_word, (OUTER, INNER))
+        b_updated = widen(b_weight, ASSEMBLY != "")
+        if WEIGHT_ALONG_ROWS:
+            b_updated = tl.dot(b_right, b_left, b_updated, input_precision="ieee")
+            b_kept = tl.zeros((OUTER, INNER), b_x.dtype)
+            # Always, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
+            # next, or it would give both warpgroups all of `outer`, the same 64 rows twice.
+            if tokens > 0:
+                b_kept = keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY, CONSTRAINTS)
+            b_kept = tl.trans(b_kept)
+        else:
+            b_updated = tl.dot(b_left, b_right, b_updated, input_precision="ieee")
+            b_kept = keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY, CONSTRAINTS)
+        b_y = tl.dot(b_kept, b_x, b_y, input_precision="ieee")
+        if WAIT:
+            # An empty use of the accumulator: the wait comes here, not after the next step's small product, and ptxas
+            # issues the step's wgmmas back to back instead of one by one (its warning C7515).
+            b_y = tl.inline_asm_elementwise("", "=f,0", [b_y], dtype=tl.float32, is_pure=True, pack=1)
+        p_weight += weight_step
+        p_x += BLOCK_DEPTH
+        p_right += BLOCK_DEPTH * WIDTH
+        p_mask += mask_step
+
+    m_rows = i_rows + r < rows
+    b_bias = tl.load(p_bias + i_rows + r, mask=m_rows & (has_bias != 0), other=0.0).to(tl.float32)
+    o_y = t[None, :] * rows + r[:, None]
+    m_y = m_rows[:, None] & (i_tokens + t < tokens)[None, :]
+    b_y = (b_y + b_bias[:, None]).to(p_y.dtype.element_ty)
+    tl.store(p_y + i_tokens * rows + i_rows + o_y, b_y, mask=m_y)
+
+
+@triton.jit(do_not_specialize=["rank"])
+def split_factors_kernel(
+    p_u, p_v, p_left, p_right, rows, columns, rank, beta,
+    SPLIT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """left (rows, WIDTH) and right (columns, WIDTH) with left right^T = beta U V, padded with zeros.
+
+    SPLIT: [hi, lo, hi] of beta U beside [hi, hi, lo] of V, in bf16. Else: beta U and V, in fp32.
+    """
+    row_blocks = tl.cdiv(rows, BLOCK)
+    block = tl.program_id(0)
+    k = tl.arange(0, WIDTH)
+    part = k // rank
+    source = k - part * rank
+    exists = part < (3 if SPLIT else 1)
+    if block < row_blocks:
+        i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m = (i < rows)[:, None] & exists[None, :]
+        b = tl.load(p_u + i[:, None] * rank + source[None, :], mask=m, other=0.0).to(tl.float32) * beta
+        if SPLIT:
+            b_high = b.to(tl.bfloat16).to(tl.float32)
+            b = tl.where((part == 1)[None, :], b - b_high, b_high)
+        tl.store(p_left + i[:, None] * WIDTH + k[None, :], b.to(p_left.dtype.element_ty), mask=(i < rows)[:, None])
+    else:
+        i = (block - row_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m = (i < columns)[:, None] & exists[None, :]
+        o = i[:, None] + source[None, :] * tl.full([], columns, tl.int64)
+        b = tl.load(p_v + o, mask=m, other=0.0).to(tl.float32)
+        if SPLIT:
+            b_high = b.to(tl.bfloat16).to(tl.float32)
+            b = tl.where((part == 2)[None, :], b - b_high, b_high)
+        tl.store(p_right + i[:, None] * WIDTH + k[None, :], b.to(p_right.dtype.element_ty), mask=(i < columns)[:, None])
+
+
+def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tensor, Tensor]:
+    """beta U and V^T, padded to what a tensor core multiplies; with `split` as bf16 pairs that hold 16 bits of each."""
+    rows, rank, columns = U.shape[0], V.shape[0], V.shape[1]
+    width = tiles.factor_width(rank, split)
+    dtype = torch.bfloat16 if split else torch.float32
+    left = torch.empty((rows, width), dtype=dtype, device=U.device)
+    right = torch.empty((columns, width), dtype=dtype, device=U.device)
+    block = 32
+    grid = (triton.cdiv(rows, block) + triton.cdiv(columns, block),)
+    split_factors_kernel[grid](
+        U, V, left, right, rows, columns, rank, beta, SPLIT=split, WIDTH=width, BLOCK=block, num_warps=4
+    )  # fmt: skip
+    return left, right
+
+
+def masked_matmul(
+    x: Tensor,
+    weight: Tensor,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    tile: tiles.Tile,
+    transposed: bool,
+) -> Tensor:
+    """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
+
+    `left` and `right` are from `split_factors`.
+    """
+    rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
+    if transposed:
+        left, right = right, left
+    tokens = x.shape[0]
+    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    weight, stride, along_columns = one_stride(weight)
+    along_rows = along_columns == transposed  # of the tile, whose rows are the columns of W where it is transposed
+    interpreted = tiles.interpreted()
+    architecture = tiles.architecture(x.device)
+    assembly, constraints = "", ""
+    if x.dtype != torch.float32 and not interpreted and not architecture.startswith("gfx"):
+        name = "bf16" if x.dtype == torch.bfloat16 else "fp16"
+        assembly, constraints = _ASSEMBLY[name, transposed != along_rows, weight.dtype == torch.float32]
+    grid = (triton.cdiv(tokens, tile.columns), triton.cdiv(rows, tile.rows))
+    masked_matmul_kernel[grid](
+        x, weight, left, right, y if bias is None else bias, mask, y,
+        tokens, rows, depth, stride, mask.shape[1], int(bias is not None),
+        WIDTH=left.shape[1], BITS_ALONG_ROWS=transposed, WEIGHT_ALONG_ROWS=along_rows,
+        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=interpreted,
+        ASSEMBLY=assembly, CONSTRAINTS=constraints,
+        WAIT=architecture == "sm_90" and assembly != "",
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def linear_forward(
+    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, mask: Tensor, beta: float
+) -> Tensor:
+    weight, (U, V) = checked(weight, U, V)
+    bias = None if bias is None else bias.to(x.dtype)
+    tile = in_loop_tile(x, weight, V.shape[0], transposed=False)
+    if tile is None:
+        return torch.nn.functional.linear(x, masked_in_scratch(weight, U, V, mask, beta, x.dtype), bias)
+    return masked_matmul(x, weight, *split_factors(U, V, beta, split(x)), bias, mask, tile, transposed=False)
+
+
+def input_gradient(gy: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """dx = gy (M * W'); weight and factors as `checked` leaves them."""
+    tile = in_loop_tile(gy, weight, V.shape[0], transposed=True)
+    if tile is None:
+        return gy @ masked_in_scratch(weight, U, V, mask, beta, gy.dtype)
+    return masked_matmul(gy, weight, *split_factors(U, V, beta, split(gy)), None, mask, tile, transposed=True)
+
+
+def in_loop_tile(x: Tensor, weight: Tensor, rank: int, transposed: bool) -> tiles.Tile | None:
+    """The tile to mask inside the loop with, or None where the library shall multiply."""
+    if 0 in x.shape or 0 in weight.shape:
+        return None  # an empty product: nothing to launch
+    depth = weight.shape[0] if transposed else weight.shape[1]
+    return tiles.matmul(tiles.architecture(x.device), x.dtype, weight.dtype, x.shape[0], depth, rank)
+
+
+def split(x: Tensor) -> bool:
+    """Whether U V inside the loop is a product of bf16 pairs; else of fp32, which the interpreter and fp32 x need."""
+    return x.dtype != torch.float32 and not tiles.interpreted()
+
+
+def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
+    """The weight with one dimension of stride 1, the other's stride, and whether columns are the one of stride 1."""
+    if weight.stride(1) == 1 or weight.shape[1] == 1:
+        return weight, weight.stride(0), True
+    if weight.stride(0) == 1 or weight.shape[0] == 1:
+        return weight, weight.stride(1), False
+    weight = weight.contiguous()
+    return weight, weight.stride(0), True
+
+
+def masked_in_scratch(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    out = scratch.get(weight.shape, dtype, weight.device)
+    return masked_weight(weight, U, V, mask, beta, dtype, out=out)
+
+
+def cases() -> Iterator[tiles.Case]:
+    """Every tile of the table with every dtype it serves, in both directions; the widest also with W transposed."""
+    architecture = tiles.architecture(torch.device("meta"))
+    pairs = {
+        "half": [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
+        "mixed": [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
+        "float": [(torch.float32, torch.float32)],
+    }
+    for key, dtypes in pairs.items():
+        table = tiles.MATMUL[architecture][key]
+        for weight, x in dtypes:
+            for transposed in (False, True):
+                for _, tile in table:
+                    yield _case(weight, x, tile, transposed)
+                yield _case(weight, x, tiles.ODD[key], transposed, rows=1003, depth=1001)
+                if weight == torch.bfloat16:
+                    yield _case(weight, x, table[-1][1], transposed, rank=16)
+                    yield _case(weight, x, table[-1][1], transposed, stored_transposed=True)
+
+
+def _case(
+    weight: torch.dtype, x: torch.dtype, tile: tiles.Tile, transposed: bool,
+    rows: int = 1024, depth: int = 1024, rank: int = 8, stored_transposed: bool = False,
+) -> tiles.Case:  # fmt: skip
+    out, columns = (depth, rows) if transposed else (rows, depth)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def call() -> None:
+        W = empty(columns, out, dtype=weight).t() if stored_transposed else empty(out, columns, dtype=weight)
+        mask = empty(out, packed_width(columns), dtype=torch.int32)
+        factors = split_factors(empty(out, rank), empty(rank, columns), 1.0, x != torch.float32)
+        masked_matmul(empty(tile.columns, depth, dtype=x), W, *factors, None, mask, tile, transposed)
+
+    name = "input gradient" if transposed else "forward"
+    details = [f"{rows} x {depth}"] * (rows % 2) + ["W transposed"] * stored_transposed
+    return tiles.Case(", ".join([name, tiles.pair_name(weight, x), f"rank {rank}", *details]), call, tile.slots)

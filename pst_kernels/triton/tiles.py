@@ -1,0 +1,278 @@
+"""Which tile a kernel runs with: tables by architecture, dtype and shape bucket, with their budgets beside them.
+
+Also what every kernel file needs to say about its launches: the target at hand, and `Case`, one call that makes the
+kernels of a file compile, from which `compile.py` takes each shipped configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from .. import env
+
+
+class Target(NamedTuple):
+    """What one architecture offers a thread block, a multiprocessor and the whole device."""
+
+    capability: int | str
+    warp_size: int
+    shared_block: int  # bytes
+    shared_multiprocessor: int  # bytes
+    registers: int  # 32-bit, a multiprocessor
+    warps: int  # resident, a multiprocessor
+    fma_per_cycle: int  # dense 16-bit tensor-core multiply-adds of a multiprocessor
+    multiprocessors: int
+    bandwidth: float  # bytes a second, of device memory
+    rate: float  # 16-bit multiply-adds a second that a good GEMM reaches
+
+
+TARGETS = {
+    "sm_80": Target(80, 32, 166912, 167936, 65536, 64, 1024, 108, 2.0e12, 125e12),
+    "sm_86": Target(86, 32, 101376, 102400, 65536, 48, 512, 84, 0.94e12, 32e12),
+    "sm_89": Target(89, 32, 101376, 102400, 65536, 48, 512, 128, 1.0e12, 75e12),
+    "sm_90": Target(90, 32, 232448, 233472, 65536, 64, 2048, 132, 3.35e12, 325e12),
+    "sm_100": Target(100, 32, 232448, 233472, 65536, 64, 4096, 148, 8.0e12, 790e12),
+    "sm_120": Target(120, 32, 101376, 102400, 65536, 48, 1024, 170, 1.8e12, 95e12),
+    "gfx942": Target("gfx942", 64, 65536, 65536, 131072, 32, 2048, 304, 5.3e12, 325e12),
+}
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def compiling_for(architecture: str) -> Iterator[None]:
+    """Inside, launchers choose the tiles of `architecture`, whatever device or variable says otherwise."""
+    token = _target.set(architecture)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def architecture(device: torch.device) -> str:
+    """The name of the target that a launch on `device` chooses its tiles for, a key of TARGETS."""
+    return _target.get() or env.architecture() or _architecture_of(device)
+
+
+@functools.cache
+def _architecture_of(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "sm_80"  # the interpreter, which any table suits
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    known = sorted(t.capability for t in TARGETS.values() if isinstance(t.capability, int))
+    at_most = [c for c in known if c <= 10 * major + minor]
+    if not at_most:
+        raise RuntimeError(
+            f"this GPU has compute capability {major}.{minor}, but the kernels need 8.0; set PST_KERNELS_BACKEND=torch"
+        )
+    return f"sm_{at_most[-1]}"
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, whose bf16 arithmetic is wrong and which has no inline assembly."""
+    return triton.knobs.runtime.interpret
+
+
+class Case(NamedTuple):
+    """One call of a launcher that makes its kernels compile as a user's call would.
+
+    Every kernel file has `cases() -> Iterator[Case]`: one for each configuration, dtype and variant that it ships for
+    the target of `compiling_for`. `call` runs the launcher on tensors of device "meta" (`torch.empty(...,
+    device="meta")`, which have a shape, a dtype and an aligned address, but no memory); `compile.py` replaces the
+    launch, and takes kernel, signature, constexprs, attributes, warps and stages as Triton itself binds them. So a
+    launcher must not look at values. Two cases that launch the same thing count once.
+
+    A kernel whose main loop feeds tensor cores names the constexprs of its tile BLOCK_ROWS, BLOCK_COLUMNS and
+    BLOCK_DEPTH: their product is the multiply-adds of one loop step, from which the issue slots per tensor-core cycle
+    are computed.
+    """
+
+    name: str  # "bf16 weight, fp32 factors, aligned"
+    call: Callable[[], object]
+    slots: float | None = None  # budget: issue slots per tensor-core cycle that no main loop of the call may exceed
+
+
+class Tile(NamedTuple):
+    """What one program computes, and with what: rows x columns, stepping over depth."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    slots: float | None = None  # budget of the main loop: issue slots per tensor-core cycle, read from machine code
+
+
+# The masked matmul's rows are the weight's (of its transpose for the input gradient), columns are tokens, depth is what
+# is summed over. By the number of tokens up to which a tile is used; ODD where depth is no multiple of the tile's.
+Table = dict[str, tuple[tuple[int, Tile], ...]]
+ODD = {"half": Tile(64, 32, 32, 4, 2), "mixed": Tile(64, 32, 32, 4, 2), "float": Tile(32, 32, 32, 4, 2)}
+_FLOAT = ((16, Tile(32, 16, 32, 4, 3)), (1 << 30, Tile(32, 32, 32, 4, 3)))
+_AMPERE: Table = {
+    "half": ((16, Tile(64, 16, 64, 4, 4)), (64, Tile(64, 64, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3, 0.65))),
+    "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(64, 64, 64, 4, 3))),
+    "float": _FLOAT,
+}
+_SMALL_SHARED: Table = {
+    "half": ((16, Tile(64, 16, 64, 4, 3)), (64, Tile(64, 64, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 2, 0.55))),
+    "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(64, 64, 64, 4, 2))),
+    "float": _FLOAT,
+}
+_HOPPER: Table = {
+    "half": (
+        (16, Tile(64, 16, 128, 4, 3)), (64, Tile(64, 64, 64, 4, 4)), (128, Tile(128, 128, 64, 8, 3, 0.95)),
+        (1 << 30, Tile(128, 256, 64, 8, 3, 0.52)),
+    ),
+    "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3))),
+    "float": _FLOAT,
+}  # fmt: skip
+_BLACKWELL: Table = {
+    "half": ((16, Tile(64, 16, 64, 4, 4)), (64, Tile(64, 64, 64, 4, 4)), (1 << 30, Tile(128, 128, 64, 8, 3))),
+    "mixed": ((16, Tile(64, 16, 64, 4, 3)), (1 << 30, Tile(128, 128, 64, 8, 3))),
+    "float": _FLOAT,
+}
+_AMD: Table = {
+    "half": ((16, Tile(64, 16, 64, 4, 2)), (1 << 30, Tile(64, 64, 64, 4, 2))),
+    "mixed": ((16, Tile(64, 16, 64, 4, 2)), (1 << 30, Tile(64, 64, 32, 4, 2))),
+    "float": _FLOAT,
+}
+MATMUL: dict[str, Table] = {
+    "sm_80": _AMPERE, "sm_86": _SMALL_SHARED, "sm_89": _SMALL_SHARED, "sm_90": _HOPPER, "sm_100": _BLACKWELL,
+    "sm_120": _SMALL_SHARED, "gfx942": _AMD,
+}  # fmt: skip
+
+# Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
+# SMALL is for more than 15 ranks, and for matrices that are no multiple of the tile: both need more registers.
+_FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
+GRADIENTS: dict[str, dict[str, Tile]] = {
+    name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
+    for name, half in {
+        "sm_80": Tile(128, 64, 32, 8, 3, 0.45), "sm_86": Tile(128, 64, 32, 8, 3, 0.23),
+        "sm_89": Tile(128, 64, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.37),
+        "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
+    }.items()
+}  # fmt: skip
+SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
+
+# Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
+# 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is.
+# Inside the loop it costs, for each token, SLOTS of that token's tensor-core time, taken as not overlapping at all.
+# They are equal at T = 4 rate / (bandwidth SLOTS): 920 tokens on sm_90. SLOTS is what `pst-kernels kernels` reads from
+# the machine code of the widest bf16 tile; for gfx942, whose code it cannot read, it is a guess.
+SLOTS = {"sm_80": 0.43, "sm_86": 0.22, "sm_89": 0.22, "sm_90": 0.42, "sm_100": 1.94, "sm_120": 0.34, "gfx942": 1.0}
+ODD_SLOTS = 8.0  # the small tile of odd shapes
+FLOAT_TOKENS = 64  # fp32 multiply-adds: the library's own are so much faster that only reading W once less pays
+WIDEST_FACTOR = 64  # padded columns of U and V that a loop step multiplies; for higher ranks the masked weight is made
+
+# From here on the library makes G, in the scratch buffer, and the gradient kernel reads it: 4 B a weight more, written
+# and read, against a main loop that runs at an assumed 0.9 of the library's speed. 4 B / bandwidth = T (1 / 0.9 - 1) /
+# rate gives 3,500 tokens on sm_90 and 2,250 on sm_80; some twice that, because G in x's dtype costs a rounding.
+# fp32 multiply-adds of this kernel are so much slower than the library's that G is worth making for few tokens already.
+GIVEN_TOKENS = {"half": 8192, "mixed": 8192, "float": 64}
+SHARE_TOKENS = (
+    1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
+)
+
+
+def dtype_key(x: torch.dtype, weight: torch.dtype) -> str:
+    if x == torch.float32:
+        return "float"
+    return "mixed" if weight == torch.float32 else "half"
+
+
+def matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, depth: int, rank: int) -> Tile | None:
+    """The tile that a masked matmul masks in its loop with, or None where the masked weight shall be made first."""
+    key = dtype_key(x, weight)
+    split = x != torch.float32 and not interpreted()
+    tuned = _tuning(architecture)
+    table = tuned["matmul"].get(key) or MATMUL[architecture][key]
+    tile = next(tile for most, tile in table if tokens <= most)
+    odd = depth % tile.depth != 0
+    if key == "float":
+        most = FLOAT_TOKENS
+    else:
+        target = TARGETS[architecture]
+        most = int(4.0 * target.rate / (target.bandwidth * (ODD_SLOTS if odd else SLOTS[architecture])))
+    if tokens > tuned["in_loop_tokens"].get(key, most) or factor_width(rank, split) > WIDEST_FACTOR:
+        return None
+    return ODD[key] if odd else tile
+
+
+def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int) -> Tile:
+    """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
+    key = dtype_key(x, weight)
+    tile = _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
+    return tile if ranks <= 16 and rows % tile.rows == 0 and columns % tile.columns == 0 else SMALL[key]
+
+
+def token_share(architecture: str, tiles: int, tokens: int, depth: int) -> int:
+    """How many tokens a program sums over, whole loop steps: not all where the tiles of G leave processors idle."""
+    shares = max(1, min(TARGETS[architecture].multiprocessors // tiles, tokens // SHARE_TOKENS))
+    return triton.cdiv(triton.cdiv(tokens, shares), depth) * depth
+
+
+def pair_name(weight: torch.dtype, x: torch.dtype) -> str:
+    """Such as "bfloat16", or "float32 W, bfloat16 x"."""
+    names = [str(dtype).removeprefix("torch.") for dtype in (weight, x)]
+    return names[0] if weight == x else f"{names[0]} W, {names[1]} x"
+
+
+def factor_width(rank: int, split: bool) -> int:
+    """Columns of a padded factor: a power of two from 16, as tensor cores take them; `split` holds three parts."""
+    return max(16, triton.next_power_of_2(3 * rank if split else rank))
+
+
+def _tuning(architecture: str) -> dict[str, dict[str, Any]]:
+    """The user's tables where PST_KERNELS_TUNING names a file for this architecture, else empty ones."""
+    path = env.tuning_file()
+    if path is None:
+        return _NOT_TUNED
+    found, tables = _read_tuning(path, path.stat().st_mtime_ns)
+    return tables if found == architecture else _NOT_TUNED
+
+
+_NOT_TUNED: dict[str, dict[str, Any]] = {"matmul": {}, "gradients": {}, "in_loop_tokens": {}}
+
+
+@functools.lru_cache(maxsize=8)
+def _read_tuning(path: Path, _modified: int) -> tuple[str, dict[str, dict[str, Any]]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["architecture"] not in TARGETS:
+            raise ValueError(f"architecture is {data['architecture']!r}, not one of {', '.join(TARGETS)}")
+        keys = data["matmul"].keys() | data["gradients"].keys() | data["in_loop_tokens"].keys()
+        if keys - ODD.keys():
+            raise ValueError(f"dtypes are {sorted(keys)}, but only {', '.join(ODD)} are known")
+        matmul = {key: tuple((int(most), _tile(tile)) for most, tile in rows) for key, rows in data["matmul"].items()}
+        if any(not rows or rows[-1][0] < 1 << 30 for rows in matmul.values()):
+            raise ValueError("the last row of each matmul table must go up to at least 1073741824 tokens")
+        gradients = {key: _tile(tile) for key, tile in data["gradients"].items()}
+        tokens = {key: int(most) for key, most in data["in_loop_tokens"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"PST_KERNELS_TUNING={str(path)!r} is not a tuning file ({type(error).__name__}: {error});"
+            " write one with `pst-kernels tune`, or unset the variable"
+        ) from error
+    return data["architecture"], {"matmul": matmul, "gradients": gradients, "in_loop_tokens": tokens}
+
+
+def _tile(numbers: list[int]) -> Tile:
+    tile = Tile(*(int(n) for n in numbers))
+    powers = all(n > 0 and n & (n - 1) == 0 for n in tile[:4])
+    if len(numbers) != 5 or not powers or tile.stages < 1 or min(tile.rows, tile.depth) < 32 or tile.columns < 16:
+        raise ValueError(
+            f"tile {numbers}: need [rows, columns, depth, warps, stages], powers of two but for stages,"
+            " rows and depth from 32, columns from 16"
+        )
+    return tile

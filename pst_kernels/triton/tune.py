@@ -1,0 +1,158 @@
+"""`pst-kernels tune`: time the neighbours of the shipped tiles on the GPU at hand, and write the file that
+PST_KERNELS_TUNING reads. A tile that does not give the reference's result is not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .. import fallback
+from ..packing import pack_mask
+from . import gradients, matmul, tiles
+
+DTYPES = {
+    "half": (torch.bfloat16, torch.bfloat16), "mixed": (torch.float32, torch.bfloat16),
+    "float": (torch.float32, torch.float32),
+}  # fmt: skip
+SCALES = (1.0, 1.0, 1.0)
+TOLERANCE = {"half": 2e-2, "mixed": 2e-2, "float": 1e-4}  # RMS error over RMS value: a wrong tile is off by about one
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    parser.add_argument("--out-features", type=int, default=4096)
+    parser.add_argument("--in-features", type=int, default=4096)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens to time the factor gradients with")
+
+
+def main(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print(
+            "pst-kernels tune times kernels on a GPU, and PyTorch finds none; here the shipped tables are used"
+            " (`pst-kernels kernels` checks them without a GPU)", file=sys.stderr,
+        )  # fmt: skip
+        return 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    architecture = tiles.architecture(device)
+    found: dict[str, Any] = {
+        "architecture": architecture, "device": torch.cuda.get_device_name(device),
+        "matmul": {}, "gradients": {}, "in_loop_tokens": {},
+    }  # fmt: skip
+    for key in DTYPES:
+        problem = _problem(key, args, device)
+        found["matmul"][key] = [
+            [most, list(_best(_matmul_runs(problem, tile, min(most, 1024)), TOLERANCE[key])[:5])]
+            for most, tile in tiles.MATMUL[architecture][key]
+        ]
+        tile = tiles.GRADIENTS[architecture][key]
+        found["gradients"][key] = list(_best(_gradient_runs(problem, tile, args.tokens, key), TOLERANCE[key])[:5])
+    write(args.output, found)
+    print(f"wrote {args.output}; use it with PST_KERNELS_TUNING={args.output}")
+    return 0
+
+
+def neighbours(tile: tiles.Tile) -> list[tiles.Tile]:
+    """The tile itself, and those with one side doubled or halved, or with other warps or stages."""
+    found = [tile]
+    for name, smallest in (("rows", 32), ("columns", 16), ("depth", 32), ("warps", 4)):
+        value = getattr(tile, name)
+        found += [tile._replace(**{name: v}) for v in (value // 2, value * 2) if v >= smallest]
+    found += [tile._replace(stages=stages) for stages in (tile.stages - 1, tile.stages + 1) if stages >= 1]
+    return [tile for tile in found if tile.warps <= 16]
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all: a reader never finds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=1)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+Run = tuple[tiles.Tile, Callable[[], Any], list[Tensor]]  # a tile, a launch with it, and the results to expect
+
+
+def _problem(key: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    generator = torch.Generator(device).manual_seed(0)
+    weight, x = DTYPES[key]
+    out, columns, rank = args.out_features, args.in_features, args.rank
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    mask = pack_mask(torch.rand((out, columns), generator=generator, device=device) > 0.5)
+    return {
+        "x": lambda tokens, width: normal(tokens, width, dtype=x), "weight": normal(out, columns, dtype=weight) * 0.02,
+        "U": normal(out, rank), "V": normal(rank, columns) * 0.01, "A": normal(out, rank), "B": normal(rank, columns),
+        "mask": mask, "split": x != torch.float32,
+    }  # fmt: skip
+
+
+def _matmul_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int) -> Iterator[Run]:
+    weight, U, V, mask = (problem[name] for name in ("weight", "U", "V", "mask"))
+    x = problem["x"](tokens, weight.shape[1])
+    expected = fallback.linear_forward(x, weight, U, V, None, mask, SCALES[0])
+    factors = matmul.split_factors(U, V, SCALES[0], problem["split"])
+    for other in neighbours(tile):
+
+        def launch(tile: tiles.Tile = other) -> list[Tensor]:
+            return [matmul.masked_matmul(x, weight, *factors, None, mask, tile, False)]
+
+        yield other, launch, [expected]
+
+
+def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: str) -> Iterator[Run]:
+    weight, U, V, A, B, mask = (problem[name] for name in ("weight", "U", "V", "A", "B", "mask"))
+    x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
+    expected = fallback.linear_backward(gy, x, weight, U, V, A, B, mask, *SCALES, True, False, True)[1:]
+    table = tiles.GRADIENTS[tiles.architecture(x.device)]
+    for other in neighbours(tile):
+
+        def launch(tile: tiles.Tile = other) -> tuple[Tensor, ...]:
+            shipped, table[key] = table[key], tile
+            try:
+                return gradients.factor_gradients(gy, x, weight, U, V, A, B, mask, *SCALES, True)
+            finally:
+                table[key] = shipped
+
+        yield other, launch, list(expected)
+
+
+def _best(runs: Iterator[Run], tolerance: float) -> tiles.Tile:
+    """The fastest tile that is right; the shipped one, which comes first, where no other is."""
+    timed: list[tuple[float, tiles.Tile]] = []
+    first, runs = itertools.tee(runs)
+    shipped = next(first)[0]
+    for tile, launch, expected in runs:
+        try:
+            results = launch()
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError) as error:
+            print(f"{tuple(tile)[:5]}: {type(error).__name__}", file=sys.stderr)
+            continue
+        worst = max(
+            float((r.double() - e.double()).norm() / e.double().norm()) for r, e in zip(results, expected, strict=True)
+        )
+        if not worst <= tolerance:
+            print(f"{tuple(tile)[:5]}: wrong by {worst:.1e}, not timed", file=sys.stderr)
+            continue
+        timed.append((triton.testing.do_bench(launch), tile))
+        print(f"{tuple(tile)[:5]}: {timed[-1][0]:.3f} ms")
+    return min(timed, key=lambda pair: pair[0])[1] if timed else shipped

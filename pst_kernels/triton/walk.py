@@ -1,0 +1,188 @@
+"""How the kernels that read all of W walk over it: one read of W, and the factors read as rarely as it goes.
+
+A program owns BLOCK_J neighbours along j and a band of `span` along i, through which it steps BLOCK_I at a time. The
+right factors of its j stay in registers for the whole band. The left factors of a step and its tile of W travel through
+shared memory one step ahead (`num_stages`), so that what is broadcast to all threads is read once, not once a thread.
+
+(i, j) is (row, column) of W, or (column, row) where W is stored transposed (Conv1D): then U and V, A and B, R and C change
+places, and the operands of products and sums with them, which leaves every bit of a score as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .score import low_rank_step, score_from, updated_from
+
+LONGEST = 512  # band; a longer one saves little: it reads 64 bytes of factors for each j, at ranks 8 + 8
+WIDTH = 512  # of the matrix that a flat vector of scores is walked as
+
+
+@triton.jit
+def load_left(p_left, k, i, m_i, n_i, RANK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    offset = tl.full([], n_i, tl.int64) * k + i if TRANSPOSED else i * RANK + k
+    return tl.load(p_left + offset, mask=m_i, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_right(p_right, k, j, m_j, n_j, RANK: tl.constexpr, TRANSPOSED: tl.constexpr):
+    offset = j * RANK + k if TRANSPOSED else tl.full([], n_j, tl.int64) * k + j
+    return tl.load(p_right + offset, mask=m_j, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def hold_right(p_right, j, m_j, n_j, RANK: tl.constexpr, HELD: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The right factor of a program's j, a vector a rank, where there are registers for it."""
+    held = ()
+    if HELD:
+        for k in tl.static_range(RANK):
+            held = held + (load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED),)
+    return held
+
+
+@triton.jit
+def low_rank(
+    p_left, p_right, held, i, j, m_i, m_j, n_i, n_j,
+    RANK: tl.constexpr, HELD: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    b_sum = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
+    if HELD:
+        for k in tl.static_range(RANK):
+            b_left = load_left(p_left, k, i, m_i, n_i, RANK, TRANSPOSED)
+            b_sum = low_rank_step(b_sum, b_left, held[k])
+    else:
+        for k in range(RANK):
+            b_left = load_left(p_left, k, i, m_i, n_i, RANK, TRANSPOSED)
+            b_right = load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED)
+            b_sum = low_rank_step(b_sum, b_left, b_right)
+    return b_sum
+
+
+@triton.jit
+def band(n_j, span, BLOCK_J: tl.constexpr, VECTOR: tl.constexpr):
+    """This program's first i, its j, and which of these exist."""
+    across = tl.cdiv(n_j, BLOCK_J)
+    program = tl.program_id(0)
+    j = (program % across).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
+    # No more neighbours than VECTOR to a thread: the held factors take that many registers a rank.
+    return (program // across).to(tl.int64) * span, tl.max_contiguous(j, VECTOR), j < n_j
+
+
+@triton.jit
+def load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT: tl.constexpr):
+    offset = i[:, None] * stride_i + (j[None, :] if UNIT else j[None, :] * stride_j)
+    return tl.load(p_weight + offset, mask=m_tile, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def step_updated(
+    p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
+    RANK_W: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """W' of one step's tile."""
+    b_weight = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
+    b_uv = low_rank(p_left_w, p_right_w, held_w, i, j, m_i, m_j, n_i, n_j, RANK_W, HELD, TRANSPOSED)
+    return updated_from(b_weight, b_uv, beta)
+
+
+@triton.jit
+def step_score(
+    b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
+    RANK_S: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
+    """S of one step's tile, from its W'."""
+    b_ab = low_rank(p_left_s, p_right_s, held_s, i, j, m_i, m_j, n_i, n_j, RANK_S, HELD, TRANSPOSED)
+    b_left_1 = tl.load(p_left_1 + i, mask=m_i, other=0.0).to(tl.float32)
+    return score_from(b_updated, b_ab, b_left_1[:, None], b_right_1[None, :], alpha1, alpha2)
+
+
+@triton.jit
+def flat_index(i, j, n_i, n_j, dtype: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Position in the flattened W."""
+    i, j = i.to(dtype), j.to(dtype)
+    return j[None, :] * n_i + i[:, None] if TRANSPOSED else i[:, None] * n_j + j[None, :]
+
+
+class Tile(NamedTuple):
+    """A step's tile, how many of its j a thread holds, and whether the right factors are held for a whole band."""
+
+    block_i: int
+    block_j: int
+    vector: int
+    held: bool
+    warps: int
+    stages: int
+
+
+def tile_of(ranks: int, n_j: int) -> Tile:
+    """The tile for so many ranks in all, the same on every target: registers for the held factors decide."""
+    if ranks <= 16:
+        return Tile(4, 1024, 4, True, 8, 2) if n_j > 512 else Tile(8, 512, 2, True, 8, 2)
+    if ranks <= 32:
+        return Tile(8, 256, 1, True, 8, 2)
+    return RARE
+
+
+RARE = Tile(2, 512, 2, False, 8, 1)  # for many ranks, and for passes that are hardly ever needed: quick to compile
+
+
+class Walk(NamedTuple):
+    """One launch over all of W: its grid, its arguments in the order of every kernel here, and its constants."""
+
+    grid: tuple[int]
+    operands: tuple[Any, ...]  # weight, and left and right of UV, AB and R + C; None where there are no factors
+    shape: tuple[int, int, int, int, int]  # n_i, n_j, stride_i, stride_j, span
+    constants: dict[str, Any]
+
+
+def programs_wanted(device: torch.device) -> int:
+    """Two to every multiprocessor; one where programs run one after another anyway."""
+    if device.type != "cuda":
+        return 1
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def span_of(n_i: int, n_j: int, tile: Tile, device: torch.device) -> int:
+    """The longest band that makes as many programs as are wanted; a shorter one reads the factors more often."""
+    bands = -(-programs_wanted(device) // -(-n_j // tile.block_j))
+    return max(tile.block_i, min(LONGEST, n_i // bands // tile.block_i * tile.block_i))
+
+
+def walk(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tile: Tile | None = None) -> Walk:
+    """Over a weight of any strides; `pairs` are (left, right) factors, contiguous: (U, V), (A, B), (R, C)."""
+    lefts, rights = [left for left, _ in pairs], [right for _, right in pairs]
+    (n_i, n_j), (stride_i, stride_j) = weight.shape, weight.stride()
+    ranks = [left.shape[1] for left in lefts if left.dim() == 2]
+    transposed = stride_i == 1 and stride_j != 1 and n_i > 1
+    if transposed:
+        lefts, rights, n_i, n_j, stride_i, stride_j = rights, lefts, n_j, n_i, stride_j, stride_i
+    tile = tile or tile_of(sum(ranks), n_j)
+    span = span_of(n_i, n_j, tile, weight.device)
+    operands = (weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
+    constants = {
+        "RANK_W": ranks[0], **({"RANK_S": ranks[1]} if len(ranks) > 1 else {}), "UNIT": stride_j == 1 or n_j == 1,
+        "TRANSPOSED": transposed, **_constants(tile),
+    }  # fmt: skip
+    grid = (triton.cdiv(n_i, span) * triton.cdiv(n_j, tile.block_j),)
+    return Walk(grid, operands, (n_i, n_j, stride_i, stride_j, span), constants)
+
+
+def walk_scores(scores: Tensor, tile: Tile | None = None) -> Walk:
+    """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
+    rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0, WIDTH)
+    span = span_of(rows, WIDTH, tile, scores.device)
+    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile)}
+    grid = (triton.cdiv(rows, span) * triton.cdiv(WIDTH, tile.block_j),)
+    return Walk(grid, (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, span), constants)
+
+
+def _constants(tile: Tile) -> dict[str, Any]:
+    return {
+        "HELD": tile.held, "VECTOR": tile.vector, "BLOCK_I": tile.block_i, "BLOCK_J": tile.block_j,
+        "STAGES": tile.stages, "num_warps": tile.warps,
+    }  # fmt: skip

@@ -1,0 +1,101 @@
+"""Problems for the masked linear, solved in float64 by reference.py; as a script it solves them in the interpreter.
+
+Triton decides when a kernel is defined whether it is interpreted, so that needs a process of its own:
+    TRITON_INTERPRET=1 python linear_problem.py    prints a JSON list of [case, relative errors by output]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pst_kernels import functional, reference
+from pst_kernels.packing import pack_mask
+
+OUTPUTS = ("y", "dx", "dU", "dV", "dA", "dB", "dR", "dC")
+SCALES = {"beta": 0.7, "alpha1": 1.3, "alpha2": 0.9}
+
+
+class Problem(NamedTuple):
+    out: int
+    columns: int
+    tokens: int
+    rank: int
+    dtype: str = "float32"
+    weight: str = ""  # dtype of W where it differs: the case of autocast
+    factors: str = "float32"
+    transposed: bool = False
+    through: bool = True
+    seed: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int, dtype: str = self.factors) -> Tensor:
+            return torch.randn(shape, generator=generator).to(getattr(torch, dtype))
+
+        out, columns, rank = self.out, self.columns, self.rank
+        weight = normal(out, columns, dtype=self.weight or self.dtype) * 0.3
+        if self.transposed:
+            weight = weight.t().contiguous().t()
+        return {
+            "x": normal(self.tokens, columns, dtype=self.dtype), "weight": weight,
+            "bias": normal(out, dtype=self.weight or self.dtype),
+            "U": normal(out, rank), "V": normal(rank, columns) * 0.1, "A": normal(out, rank),
+            "B": normal(rank, columns) * 0.1, "R": normal(out), "C": normal(columns),
+            "kept": torch.rand((out, columns), generator=generator) > 0.5,
+            "gy": normal(self.tokens, out, dtype=self.dtype),
+        }  # fmt: skip
+
+    def solve(self, exact: bool) -> list[Tensor]:
+        """y and the gradients: in float64 by reference.py, or by the ops of the chosen backend."""
+        given = self.tensors()
+        gy, kept = given.pop("gy"), given.pop("kept")
+        if exact:
+            given = {name: tensor.double() for name, tensor in given.items()}
+            gy = gy.double()
+        learned = [given[name].requires_grad_() for name in ("x", "U", "V", "A", "B", "R", "C")]
+        function = reference.pst_linear if exact else functional.pst_linear
+        with torch.autocast("cpu", dtype=gy.dtype, enabled=bool(self.weight) and not exact):
+            y = function(**given, mask=kept if exact else pack_mask(kept), through_magnitude=self.through, **SCALES)
+        y.backward(gy)
+        return [y.detach(), *(tensor.grad for tensor in learned)]
+
+    def errors(self) -> dict[str, float]:
+        """RMS error over RMS value for every output; infinite where anything is not finite."""
+        return dict(zip(OUTPUTS, map(relative_error, self.solve(exact=False), self.solve(exact=True)), strict=True))
+
+    def allowed(self, output: str) -> float:
+        """W' and y are rounded to the dtype of x once each; sums are fp32, of bf16 pairs for 16-bit x."""
+        rounding = {"float32": 1e-6, "float16": 6e-4, "bfloat16": 5e-3}
+        if output in ("y", "dx"):
+            return rounding[self.dtype]
+        return {"float32": 1e-6, "float16": 6e-4, "bfloat16": 5e-3}[self.factors] if self.factors != "float32" else 2e-5
+
+
+def relative_error(value: Tensor, exact: Tensor) -> float:
+    if value.shape != exact.shape or not torch.isfinite(value).all():
+        return float("inf")
+    if not exact.numel() or not exact.any():
+        return float(value.double().abs().sum())
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+INTERPRETED = [
+    *(
+        Problem(out, columns, tokens, rank, dtype)
+        for dtype in ("float32", "float16", "bfloat16")
+        for out, columns in ((1, 1), (7, 33), (129, 65), (96, 384))
+        for tokens, rank in ((0, 8), (1, 5), (3, 16), (130, 8))
+    ),
+    Problem(70, 96, 3, 1), Problem(33, 65, 3, 64), Problem(96, 65, 3, 8, transposed=True),
+    Problem(40, 64, 3, 8, through=False),
+    Problem(40, 64, 5, 8, "bfloat16", weight="float32"), Problem(40, 64, 5, 8, "float16", factors="float16"),
+]  # fmt: skip
+
+if __name__ == "__main__":
+    json.dump([[problem._asdict(), problem.errors()] for problem in INTERPRETED], sys.stdout)

@@ -1,0 +1,116 @@
+"""Budgets of the shipped matmul and gradient binaries, read from the machine code; no GPU needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+kernels = pytest.importorskip("pst_kernels.triton.compile")
+tiles = pytest.importorskip("pst_kernels.triton.tiles")
+
+FILES = ("matmul", "gradients")
+TARGETS = ["sm_80", "sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_100", "sm_120"))]
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, list[kernels.Row]]:
+    return {}
+
+
+@pytest.fixture
+def report(rows: dict[str, list[kernels.Row]], request: pytest.FixtureRequest) -> list[kernels.Row]:
+    target = request.param
+    if target not in rows:
+        rows[target] = kernels.report(target, files=FILES)
+    return rows[target]
+
+
+@pytest.mark.parametrize("report", TARGETS, indirect=True)
+def test_every_binary_keeps_its_budget(report: list[kernels.Row]) -> None:
+    assert {row.case: row.problems for row in report if row.problems} == {}
+    assert {row.kernel for row in report} == {
+        "masked_matmul_kernel", "split_factors_kernel", "factor_gradients_kernel", "add_shares_kernel",
+    } | ({"masked_weight_kernel"} & {row.kernel for row in report})  # fmt: skip
+
+
+@pytest.mark.parametrize("report", ["sm_90"], indirect=True)
+def test_wgmma_takes_masked_weights_from_registers(report: list[kernels.Row]) -> None:
+    widest = [row for row in report if row.kernel == "masked_matmul_kernel" and "64x256x16" in row.tensor_core]
+    assert len(widest) == 8  # two dtypes, two directions, two ranks of bf16, two storage orders of bf16
+    assert all("left operand in registers" in row.tensor_core for row in widest)
+    assert max(row.slots for row in widest) <= 0.55
+
+
+@triton.jit
+def plain_kernel(
+    p_gy, p_x, p_g, tokens, rows, columns,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """G = gy^T x and nothing else."""
+    i_rows, i_columns = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_COLUMNS
+    r, c, t = tl.arange(0, BLOCK_ROWS), tl.arange(0, BLOCK_COLUMNS), tl.arange(0, BLOCK_DEPTH)
+    b_g = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    p_gy += t[None, :] * rows + i_rows + r[:, None]
+    p_x += t[:, None] * columns + i_columns + c[None, :]
+    for _ in range(tokens // BLOCK_DEPTH):
+        b_g = tl.dot(tl.load(p_gy), tl.load(p_x), b_g)
+        p_gy += BLOCK_DEPTH * rows
+        p_x += BLOCK_DEPTH * columns
+    tl.store(p_g + (i_rows + r[:, None]) * columns + i_columns + c[None, :], b_g.to(p_g.dtype.element_ty))
+
+
+@pytest.mark.parametrize("report", ["sm_80", "sm_90"], indirect=True)
+def test_gradient_loop_is_that_of_a_plain_product(report: list[kernels.Row]) -> None:
+    architecture = report[0].target
+    tile = tiles.GRADIENTS[architecture]["half"]
+    x = torch.empty(1024, 1024, dtype=torch.bfloat16, device="meta")
+    with kernels.recorded(kernels.gpu_target(architecture)) as launches:
+        plain_kernel[(1,)](
+            x, x, x, 1024, 1024, 1024, BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    kernel, *bound = launches[0]
+    binary = kernels.Compilation(kernel, tiles.Case("plain", lambda: None), *bound)
+    plain = kernels._read_cubin(binary.compile(kernels.gpu_target(architecture)).asm["cubin"])["loop"]
+    ours = [row.loop for row in report if row.case == "factor gradients, bfloat16, rank 8" and row.loop]
+    print(architecture, "plain", plain, "ours", ours)
+    assert len(ours) == 1
+    assert ours[0] <= 1.1 * plain
+
+
+@pytest.mark.parametrize("report", ["sm_90"], indirect=True)
+def test_compiling_takes_part_of_the_minute_and_a_half(report: list[kernels.Row]) -> None:
+    assert sum(row.seconds for row in report) / 2 < 90
+
+
+def test_a_row_names_what_exceeds_its_budget() -> None:
+    row = kernels.Row(
+        "sm_90", "k", "case", 8, 3, 255, 16, 8, 300_000, 0, "HGMMA x4", 300, 0.6, 0.52, 1.0, "file"
+    )  # fmt: skip
+    assert [problem.split()[0] for problem in row.problems] == ["spills", "300000", "main"]
+    assert row._replace(stack=0, local=0, blocks=1, slots=0.5).problems == []
+    assert row._replace(stack=0, local=0, blocks=1, slots=None).problems != []
+
+
+def test_report_of_one_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    import argparse
+
+    first = kernels.shipped("sm_80", ("gradients",))[:1]
+    monkeypatch.setattr(kernels, "shipped", lambda *_: first)
+    parser = argparse.ArgumentParser()
+    kernels.add_arguments(parser)
+    options = ["--target", "sm_80", "--json", "--workers", "1", "--dump", str(tmp_path / "dump")]
+    assert kernels.main(parser.parse_args(options)) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert min(row["registers"], row["blocks"], row["slots"]) > 0
+    assert sorted(path.suffix for path in (tmp_path / "dump").iterdir()) == [".cubin", ".ptx"]
+
+
+@pytest.mark.parametrize("architecture", list(tiles.TARGETS))
+def test_every_target_has_cases(architecture: str) -> None:
+    assert len(kernels.shipped(architecture, FILES)) > 40

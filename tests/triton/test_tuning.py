@@ -1,0 +1,94 @@
+"""The tuning file, its errors, and which tile is chosen for what."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pst_kernels.triton import tiles, tune
+
+BF16, FP32 = torch.bfloat16, torch.float32
+GOOD = {
+    "architecture": "sm_90", "matmul": {"half": [[16, [64, 16, 64, 4, 2]], [1 << 30, [64, 32, 64, 4, 2]]]},
+    "gradients": {"half": [64, 64, 64, 4, 2]}, "in_loop_tokens": {"half": 100},
+}  # fmt: skip
+
+
+def chosen(tokens: int, architecture: str = "sm_90", depth: int = 1024, rank: int = 8) -> tiles.Tile | None:
+    return tiles.matmul(architecture, BF16, BF16, tokens, depth, rank)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> None:
+    path.write_text(text)
+    monkeypatch.setenv("PST_KERNELS_TUNING", str(path))
+
+
+def test_the_file_overrides_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, tmp_path / "t.json", json.dumps(GOOD))
+    assert chosen(16) == tiles.Tile(64, 16, 64, 4, 2)
+    assert chosen(17) == tiles.Tile(64, 32, 64, 4, 2)
+    assert chosen(101) is None
+    assert tiles.gradients("sm_90", BF16, BF16, 128, 128, 9) == tiles.Tile(64, 64, 64, 4, 2)
+    assert chosen(17, "sm_80") == tiles.MATMUL["sm_80"]["half"][1][1]
+    assert tiles.matmul("sm_90", FP32, FP32, 17, 1024, 8) == tiles.MATMUL["sm_90"]["float"][1][1]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "JSONDecodeError"), ("[]", "TypeError"), ("{}", "KeyError"),
+        (json.dumps(GOOD | {"architecture": "sm_70"}), "sm_70"),
+        (json.dumps(GOOD | {"gradients": {"int8": [64, 64, 64, 4, 2]}}), "int8"),
+        (json.dumps(GOOD | {"gradients": {"half": [64, 48, 64, 4, 2]}}), "powers of two"),
+        (json.dumps(GOOD | {"gradients": {"half": [64, 64]}}), "TypeError"),
+        (json.dumps(GOOD | {"matmul": {"half": [[16, [64, 16, 64, 4, 2]]]}}), "1073741824"),
+    ],
+)  # fmt: skip
+def test_bad_files_raise_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, says: str) -> None:
+    use(monkeypatch, tmp_path / "t.json", text)
+    with pytest.raises(ValueError, match="PST_KERNELS_TUNING") as caught:
+        chosen(16)
+    assert says in str(caught.value)
+    assert "pst-kernels tune" in str(caught.value)
+
+
+def test_switch_follows_the_arithmetic() -> None:
+    target = tiles.TARGETS["sm_90"]
+    most = int(4 * target.rate / (target.bandwidth * tiles.SLOTS["sm_90"]))
+    assert 600 < most < 3300
+    assert chosen(most) == tiles.MATMUL["sm_90"]["half"][-1][1]
+    assert chosen(most + 1) is None
+    assert chosen(16, depth=1001) == tiles.ODD["half"]
+    assert chosen(16, rank=22) is None
+
+
+def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    tune.write(path, GOOD)
+    with pytest.raises(TypeError):
+        tune.write(path, {"not json": object()})
+    assert json.loads(path.read_text()) == GOOD
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    assert tune.main(parser.parse_args(["--output", str(tmp_path / "t.json")])) == 1
+    assert "GPU" in capsys.readouterr().err
+
+
+def test_neighbours_are_tiles_that_a_file_may_hold() -> None:
+    for table in tiles.MATMUL.values():
+        for rows in table.values():
+            for _, tile in rows:
+                around = tune.neighbours(tile)
+                assert around[0] == tile
+                assert all(tiles._tile(list(other[:5])) == other._replace(slots=None) for other in around)
