@@ -151,7 +151,7 @@ def unit_dimension(weight: Tensor) -> int:
 
 
 def checked(weight: Tensor, *factors: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The weight as it is and the factors contiguous. Raises TypeError for float64, in which the kernels do not compute."""
+    """The weight as it is and the factors contiguous. Raises TypeError for float64: the kernels compute in fp32."""
     for tensor in (weight, *factors):
         if tensor.dtype == torch.float64:
             raise TypeError(

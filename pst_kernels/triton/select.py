@@ -6,7 +6,7 @@ Guess, verify, refine, as selection.py does on the CPU, with everything decided 
     gather    one read of W: count what lies below the range, collect (key, index) of what lies inside
     refine    if the count proves that the k-th is inside and all of it was collected, select among those few; done
     digits    else an exact radix search over W narrows the range, 8 bits a pass, until what lies inside can be
-              collected; five passes at most, the last one over the indices of equal scores; then gather and refine again
+              collected; five passes at most, the last over the indices of equal scores; then gather and refine
 
 All launches are always made: none depends on the host knowing a value. A kernel whose turn it is not returns at once
 (STATUS). No kernel waits for another program, and no loop depends on the data for its end.
@@ -26,7 +26,9 @@ from torch import Tensor
 
 from .score import layouts, score_from, updated_from
 from .tiles import Case
-from .walk import RARE, Walk, band, flat_index, hold_right, load_weight, step_score, step_updated, walk, walk_scores
+from .walk import (
+    RARE, Walk, all_registers, band, flat_index, hold_right, load_weight, step_score, step_updated, walk, walk_scores,
+)  # fmt: skip
 
 # Slots of the state, int64
 STATUS = tl.constexpr(0)  # whose turn it is
@@ -51,7 +53,7 @@ LARGEST_KEY = tl.constexpr(0xFFFFFFFF)
 DIGIT = tl.constexpr(8)
 BINS = tl.constexpr(256)
 KEY_PASSES = tl.constexpr(4)
-SAMPLES = tl.constexpr(16384)
+SAMPLES = tl.constexpr(8192)
 SMALL = tl.constexpr(4096)  # candidates that one program holds in registers
 CHUNK = tl.constexpr(2048)
 
@@ -60,7 +62,7 @@ NARROW, WIDE, WIDEST = tl.constexpr(0.001), tl.constexpr(0.04), tl.constexpr(0.0
 
 
 def capacity_of(numel: int) -> int:
-    """Room for candidates: a bracket from a sample holds 4 % of many scores; what is smaller is collected whole."""
+    """Room for candidates: a bracket from a sample holds at most 5.6 % of the scores; few are collected whole."""
     return numel // 16 + 16384
 
 
@@ -413,9 +415,10 @@ def search(
     index = weight.new_empty(capacity, dtype=torch.int32 if numel < 2**31 else torch.int64)
     columns, strides = (weight.shape[1], weight.stride()) if weight.dim() == 2 else (numel, (numel, 1))
     usual, rare = over
+    registers = all_registers(weight.device)
     bracket_kernel[(1,)](
         state, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
-        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=4,
+        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=4, **registers,
     )  # fmt: skip
 
     def collect(walk: Walk, ties: bool) -> None:
@@ -423,8 +426,8 @@ def search(
             state, key, index, *walk.operands, *walk.shape, numel, capacity, *scales, **walk.constants, TIES=ties
         )
         refine_kernel[(1,)](
-            state, bins, key, index, guess, num_pruned, numel, capacity, index_bits, UPDATE=guess is not None, num_warps=4
-        )
+            state, bins, key, index, guess, num_pruned, numel, capacity, index_bits, UPDATE=guess is not None, num_warps=4, **registers,
+        )  # fmt: skip
 
     collect(usual, ties=False)
     if numel > capacity:  # else everything was collected, which cannot miss
@@ -432,8 +435,9 @@ def search(
             indices = digit == KEY_PASSES.value
             shift = max(0, index_bits - DIGIT.value) if indices else 32 - DIGIT.value * (digit + 1)
             digits_kernel[rare.grid](
-                state, bins, *rare.operands, *rare.shape, numel, capacity, *scales, shift, int(indices), **rare.constants
-            )
+                state, bins, *rare.operands, *rare.shape, numel, capacity, *scales, shift, int(indices),
+                **rare.constants,
+            )  # fmt: skip
         collect(rare, ties=True)
     return state
 

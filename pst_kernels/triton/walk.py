@@ -4,8 +4,8 @@ A program owns BLOCK_J neighbours along j and a band of `span` along i, through 
 right factors of its j stay in registers for the whole band. The left factors of a step and its tile of W travel through
 shared memory one step ahead (`num_stages`), so that what is broadcast to all threads is read once, not once a thread.
 
-(i, j) is (row, column) of W, or (column, row) where W is stored transposed (Conv1D): then U and V, A and B, R and C change
-places, and the operands of products and sums with them, which leaves every bit of a score as it is.
+(i, j) is (row, column) of W, or (column, row) where W is stored transposed (Conv1D): then U and V, A and B, R and C
+change places, and the operands of products and sums with them, which leaves every bit of a score as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .score import low_rank_step, score_from, updated_from
+from .tiles import architecture
 
 LONGEST = 512  # band; a longer one saves little: it reads 64 bytes of factors for each j, at ranks 8 + 8
 WIDTH = 512  # of the matrix that a flat vector of scores is walked as
@@ -41,7 +42,7 @@ def hold_right(p_right, j, m_j, n_j, RANK: tl.constexpr, HELD: tl.constexpr, TRA
     held = ()
     if HELD:
         for k in tl.static_range(RANK):
-            held = held + (load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED),)
+            held = held + (load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED),)  # noqa: RUF005 (not in Triton)
     return held
 
 
@@ -166,7 +167,7 @@ def walk(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tile: Tile | None =
     operands = (weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
     constants = {
         "RANK_W": ranks[0], **({"RANK_S": ranks[1]} if len(ranks) > 1 else {}), "UNIT": stride_j == 1 or n_j == 1,
-        "TRANSPOSED": transposed, **_constants(tile),
+        "TRANSPOSED": transposed, **_constants(tile, weight.device),
     }  # fmt: skip
     grid = (triton.cdiv(n_i, span) * triton.cdiv(n_j, tile.block_j),)
     return Walk(grid, operands, (n_i, n_j, stride_i, stride_j, span), constants)
@@ -176,13 +177,18 @@ def walk_scores(scores: Tensor, tile: Tile | None = None) -> Walk:
     """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
     rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0, WIDTH)
     span = span_of(rows, WIDTH, tile, scores.device)
-    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile)}
+    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile, scores.device)}
     grid = (triton.cdiv(rows, span) * triton.cdiv(WIDTH, tile.block_j),)
     return Walk(grid, (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, span), constants)
 
 
-def _constants(tile: Tile) -> dict[str, Any]:
+def _constants(tile: Tile, device: torch.device) -> dict[str, Any]:
     return {
         "HELD": tile.held, "VECTOR": tile.vector, "BLOCK_I": tile.block_i, "BLOCK_J": tile.block_j,
-        "STAGES": tile.stages, "num_warps": tile.warps,
+        "STAGES": tile.stages, "num_warps": tile.warps, **all_registers(device),
     }  # fmt: skip
+
+
+def all_registers(device: torch.device) -> dict[str, int]:
+    """A launch option: without it ptxas spills a register or two to fit another block, which these kernels don't need."""
+    return {} if architecture(device).startswith("gfx") else {"maxnreg": 255}

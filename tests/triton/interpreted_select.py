@@ -48,7 +48,7 @@ def test_scores_to_rounding(rank: int) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 8, 16, 24])
 def test_mask_and_masked_weight(shape: tuple, rank: int) -> None:
-    for dtype in DTYPES if rank == 8 else DTYPES[-1:]:
+    for dtype in DTYPES if shape == (7, 33) else DTYPES[-1:]:
         tensors = problem(*shape, rank, dtype)
         weight, U, V = tensors[:3]
         for num_pruned in counts(weight.numel()) if rank == 8 else [weight.numel() // 3]:

@@ -43,17 +43,21 @@ def test_other_layouts(emulator, kind: str) -> None:
     assert torch.equal(masked, fallback.masked_weight(*tensors[:3], mask, 1.0, torch.float32))
 
 
-@pytest.mark.parametrize(("route", "arch"), [("guess", 80), ("sample", 90), ("radix", 90), ("ties", 80)])
-def test_routes_in_any_order_of_blocks(emulator, many_programs, route: str, arch: int) -> None:
-    tensors, k = problem(64, 288, 1), 9000  # just more than there is room to collect
+@pytest.mark.parametrize(("route", "arch"), [("guess", 80), ("sample", 90), ("radix", 80), ("ties", 80)])
+def test_routes_in_any_order_of_blocks(emulator, many_programs, monkeypatch, route: str, arch: int) -> None:
+    if route == "sample":
+        tensors, k = problem(64, 288, 1), 9000  # just more than there is room to collect
+    else:
+        monkeypatch.setattr(select, "capacity_of", lambda numel: 512)
+        tensors, k = problem(24, 96, 1), 1100
     if route == "ties":
         for factor in tensors[1:]:
             factor.zero_()
         tensors[0] = torch.full_like(tensors[0], 0.5)
     scores = exact_scores(tensors)
     start = guess_at(scores, k, 0.02) if route == "guess" else no_guess()
-    if route == "radix":
-        start = torch.tensor([9.0, 0.1, 0.5, 0.01])
+    if route in ("radix", "ties"):  # above all scores, or on all of them
+        start = torch.tensor([9.0 if route == "radix" else 0.5, 0.1, k / scores.numel(), 0.01])
     results = []
     for order in ("forward", "reversed", "shuffled"):
         guess = start.clone()
@@ -67,7 +71,7 @@ def test_routes_in_any_order_of_blocks(emulator, many_programs, route: str, arch
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [90])
 def test_kth_value(emulator, arch: int) -> None:
     scores = torch.randn(3000)
     scores[::7], scores[1::11], scores[2::13] = 0.5, torch.nan, -0.0
