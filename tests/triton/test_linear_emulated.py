@@ -130,7 +130,7 @@ def test_opcheck(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch, needs: t
 
 
 def test_gradient_traffic(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond x and gy: 2 B of W and 1/8 of mask a weight, fp32 factors once a tile (U and V twice), sums once a tile."""
+    """Beyond x and gy: 2 B of W and 1/8 of mask a weight, factors once a tile (U and V twice), sums once a tile."""
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
     out = columns = 256
