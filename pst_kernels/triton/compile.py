@@ -153,7 +153,12 @@ def report(
 def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | None) -> Row:
     binary, target = shipped(architecture, files)[index], TARGETS[architecture]
     start = time.monotonic()
-    compiled = binary.compile(gpu_target(architecture))
+    try:
+        compiled = binary.compile(gpu_target(architecture))
+    except Exception as error:  # Triton raises what it likes; the row is what a reader needs
+        raise RuntimeError(
+            f"{binary.kernel.__name__} ({binary.case.name}) does not compile for {architecture}"
+        ) from error
     seconds = time.monotonic() - start
     name = f"{architecture}-{index:03d}-{binary.kernel.__name__}"
     if dump is not None:

@@ -158,8 +158,8 @@ _FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
     for name, half in {
-        "sm_80": Tile(128, 64, 32, 8, 3, 0.45), "sm_86": Tile(128, 64, 32, 8, 3, 0.23),
-        "sm_89": Tile(128, 64, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.37),
+        "sm_80": Tile(128, 64, 32, 8, 3, 0.40), "sm_86": Tile(128, 64, 32, 8, 3, 0.23),
+        "sm_89": Tile(128, 64, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.32),
         "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
     }.items()
 }  # fmt: skip

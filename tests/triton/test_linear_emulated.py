@@ -127,3 +127,18 @@ def test_opcheck(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch, needs: t
         torch.library.opcheck(ops.linear_forward, (given["x"], weight, U, V, None, mask, 0.7), test_utils=tests)
         arguments = (given["gy"], given["x"], weight, U, V, A, B, mask, 0.7, 1.3, 0.9, True, *needs)
         torch.library.opcheck(ops.linear_backward, arguments, test_utils=tests)
+
+
+def test_gradient_traffic(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond x and gy: 2 B of W and 1/8 of mask a weight, factors once a tile (U and V twice), sums once a tile."""
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
+    out = columns = 256
+    tokens, rank, tile = 64, 8, tiles.GRADIENTS["sm_90"]["half"]
+    with emulator.emulate(90) as session:
+        Problem(out, columns, tokens, rank, "bfloat16").solve(exact=False)
+    stats = session.stats["factor_gradients_kernel"]
+    per_row_and_column = 1 / tile.rows + 1 / tile.columns
+    products = 2 * tokens * per_row_and_column
+    assert stats.load_bytes / (out * columns) <= 2.125 + products + 4 * 3 * rank * per_row_and_column
+    assert stats.store_bytes / (out * columns) <= 4 * (2 * rank + 1) * per_row_and_column
