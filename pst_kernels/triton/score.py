@@ -169,9 +169,15 @@ def layouts() -> Iterator[tuple[str, list[Tensor]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for factor in dict.fromkeys((torch.float32, dtype)):
             yield f"{dtype} weight, {factor} factors, rank 8", operands(1024, 1024, 8, dtype, factor)
-    yield "bfloat16 weight of 512 columns, float32 factors, rank 8", operands(512, 512, 8, torch.bfloat16, torch.float32)
+    yield (
+        "bfloat16 weight of 512 columns, float32 factors, rank 8",
+        operands(512, 512, 8, torch.bfloat16, torch.float32),
+    )
     for rank in (16, 64):
-        yield f"bfloat16 weight, float32 factors, rank {rank}", operands(1024, 1024, rank, torch.bfloat16, torch.float32)
+        yield (
+            f"bfloat16 weight, float32 factors, rank {rank}",
+            operands(1024, 1024, rank, torch.bfloat16, torch.float32),
+        )
     weight, *factors = operands(1024, 1024, 8, torch.bfloat16, torch.float32)
     yield "bfloat16 weight transposed, float32 factors, rank 8", [weight.T, *factors]
     yield "bfloat16 weight unaligned, float32 factors, rank 5", operands(1023, 1023, 5, torch.bfloat16, torch.float32)

@@ -190,5 +190,5 @@ def _constants(tile: Tile, device: torch.device) -> dict[str, Any]:
 
 
 def all_registers(device: torch.device) -> dict[str, int]:
-    """A launch option: without it ptxas spills a register or two to fit another block, which these kernels don't need."""
+    """A launch option: without it ptxas spills a register or two so that one more block may fit."""
     return {} if architecture(device).startswith("gfx") else {"maxnreg": 255}
