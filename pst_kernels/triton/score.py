@@ -15,6 +15,8 @@ that the caller masks. The factors are contiguous, in any floating dtype; W has 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -191,4 +193,5 @@ def operands(rows: int, columns: int, rank: int, dtype: torch.dtype, factor: tor
 
 def cases() -> Iterator[Case]:
     for name, tensors in layouts():
-        yield Case(name, lambda tensors=tensors: scores(*tensors, 1.0, 1.0, 1.0))
+        arguments: list[Any] = [*tensors, 1.0, 1.0, 1.0]
+        yield Case(name, partial(scores, *arguments))

@@ -18,6 +18,8 @@ integer atomics, and the order in which they collect does not matter, so the res
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -483,5 +485,6 @@ def cases() -> Iterator[Case]:
     for name, tensors in layouts():
         pruned = torch.empty((), dtype=torch.int64, device="meta")
         guess = torch.empty(4, device="meta")
-        yield Case(name, lambda t=tensors, p=pruned, g=guess: threshold(*t, p, g, 1.0, 1.0, 1.0))
+        arguments: list[Any] = [*tensors, pruned, guess, 1.0, 1.0, 1.0]
+        yield Case(name, partial(threshold, *arguments))
     yield Case("scores", lambda: kth_value(torch.empty(1 << 20, device="meta"), 1))

@@ -42,7 +42,7 @@ def hold_right(p_right, j, m_j, n_j, RANK: tl.constexpr, HELD: tl.constexpr, TRA
     held = ()
     if HELD:
         for k in tl.static_range(RANK):
-            held = held + (load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED),)  # noqa: RUF005 (not in Triton)
+            held = held + (load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED),)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
     return held
 
 
