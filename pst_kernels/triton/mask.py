@@ -7,6 +7,8 @@ bits instead of A, B, R and C.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -163,8 +165,10 @@ def prune_mask(
     weight, factors = checked(weight, U, V, A, B, R, C)
     if not weight.numel():
         return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
-    state = threshold(weight, *factors, num_pruned, guess, beta, alpha1, alpha2)
-    return mask_from(state, weight, *factors, beta, alpha1, alpha2)
+    tensors: list[Any] = [weight, *factors]
+    scales: list[Any] = [beta, alpha1, alpha2]
+    state = threshold(*[*tensors, num_pruned, guess, *scales])
+    return mask_from(*[state, *tensors, *scales])
 
 
 def masked_weight(
@@ -188,10 +192,8 @@ def cases() -> Iterator[Case]:
         state = torch.empty(16, dtype=torch.int64, device="meta")
         mask = torch.empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32, device="meta")
         masked = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        yield Case(name, lambda t=tensors, s=state: mask_from(s, *t, 1.0, 1.0, 1.0))
+        arguments: list[Any] = [state, *tensors, 1.0, 1.0, 1.0]
+        yield Case(name, partial(mask_from, *arguments))
         if weight.dtype == torch.bfloat16:
-            yield Case(
-                f"{name}, with the masked weight",
-                lambda t=tensors, s=state, o=masked: mask_from(s, *t, 1.0, 1.0, 1.0, masked=o),
-            )
-        yield Case(name, lambda w=weight, u=U, v=V, m=mask: masked_weight(w, u, v, m, 1.0, w.dtype))
+            yield Case(f"{name}, with the masked weight", partial(mask_from, *[*arguments, masked]))
+        yield Case(name, partial(masked_weight, weight, U, V, mask, 1.0, weight.dtype))

@@ -15,6 +15,8 @@ that the caller masks. The factors are contiguous, in any floating dtype; W has 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -169,9 +171,15 @@ def layouts() -> Iterator[tuple[str, list[Tensor]]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for factor in dict.fromkeys((torch.float32, dtype)):
             yield f"{dtype} weight, {factor} factors, rank 8", operands(1024, 1024, 8, dtype, factor)
-    yield "bfloat16 weight of 512 columns, float32 factors, rank 8", operands(512, 512, 8, torch.bfloat16, torch.float32)
+    yield (
+        "bfloat16 weight of 512 columns, float32 factors, rank 8",
+        operands(512, 512, 8, torch.bfloat16, torch.float32),
+    )
     for rank in (16, 64):
-        yield f"bfloat16 weight, float32 factors, rank {rank}", operands(1024, 1024, rank, torch.bfloat16, torch.float32)
+        yield (
+            f"bfloat16 weight, float32 factors, rank {rank}",
+            operands(1024, 1024, rank, torch.bfloat16, torch.float32),
+        )
     weight, *factors = operands(1024, 1024, 8, torch.bfloat16, torch.float32)
     yield "bfloat16 weight transposed, float32 factors, rank 8", [weight.T, *factors]
     yield "bfloat16 weight unaligned, float32 factors, rank 5", operands(1023, 1023, 5, torch.bfloat16, torch.float32)
@@ -185,4 +193,5 @@ def operands(rows: int, columns: int, rank: int, dtype: torch.dtype, factor: tor
 
 def cases() -> Iterator[Case]:
     for name, tensors in layouts():
-        yield Case(name, lambda tensors=tensors: scores(*tensors, 1.0, 1.0, 1.0))
+        arguments: list[Any] = [*tensors, 1.0, 1.0, 1.0]
+        yield Case(name, partial(scores, *arguments))

@@ -18,6 +18,8 @@ integer atomics, and the order in which they collect does not matter, so the res
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -27,7 +29,17 @@ from torch import Tensor
 from .score import layouts, score_from, updated_from
 from .tiles import Case
 from .walk import (
-    RARE, Walk, all_registers, band, flat_index, hold_right, load_weight, step_score, step_updated, walk, walk_scores,
+    RARE,
+    Walk,
+    all_registers,
+    band,
+    flat_index,
+    hold_right,
+    load_weight,
+    step_score,
+    step_updated,
+    walk,
+    walk_scores,
 )  # fmt: skip
 
 # Slots of the state, int64
@@ -153,8 +165,8 @@ def bracket_kernel(
                 upper = unsigned(key_of(centre + half))
                 route = tl.full([], GUESS, tl.int64)
         if (route == SAMPLE) & (k > 0):
-            for start in range(0, SAMPLES, 1024):
-                n = start + tl.arange(0, 1024)
+            for start in range(0, SAMPLES, 512):
+                n = start + tl.arange(0, 512)
                 b_score = sample_scores(
                     n, p_weight, p_u, p_v, p_a, p_b, p_r, p_c, numel, columns, stride_row, stride_column,
                     beta, alpha1, alpha2, RANK_W, RANK_S,
@@ -252,7 +264,9 @@ def bin_of_rank(b_bins, rank):
 
 
 @triton.jit(do_not_specialize=("numel", "capacity", "index_bits"))
-def refine_kernel(p_state, p_bins, p_key, p_index, p_guess, p_pruned, numel, capacity, index_bits, UPDATE: tl.constexpr):
+def refine_kernel(
+    p_state, p_bins, p_key, p_index, p_guess, p_pruned, numel, capacity, index_bits, UPDATE: tl.constexpr
+):
     """One program. Selects among the candidates if the answer is proven to be one of them, else asks for a search."""
     b_state = load_state(p_state)
     if slot_of(b_state, STATUS) != COLLECT:
@@ -418,7 +432,7 @@ def search(
     registers = all_registers(weight.device)
     bracket_kernel[(1,)](
         state, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
-        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=4, **registers,
+        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=8, **registers,
     )  # fmt: skip
 
     def collect(walk: Walk, ties: bool) -> None:
@@ -426,7 +440,8 @@ def search(
             state, key, index, *walk.operands, *walk.shape, numel, capacity, *scales, **walk.constants, TIES=ties
         )
         refine_kernel[(1,)](
-            state, bins, key, index, guess, num_pruned, numel, capacity, index_bits, UPDATE=guess is not None, num_warps=4, **registers,
+            state, bins, key, index, guess, num_pruned, numel, capacity, index_bits,
+            UPDATE=guess is not None, num_warps=4, **registers,
         )  # fmt: skip
 
     collect(usual, ties=False)
@@ -470,5 +485,6 @@ def cases() -> Iterator[Case]:
     for name, tensors in layouts():
         pruned = torch.empty((), dtype=torch.int64, device="meta")
         guess = torch.empty(4, device="meta")
-        yield Case(name, lambda t=tensors, p=pruned, g=guess: threshold(*t, p, g, 1.0, 1.0, 1.0))
+        arguments: list[Any] = [*tensors, pruned, guess, 1.0, 1.0, 1.0]
+        yield Case(name, partial(threshold, *arguments))
     yield Case("scores", lambda: kth_value(torch.empty(1 << 20, device="meta"), 1))

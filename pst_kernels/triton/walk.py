@@ -42,7 +42,7 @@ def hold_right(p_right, j, m_j, n_j, RANK: tl.constexpr, HELD: tl.constexpr, TRA
     held = ()
     if HELD:
         for k in tl.static_range(RANK):
-            held = held + (load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED),)  # noqa: RUF005 (not in Triton)
+            held = held + (load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED),)  # type: ignore[assignment]  # noqa: RUF005 (not in Triton)
     return held
 
 
@@ -190,5 +190,5 @@ def _constants(tile: Tile, device: torch.device) -> dict[str, Any]:
 
 
 def all_registers(device: torch.device) -> dict[str, int]:
-    """A launch option: without it ptxas spills a register or two to fit another block, which these kernels don't need."""
+    """A launch option: without it ptxas spills a register or two so that one more block may fit."""
     return {} if architecture(device).startswith("gfx") else {"maxnreg": 255}

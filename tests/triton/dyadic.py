@@ -1,4 +1,4 @@
-"""Problems whose scores are exact in fp32 (and W' in bf16's inputs), so that masks must agree bit for bit everywhere."""
+"""Problems whose scores are exact in fp32, so that masks must agree bit for bit everywhere."""
 
 from __future__ import annotations
 
