@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
 
@@ -17,19 +12,6 @@ from linear_problem import OUTPUTS, Problem
 from pst_kernels import ops
 from pst_kernels.packing import pack_mask
 from pst_kernels.triton import matmul, tiles
-
-TOOLS = Path(__file__).parents[2].parent / "shared" / "tools"
-
-
-@pytest.fixture(scope="module")
-def emulator() -> ModuleType:
-    if not (TOOLS / "ptx_emulator.py").is_file():
-        pytest.skip(f"the PTX emulator is not at {TOOLS}")
-    sys.path.insert(0, str(TOOLS))
-    try:
-        return importlib.import_module("ptx_emulator")
-    finally:
-        sys.path.remove(str(TOOLS))
 
 
 @pytest.fixture(params=[80, 90])
@@ -62,7 +44,7 @@ PROBLEMS = [
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_equals_float64(emulator: ModuleType, arch: int, problem: Problem) -> None:
+def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
     with emulator.emulate(arch) as session:
         errors = problem.errors()
     assert {name: errors[name] for name in OUTPUTS if not errors[name] <= problem.allowed(name)} == {}
@@ -70,7 +52,7 @@ def test_equals_float64(emulator: ModuleType, arch: int, problem: Problem) -> No
     assert session.stats["factor_gradients_kernel"].launches == 1
 
 
-def test_block_order_changes_no_bit(emulator: ModuleType, arch: int) -> None:
+def test_block_order_changes_no_bit(emulator, arch: int) -> None:
     """The widest tile, more than one block of tokens and of rows, and the tokens shared among programs."""
     problem = Problem(160, 128, 130, 8, "bfloat16")
     results = []
@@ -81,16 +63,14 @@ def test_block_order_changes_no_bit(emulator: ModuleType, arch: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_widest_tile(emulator: ModuleType, arch: int) -> None:
+def test_widest_tile(emulator, arch: int) -> None:
     problem = Problem(128, 128, 130, 8, "bfloat16")
     with emulator.emulate(arch):
         errors = problem.errors()
     assert {name: errors[name] for name in OUTPUTS if not errors[name] <= problem.allowed(name)} == {}
 
 
-def test_many_tokens_share_and_use_the_library(
-    emulator: ModuleType, arch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_many_tokens_share_and_use_the_library(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side of each switch: masked weight and library product, tokens in shares; then G by the library."""
     monkeypatch.setattr(tiles, "SLOTS", dict.fromkeys(tiles.SLOTS, 1e6))
     monkeypatch.setattr(tiles, "SHARE_TOKENS", 16)
@@ -106,7 +86,7 @@ def test_many_tokens_share_and_use_the_library(
         assert session.stats["factor_gradients_kernel"].launches == launches
 
 
-def test_split_factors_hold_sixteen_bits(emulator: ModuleType, arch: int) -> None:
+def test_split_factors_hold_sixteen_bits(emulator, arch: int) -> None:
     given = Problem(70, 50, 1, 8, "bfloat16").tensors()
     U, V = given["U"], given["V"]
     with emulator.emulate(arch):
@@ -116,7 +96,7 @@ def test_split_factors_hold_sixteen_bits(emulator: ModuleType, arch: int) -> Non
 
 
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_opcheck(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, bool]) -> None:
+def test_opcheck(emulator, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, bool]) -> None:
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
     given = Problem(32, 64, 3, 8).tensors()
@@ -129,7 +109,7 @@ def test_opcheck(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch, needs: t
         torch.library.opcheck(ops.linear_backward, arguments, test_utils=tests)
 
 
-def test_gradient_traffic(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_traffic(emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond x and gy: 2 B of W and 1/8 of mask a weight, factors once a tile (U and V twice), sums once a tile."""
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
