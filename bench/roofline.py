@@ -156,9 +156,10 @@ def shipped_tiles(architecture: str, shape: Shape, tokens: int, dtype: torch.dty
         table: Any = importlib.import_module("pst_kernels.triton.tiles")
         products = [table.matmul(architecture, dtype, dtype, tokens, d, RANK) for d in (shape.columns, shape.out)]
         forward, backward = (None if t is None else Tile(t.rows, t.columns) for t in products)
-        found = table.gradients(architecture, dtype, dtype)
+        found = table.gradients(architecture, dtype, dtype, shape.out, shape.columns, RANK + 1)
         gradients = Tile(found.rows, found.columns)
-        shares = table.token_shares(architecture, gradients.down(shape) * gradients.across(shape), tokens)
+        share = table.token_share(architecture, gradients.down(shape) * gradients.across(shape), tokens, found.depth)
+        shares = -(-tokens // share)
         return Tiles(forward, backward, gradients, shares, table.factor_width(RANK, True), SHIPPED)
     except (ImportError, AttributeError):
         in_loop = Tile(128, 256 if tokens > 128 else 64) if tokens <= IN_LOOP_TOKENS else None

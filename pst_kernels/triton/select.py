@@ -432,7 +432,7 @@ def search(
     registers = all_registers(weight.device)
     bracket_kernel[(1,)](
         state, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
-        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=8, **registers,
+        RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=4, **registers,
     )  # fmt: skip
 
     def collect(walk: Walk, ties: bool) -> None:
