@@ -7,94 +7,18 @@ fp32 (in float64 for a float64 weight); a mask is decided by fp32 scores everywh
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .packing import PAIRS, pack_mask, packed_width, unpack_flags
+from .packing import pack_mask
+from .rows import ScoreRows, UpdatedRows, buffers, multiply_into, row_blocks
 from .selection import SAMPLE, Bracket, Guess, sample_bracket, select
 
-BLOCK = 1 << 18  # weights in a row block: 1 MiB of fp32; smaller ones pay more for calls than they save in cache misses
-GEMM_ROWS = 256  # rows of G made at once, at least: a library GEMM of 42 rows costs a quarter more than one of 256
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def block_rows(columns: int) -> int:
-    return max(1, BLOCK // max(1, columns))
-
-
-def row_blocks(first: int, last: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, last)) for start in range(first, last, step))
-
-
-class _Scratch(threading.local):
-    """One flat buffer a thread and dtype, as large as the largest weight so far: fresh pages cost half a pass."""
-
-    def __init__(self) -> None:
-        self.flat: dict[torch.dtype, Tensor] = {}
-
-    def like(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        if weight.device.type != "cpu":  # other devices have caching allocators
-            return torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        flat = self.flat.get(dtype)
-        if flat is None or flat.numel() < weight.numel():
-            flat = self.flat[dtype] = torch.empty(weight.numel(), dtype=dtype)
-        return flat[: weight.numel()].view(weight.shape)
-
-
-_scratch = _Scratch()
-
-
-class _UpdatedRows:
-    """W' = W + beta U V, and M * W', a block of rows at a time in buffers that are used again."""
-
-    def __init__(self, weight: Tensor, U: Tensor, V: Tensor, beta: float):
-        self.dtype = compute_dtype(weight.dtype)
-        self.weight, self.U, self.V, self.beta = weight, U.to(self.dtype), V.to(self.dtype), beta
-        self.out, self.columns = weight.shape
-        self.step = block_rows(self.columns)
-        self._updated, self._flags = self.buffer(), self.buffer()
-        pairs = (len(self._flags), packed_width(self.columns), PAIRS)
-        self._pairs = torch.empty(pairs, dtype=torch.int32, device=weight.device)
-
-    def buffer(self) -> Tensor:
-        return torch.empty((min(self.step, self.out), self.columns), dtype=self.dtype, device=self.weight.device)
-
-    def blocks(self, first: int = 0, last: int | None = None) -> Iterator[slice]:
-        return row_blocks(first, self.out if last is None else last, self.step)
-
-    def updated(self, rows: slice) -> Tensor:
-        """W' of some rows; overwritten by the next call."""
-        block, weight = self._updated[: rows.stop - rows.start], self.weight[rows]
-        if weight.dtype != self.dtype:
-            return block.copy_(weight).addmm_(self.U[rows], self.V, alpha=self.beta)
-        return torch.addmm(weight, self.U[rows], self.V, alpha=self.beta, out=block)
-
-    def flags(self, mask: Tensor, rows: slice) -> Tensor:
-        """The mask of some rows as 0 and 1; overwritten by the next call."""
-        count = rows.stop - rows.start
-        return self._flags[:count].copy_(unpack_flags(mask[rows], out=self._pairs[:count])[:, : self.columns])
-
-    def masked_into(self, out: Tensor, mask: Tensor) -> Tensor:
-        """Fill `out` with M * W' in its dtype."""
-        for rows in self.blocks():
-            updated, flags = self.updated(rows), self.flags(mask, rows)
-            multiply_into(out[rows], updated, flags, work=updated)
-        return out
-
-
-def multiply_into(out: Tensor, left: Tensor, right: Tensor, work: Tensor) -> None:
-    """out = left * right, by way of `work` where the dtypes differ: a fresh buffer costs as much as the product."""
-    if out.dtype == left.dtype:
-        torch.mul(left, right, out=out)
-    else:
-        out.copy_(torch.mul(left, right, out=work[: len(left)]))
+GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of 341 rows costs a tenth more than one of 1024
+SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache
 
 
 def widened(columns: Tensor) -> Tensor:
@@ -102,40 +26,8 @@ def widened(columns: Tensor) -> Tensor:
     return torch.nn.functional.pad(columns, (0, -columns.shape[1] % 16))
 
 
-class _ScoreRows:
-    """S = |W'| + alpha1 A B + alpha2 (R + C), a block of rows at a time.
-
-    R and C join A and B as two more ranks, [alpha1 A, alpha2 R, 1] @ [B; 1; alpha2 C], so that one addmm does it.
-    """
-
-    def __init__(self, weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float):
-        self.rows = _UpdatedRows(weight, U, V, beta)
-        dtype = self.rows.dtype
-        one = torch.ones((), dtype=dtype, device=weight.device)
-        self.left = torch.cat([alpha1 * A.to(dtype), alpha2 * R.to(dtype)[:, None], one.expand(len(A), 1)], 1)
-        self.right = torch.cat([B.to(dtype), one.expand(1, B.shape[1]), alpha2 * C.to(dtype)[None]], 0)
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        """fp32 scores of some rows; overwritten by the next call."""
-        return self.rows.updated(rows).abs_().addmm_(self.left[rows], self.right).to(torch.float32)
-
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
-        for rows in self.rows.blocks():
-            yield rows.start * self.rows.columns, self[rows].view(-1).numpy()
-
-    def sample(self, size: int) -> np.ndarray:
-        """Scores at random places (to rounding: only a bracket is made of them), the same places every time."""
-        generator = torch.Generator().manual_seed(0)
-        weight, U, V = self.rows.weight, self.rows.U, self.rows.V
-        index = torch.randint(weight.numel(), (size,), generator=generator)
-        row, column = index // self.rows.columns, index % self.rows.columns
-        updated = weight[row, column] + self.rows.beta * (U[row] * V[:, column].T).sum(1)
-        score = updated.abs() + (self.left[row] * self.right[:, column].T).sum(1)
-        return score.to(torch.float32).numpy()
-
-
 def scores(weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float) -> Tensor:
-    by_rows = _ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
+    by_rows = ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows in by_rows.rows.blocks():
         out[rows] = by_rows[rows]
@@ -150,7 +42,7 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     array = flat.numpy()
 
     def blocks() -> Iterator[tuple[int, np.ndarray]]:
-        return ((start, array[start : start + BLOCK]) for start in range(0, array.size, BLOCK))
+        return ((start, array[start : start + SCORES]) for start in range(0, array.size, SCORES))
 
     def brackets() -> Iterator[Bracket | None]:
         if array.size > 4 * SAMPLE:
@@ -167,12 +59,12 @@ def prune_mask(
     k, numel = int(num_pruned), weight.numel()
     if k == 0:
         return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
-    kept = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    kept = buffers.get("kept", weight.shape, torch.bool, weight.device)
     if weight.device.type != "cpu":
         everything = scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2).view(-1)
         kept.view(-1).fill_(True)[torch.sort(everything, stable=True).indices[:k]] = False
         return pack_mask(kept)
-    by_rows = _ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
+    by_rows = ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
     last = Guess.load(guess)
 
     def brackets() -> Iterator[Bracket | None]:
@@ -187,11 +79,11 @@ def prune_mask(
 
 def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    return _UpdatedRows(weight, U, V, beta).masked_into(out, mask)
+    return UpdatedRows(weight, U, V, beta).masked_into(out, mask)
 
 
 def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
-    masked = _UpdatedRows(weight, U, V, beta).masked_into(_scratch.like(weight, x.dtype), mask)
+    masked = UpdatedRows(weight, U, V, beta).masked_into(buffers.get("masked", weight.shape, x.dtype, weight.device), mask)
     return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
@@ -203,8 +95,8 @@ def linear_backward(
 
     With D = G * W' and Q = G * (M + |W'|), every factor gradient is a low-rank reduction of D or Q.
     """
-    by_rows = _UpdatedRows(weight, U, V, beta)
-    masked = _scratch.like(weight, gy.dtype) if needs_input else None
+    by_rows = UpdatedRows(weight, U, V, beta)
+    masked = buffers.get("masked", weight.shape, gy.dtype, weight.device) if needs_input else None
     if not needs_factors:
         dx = gy @ by_rows.masked_into(masked, mask) if masked is not None else gy.new_empty(0)
         none = by_rows.U.new_empty(0)
@@ -216,9 +108,11 @@ def linear_backward(
     right_of_D, right_of_Q = widened(BC.T), widened(V.T)
     dAR, dU = A.new_empty(len(A), right_of_D.shape[1]), U.new_empty(len(U), right_of_Q.shape[1])
     dBC, dV = torch.zeros_like(BC), torch.zeros_like(V)
-    product = by_rows.buffer()
-    for group in row_blocks(0, by_rows.out, -(-GEMM_ROWS // by_rows.step) * by_rows.step):
-        gradient = gy[:, group].T @ x
+    product = by_rows.buffer("product")
+    group_rows = -(-min(GEMM_ROWS, by_rows.out) // by_rows.step) * by_rows.step
+    gradients = buffers.get("gradient", (group_rows, by_rows.columns), gy.dtype, gy.device)
+    for group in row_blocks(0, by_rows.out, group_rows):
+        gradient = torch.mm(gy[:, group].T, x, out=gradients[: group.stop - group.start])
         for rows in by_rows.blocks(group.start, group.stop):
             updated, flags = by_rows.updated(rows), by_rows.flags(mask, rows)
             if masked is not None:

@@ -10,6 +10,8 @@ with a pair of 16-bit weights in one register, on a GPU and in a CPU's vector la
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,15 +47,22 @@ def _pack_torch(mask: Tensor) -> Tensor:
 
 
 def _pack_numpy(padded: Tensor) -> Tensor:
-    # np.packbits takes a tenth of the time; two neighbouring flags are split by a 16-bit view
-    mask = padded.contiguous().numpy()
-    pairs = mask.view(np.uint16)
-    words = np.empty((mask.shape[0], mask.shape[1] // WORD, 2), np.uint16)
-    even = np.packbits((pairs & 1).astype(np.uint8), axis=1, bitorder="little")
-    odd = np.packbits((pairs >> 8).astype(np.uint8), axis=1, bitorder="little")
-    words[..., 0] = even.view(np.uint16)
-    words[..., 1] = odd.view(np.uint16)
-    return torch.from_numpy(words.view(np.int32)[..., 0])
+    """Bits in the order of the columns first, then each 16 of them split by a table: a tenth of the torch way's time."""
+    in_order = np.packbits(padded.contiguous().numpy(), axis=1, bitorder="little").view("<u2")
+    split = np.take(_even_then_odd(), in_order, mode="clip")  # which takes half the time of indexing; none is out of range
+    halves = split.view("<u4")  # bytes: even and odd of columns 0 to 15, even and odd of 16 to 31
+    words = halves & 0xFF0000FF
+    words |= (halves & 0x0000FF00) << 8
+    words |= (halves & 0x00FF0000) >> 8
+    return torch.from_numpy(words.view(np.int32))
+
+
+@functools.cache
+def _even_then_odd() -> np.ndarray:
+    """For each 16 bits: the 8 even ones in the low byte, the 8 odd ones in the high byte."""
+    bits = np.unpackbits(np.arange(1 << 16, dtype="<u2").view(np.uint8).reshape(-1, 2), axis=1, bitorder="little")
+    split = np.concatenate([bits[:, 0::2], bits[:, 1::2]], axis=1)
+    return np.packbits(split, axis=1, bitorder="little").view("<u2")[:, 0]
 
 
 def unpack_flags(packed: Tensor, out: Tensor | None = None) -> Tensor:

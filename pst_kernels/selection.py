@@ -22,7 +22,7 @@ from torch import Tensor
 Blocks = Callable[[], Iterator[tuple[int, np.ndarray]]]  # yields (first flat index, 1-d fp32 scores), in order
 
 SAMPLE = 16384
-NARROW, WIDE = 0.005, 0.04  # margins either side of a guess, as fractions of all scores
+NARROW, WIDE = 0.002, 0.04  # margins either side of a guess, as fractions of all scores
 
 
 class Bracket(NamedTuple):
@@ -106,15 +106,20 @@ def select(
 def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candidates:
     lower, upper = np.float32(bracket.lower), np.float32(bracket.upper)
     below, scores, index = 0, [], []
+    flags = np.empty((2, 0), bool)
     for start, block in blocks():
-        inside = np.less_equal(block, upper)
+        if flags.shape[1] < block.size:
+            flags = np.empty((2, block.size), bool)
+        inside, low = flags[0, : block.size], flags[1, : block.size]
+        np.less_equal(block, upper, out=inside)
         if kept is not None:
             np.logical_not(inside, out=kept[start : start + block.size])  # keeps what is above, and NaN
-        low = np.less(block, lower)
+        np.less(block, lower, out=low)
         below += int(np.count_nonzero(low))
         where = np.flatnonzero(np.not_equal(inside, low, out=inside))  # low implies at or below upper
         scores.append(block[where])
-        index.append(where + start)
+        where += start
+        index.append(where)
     return Candidates(below, np.concatenate(scores), np.concatenate(index))
 
 
