@@ -19,6 +19,11 @@ from .selection import SAMPLE, Bracket, Guess, sample_bracket, select
 
 GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of 341 rows costs a tenth more than one of 1024
 SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache
+_INTEGER = {
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # of a dtype's width: NumPy has no bf16, but needs only zeros
 
 
 def widened(columns: Tensor) -> Tensor:
@@ -30,7 +35,8 @@ def scores(weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float) 
     by_rows = ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows in by_rows.rows.blocks():
-        out[rows] = by_rows[rows]
+        updated = by_rows.rows.updated(rows)
+        out[rows] = by_rows.of(updated, rows, out=updated)
     return out
 
 
@@ -54,10 +60,16 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def prune_mask(
-    weight, U, V, A, B, R, C, num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float
+    weight, U, V, A, B, R, C, num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
+    masked: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """The packed mask; on a CPU also M * W' into `masked` (out, in), in the dtype that it has, from the same pass."""
     k, numel = int(num_pruned), weight.numel()
     if k == 0:
+        if masked is not None:
+            updated_rows = UpdatedRows(weight, U, V, beta)
+            for rows in updated_rows.blocks():
+                masked[rows] = updated_rows.updated(rows)
         return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
     kept = buffers.get("kept", weight.shape, torch.bool, weight.device)
     if weight.device.type != "cpu":
@@ -72,7 +84,11 @@ def prune_mask(
         if numel > 4 * SAMPLE:
             yield sample_bracket(by_rows.sample(SAMPLE), k / numel)
 
-    chosen = select(by_rows.blocks, numel, k, brackets(), kept.view(-1).numpy())
+    def score_blocks() -> Iterator[tuple[int, np.ndarray]]:
+        return by_rows.blocks(kept, masked)
+
+    zeroed = None if masked is None else masked.view(_INTEGER[masked.element_size()]).view(-1).numpy()
+    chosen = select(score_blocks, numel, k, brackets(), kept.view(-1).numpy(), zeroed)
     last.update(guess, chosen, k / numel)
     return pack_mask(kept)
 
@@ -83,7 +99,9 @@ def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: floa
 
 
 def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
-    masked = UpdatedRows(weight, U, V, beta).masked_into(buffers.get("masked", weight.shape, x.dtype, weight.device), mask)
+    masked = UpdatedRows(weight, U, V, beta).masked_into(
+        buffers.get("masked", weight.shape, x.dtype, weight.device), mask
+    )
     return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 

@@ -108,18 +108,32 @@ class ScoreRows:
 
     def __init__(self, weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float):
         self.rows = UpdatedRows(weight, U, V, beta)
-        dtype = self.rows.dtype
-        one = torch.ones((), dtype=dtype, device=weight.device)
-        self.left = torch.cat([alpha1 * A.to(dtype), alpha2 * R.to(dtype)[:, None], one.expand(len(A), 1)], 1)
-        self.right = torch.cat([B.to(dtype), one.expand(1, B.shape[1]), alpha2 * C.to(dtype)[None]], 0)
+        rank, dtype = len(B), self.rows.dtype
+        self.left = weight.new_ones((len(A), rank + 2), dtype=dtype)
+        self.left[:, :rank].copy_(A).mul_(alpha1)
+        self.left[:, rank].copy_(R).mul_(alpha2)
+        self.right = weight.new_ones((rank + 2, B.shape[1]), dtype=dtype)
+        self.right[:rank] = B
+        self.right[rank + 1].copy_(C).mul_(alpha2)
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        """fp32 scores of some rows; overwritten by the next call."""
-        return self.rows.updated(rows).abs_().addmm_(self.left[rows], self.right).to(torch.float32)
+    def of(self, updated: Tensor, rows: slice, out: Tensor) -> Tensor:
+        """fp32 scores of some rows from their W'; made in `out`, which may be `updated`."""
+        return torch.abs(updated, out=out).addmm_(self.left[rows], self.right).to(torch.float32)
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, kept: Tensor | None = None, masked: Tensor | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(first flat index, flat fp32 scores) of each block.
+
+        With `masked` (out, in), it gets kept * W', from the flags that stand in `kept`, bool (out, in), by the time the
+        next block is asked for.
+        """
+        work = None if masked is None else self.rows.buffer("flags")
         for rows in self.rows.blocks():
-            yield rows.start * self.rows.columns, self[rows].view(-1).numpy()
+            updated = self.rows.updated(rows)
+            score = updated if work is None else work[: len(updated)]
+            yield rows.start * self.rows.columns, self.of(updated, rows, out=score).view(-1).numpy()
+            if kept is not None and masked is not None:
+                flags = score.copy_(kept[rows].view(torch.uint8))
+                multiply_into(masked[rows], updated, flags, work=updated)
 
     def sample(self, size: int) -> np.ndarray:
         """Scores at random places (to rounding: only a bracket is made of them), the same places every time."""
