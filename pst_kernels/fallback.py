@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from .packing import pack_mask
 from .rows import ScoreRows, UpdatedRows, buffers, multiply_into, row_blocks
@@ -28,7 +29,7 @@ _INTEGER = {
 
 def widened(columns: Tensor) -> Tensor:
     """(n, r) with r padded by zeros to a multiple of 16: the library multiplies by 16 columns faster than by 8 or 9."""
-    return torch.nn.functional.pad(columns, (0, -columns.shape[1] % 16))
+    return pad(columns, (0, -columns.shape[1] % 16))
 
 
 def scores(weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float) -> Tensor:
@@ -102,7 +103,7 @@ def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, b
     masked = UpdatedRows(weight, U, V, beta).masked_into(
         buffers.get("masked", weight.shape, x.dtype, weight.device), mask
     )
-    return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
+    return linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
 def linear_backward(
@@ -121,8 +122,7 @@ def linear_backward(
         return dx, none, none.clone(), none.clone(), none.clone(), none.clone(), none.clone()
     U, V, A, B = by_rows.U, by_rows.V, A.to(by_rows.dtype), B.to(by_rows.dtype)
     # A column of ones beside B gives dR with dA, one beside A gives dC with dB.
-    one = torch.ones((), dtype=by_rows.dtype, device=weight.device)
-    AR, BC = torch.cat([A, one.expand(len(A), 1)], 1), torch.cat([B, one.expand(1, B.shape[1])], 0)
+    AR, BC = pad(A, (0, 1), value=1.0), pad(B, (0, 0, 0, 1), value=1.0)
     right_of_D, right_of_Q = widened(BC.T), widened(V.T)
     dAR, dU = A.new_empty(len(A), right_of_D.shape[1]), U.new_empty(len(U), right_of_Q.shape[1])
     dBC, dV = torch.zeros_like(BC), torch.zeros_like(V)

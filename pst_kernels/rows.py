@@ -92,6 +92,10 @@ class UpdatedRows:
         return out
 
 
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor * scale
+
+
 def multiply_into(out: Tensor, left: Tensor, right: Tensor, work: Tensor) -> None:
     """out = left * right, by way of `work` where the dtypes differ: a fresh buffer costs as much as the product."""
     if out.dtype == left.dtype:
@@ -108,13 +112,10 @@ class ScoreRows:
 
     def __init__(self, weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float):
         self.rows = UpdatedRows(weight, U, V, beta)
-        rank, dtype = len(B), self.rows.dtype
-        self.left = weight.new_ones((len(A), rank + 2), dtype=dtype)
-        self.left[:, :rank].copy_(A).mul_(alpha1)
-        self.left[:, rank].copy_(R).mul_(alpha2)
-        self.right = weight.new_ones((rank + 2, B.shape[1]), dtype=dtype)
-        self.right[:rank] = B
-        self.right[rank + 1].copy_(C).mul_(alpha2)
+        dtype = self.rows.dtype
+        A, R = scaled(A.to(dtype), alpha1), scaled(R.to(dtype), alpha2)
+        self.left = torch.cat([A, R[:, None], A.new_ones((len(A), 1))], 1)
+        self.right = torch.cat([B.to(dtype), A.new_ones((1, B.shape[1])), scaled(C.to(dtype), alpha2)[None]], 0)
 
     def of(self, updated: Tensor, rows: slice, out: Tensor) -> Tensor:
         """fp32 scores of some rows from their W'; made in `out`, which may be `updated`."""
