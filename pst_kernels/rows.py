@@ -18,7 +18,7 @@ from .packing import PAIRS, packed_width, unpack_flags
 
 # Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads (measured:
 # 256 rows of 1024 columns take twice the time a weight that 512 rows of 768 do).
-BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 21
+BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
