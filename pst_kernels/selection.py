@@ -74,7 +74,7 @@ class Guess(NamedTuple):
         if not math.isnan(self.value) and chosen.slope > 0.0:
             centre = self.value + self.slope * (fraction - self.fraction)
             margin = min(max(2.0 * abs(chosen.value - centre) / chosen.slope, NARROW), WIDE)
-        state.copy_(torch.tensor([chosen.value, chosen.slope, fraction, margin]))
+        state.numpy()[:] = chosen.value, chosen.slope, fraction, margin
 
 
 def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
