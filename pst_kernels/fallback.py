@@ -1,7 +1,7 @@
 """The ops in PyTorch and NumPy: for CPUs, and for any device that has no Triton.
 
-Everything of W's size is made a block of rows at a time, small enough to stay in cache, and used up there (rows.py). The
-one exception is the masked weight, written into a scratch buffer for the library's GEMM. W' and S are computed in
+Everything of W's size is made a block of rows at a time, small enough to stay in cache, and used up there (rows.py).
+The one exception is the masked weight, written into a scratch buffer for the library's GEMM. W' and S are computed in
 fp32 (in float64 for a float64 weight); a mask is decided by fp32 scores everywhere.
 """
 

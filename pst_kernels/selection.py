@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Blocks = Callable[[], Iterator[tuple[int, np.ndarray]]]  # yields (first flat index, 1-d fp32 scores), in order
