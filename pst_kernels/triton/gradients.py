@@ -63,11 +63,12 @@ def split(b, FAST: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def product_of_pairs(b_high, b_low, b_right_high, b_right_low, b_sum, FAST: tl.constexpr):
-    """`product` with a right operand that is split already."""
+def product_of_pairs(b_high, b_low, b_right_high, b_right_low, b_sum, FAST: tl.constexpr, EXACT: tl.constexpr = False):
+    """`product` with a right operand that is split already; EXACT: whose low part is zero, for it was bf16."""
     if FAST:
         b_sum = tl.dot(b_low, b_right_high, b_sum)
-        b_sum = tl.dot(b_high, b_right_low, b_sum)
+        if not EXACT:
+            b_sum = tl.dot(b_high, b_right_low, b_sum)
         return tl.dot(b_high, b_right_high, b_sum)
     else:
         return tl.dot(b_high, b_right_high, b_sum, input_precision="ieee")
@@ -274,13 +275,14 @@ def factor_gradients_kernel(
         # kind's half zeroed, so that dU and dA are two halves of one accumulator, and so are dV and dB.
         k = tl.arange(0, 16)
         of_weight = k < RANK_W
+        EXACT: tl.constexpr = p_v.dtype.element_ty == tl.bfloat16 and p_b.dtype.element_ty == tl.bfloat16
         b_right = stacked_right(p_v + i_columns, p_b + i_columns, m_columns, columns, RANK_W, RANK_S, BLOCK_COLUMNS)
         b_right_high, b_right_low = split(b_right, FAST, SPLIT)
         b_left = stacked_left(p_u, p_a, beta, m_rows, RANK_W, RANK_S, BLOCK_ROWS)
         b_left_high, b_left_low = split(b_left, FAST, SPLIT)
         b_u_high = tl.where(of_weight[None, :], b_left_high, 0.0)
         b_u_low = tl.where(of_weight[None, :], b_left_low, 0.0)
-        b_updated = product_of_pairs(b_u_high, b_u_low, b_right_high, b_right_low, b_weight, FAST)
+        b_updated = product_of_pairs(b_u_high, b_u_low, b_right_high, b_right_low, b_weight, FAST, EXACT)
 
         b_row_sum = tl.zeros((BLOCK_ROWS, 16), tl.float32)
         b_sum = tl.zeros((BLOCK_COLUMNS, 16), tl.float32)
@@ -291,7 +293,7 @@ def factor_gradients_kernel(
         b_high, b_low = split(b_d, FAST, SPLIT)
         b_b_high = tl.where(of_weight[:, None], 0.0, b_right_high)
         b_b_low = tl.where(of_weight[:, None], 0.0, b_right_low)
-        b_row_sum = product_of_pairs(b_high, b_low, tl.trans(b_b_high), tl.trans(b_b_low), b_row_sum, FAST)
+        b_row_sum = product_of_pairs(b_high, b_low, tl.trans(b_b_high), tl.trans(b_b_low), b_row_sum, FAST, EXACT)
         b_a_high = tl.where(of_weight[None, :], 0.0, b_left_high)
         b_a_low = tl.where(of_weight[None, :], 0.0, b_left_low)
         b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_a_high, b_a_low, b_sum, FAST)
@@ -300,7 +302,7 @@ def factor_gradients_kernel(
             b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
             b_v_high = tl.where(of_weight[:, None], b_right_high, 0.0)
             b_v_low = tl.where(of_weight[:, None], b_right_low, 0.0)
-            b_row_sum = product_of_pairs(b_high, b_low, tl.trans(b_v_high), tl.trans(b_v_low), b_row_sum, FAST)
+            b_row_sum = product_of_pairs(b_high, b_low, tl.trans(b_v_high), tl.trans(b_v_low), b_row_sum, FAST, EXACT)
             b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_u_high, b_u_low, b_sum, FAST)
         exists = k < RANK_W + RANK_S
         tl.store(p_column_sums + (k[None, :] * columns + c[:, None]), b_sum, mask=exists[None, :] & m_columns[:, None])
@@ -417,7 +419,7 @@ def factor_gradients(
         FAST=fast, SPLIT="" if architecture.startswith("gfx") else _SPLIT, UPCAST=interpreted,
         EVEN=rows % tile.rows == 0 and columns % tile.columns == 0,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        WIDTH=16, STACK=architecture in tiles.STACKED and rank_w + rank_s <= 16,
+        WIDTH=16, STACK=tiles.stacked(architecture, rank_w + rank_s, {U.dtype, V.dtype, A.dtype, B.dtype}),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     block = 256
@@ -449,6 +451,8 @@ def cases() -> Iterator[tiles.Case]:
     for rank in (5, 9, 15, 16, 64):
         yield _case(bf16, bf16, rank=rank)
     yield _case(fp32, bf16, rank=64)
+    yield _case(bf16, bf16, factor=bf16)
+    yield _case(fp16, fp16, factor=fp16)
     yield _case(bf16, bf16, rows=960)
     for weight in (bf16, fp32):
         yield _case(weight, weight, rows=1003, columns=1001)
@@ -460,7 +464,7 @@ def cases() -> Iterator[tiles.Case]:
 
 def _case(
     weight: torch.dtype, x: torch.dtype, rows: int = 1024, columns: int = 1024, rank: int = 8, tokens: int = 32,
-    through: bool = True, stored_transposed: bool = False,
+    through: bool = True, stored_transposed: bool = False, factor: torch.dtype = torch.float32,
 ) -> tiles.Case:  # fmt: skip
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -468,13 +472,15 @@ def _case(
     def call() -> None:
         W = empty(columns, rows, dtype=weight).t() if stored_transposed else empty(rows, columns, dtype=weight)
         mask = empty(rows, packed_width(columns), dtype=torch.int32)
-        U, V, A, B = empty(rows, rank), empty(rank, columns), empty(rows, rank), empty(rank, columns)
+        shapes = ((rows, rank), (rank, columns)) * 2
+        U, V, A, B = (empty(*shape, dtype=factor) for shape in shapes)
         gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
         factor_gradients(gy, x_, W, U, V, A, B, mask, 1.0, 1.0, 1.0, through)
 
     tile = tiles.gradients(tiles.architecture(torch.device("meta")), x, weight, rows, columns, rank + 1)
     odd, given = rows % 2 == 1, tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x, weight)]
     details = [f"{rows} x {columns}"] * (rows != 1024) + ["W transposed"] * stored_transposed
+    details += [f"factors {factor}".replace("torch.", "")] * (factor != torch.float32)
     details += ["G given"] * given + ["not through |W'|"] * (not through)
     name = ", ".join(["factor gradients", tiles.pair_name(weight, x), f"rank {rank}", *details])
     return tiles.Case(name, call, None if odd or given else tile.slots)

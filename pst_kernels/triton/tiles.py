@@ -169,7 +169,7 @@ MEDIUM = {"sm_90": Tile(64, 64, 64, 4, 3), "sm_100": Tile(64, 64, 64, 4, 3)}
 SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
 # Where the registers hold U beside A and V beside B, up to 16 ranks in all, so that a tile loads each once. On sm_100
-# and sm_120 that spills, and U and V are loaded twice.
+# and sm_120, and with fp16 factors on sm_90, that spills: there U and V are loaded twice.
 STACKED = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
@@ -225,6 +225,11 @@ def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int,
         return tile
     medium = None if key == "float" else MEDIUM.get(architecture)
     return medium if medium and rows % medium.rows == 0 and columns % medium.columns == 0 else SMALL[key]
+
+
+def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:
+    """Whether a program holds the factors of W' and of S side by side; `ranks` is the number of both together."""
+    return architecture in STACKED and ranks <= 16 and torch.float16 not in factors
 
 
 def token_share(architecture: str, tiles: int, tokens: int, depth: int) -> int:
