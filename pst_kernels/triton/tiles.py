@@ -164,8 +164,11 @@ GRADIENTS: dict[str, dict[str, Tile]] = {
         "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
     }.items()
 }  # fmt: skip
-MOST_SUMS = {"sm_90": 9, "sm_100": 9}  # others: 16
-MEDIUM = {"sm_90": Tile(64, 64, 64, 4, 3), "sm_100": Tile(64, 64, 64, 4, 3)}
+MOST_SUMS = {"sm_80": 9, "sm_90": 9, "sm_100": 9}  # others: 16
+MEDIUM = {  # with the most sums that it is used for
+    "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_90": (1 << 30, Tile(64, 64, 64, 4, 3)),
+    "sm_100": (1 << 30, Tile(64, 64, 64, 4, 3)),
+}  # fmt: skip
 SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
 # Where the registers hold U beside A and V beside B, up to 16 ranks in all, so that a tile loads each once. On sm_100
@@ -223,8 +226,9 @@ def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int,
     most = 16 if key == "float" else MOST_SUMS.get(architecture, 16)
     if ranks <= most and rows % tile.rows == 0 and columns % tile.columns == 0:
         return tile
-    medium = None if key == "float" else MEDIUM.get(architecture)
-    return medium if medium and rows % medium.rows == 0 and columns % medium.columns == 0 else SMALL[key]
+    most, medium = (0, tile) if key == "float" else MEDIUM.get(architecture, (0, tile))
+    fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
+    return medium if fits else SMALL[key]
 
 
 def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:
