@@ -18,6 +18,14 @@ from .soft_movement import SoftMovement
 from .sparse import SparseLayer
 
 __all__ = [
-    "LoRA", "Dense", "HardConcrete", "Magnitude", "MaskedLoRA", "Movement", "PSTVariant", "ReleasedPST", "SoftMovement",
+    "Dense",
+    "HardConcrete",
+    "LoRA",
+    "Magnitude",
+    "MaskedLoRA",
+    "Movement",
+    "PSTVariant",
+    "ReleasedPST",
+    "SoftMovement",
     "SparseLayer",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ INITIAL = 2.197  # sigmoid = 0.9
 
 
 class HardConcrete(SparseLayer):
-    """y = x (z * W)^T + bias, z = clamp(s (HIGH - LOW) + LOW, 0, 1), s = sigmoid((log u - log(1 - u) + S) / TEMPERATURE).
+    """y = x (z * W)^T + bias, z = clamp(s (HIGH - LOW) + LOW, 0, 1), s = sigmoid((logit(u) + S) / TEMPERATURE).
 
     u is uniform noise, drawn at every training forward; in evaluation s = sigmoid(S). With D = G * W and Z for
     0 < z < 1: dS = D * Z (HIGH - LOW) s (1 - s) / TEMPERATURE, dW = G * z. The penalty is the expected share of gates

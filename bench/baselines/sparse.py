@@ -1,4 +1,4 @@
-"""What layers with a learned mask share: the schedule's progress, the exact top-v mask, and its straight-through form."""
+"""What layers with a mask share: the schedule's progress, the exact top-v mask, and its straight-through form."""
 
 from __future__ import annotations
 
