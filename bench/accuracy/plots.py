@@ -108,7 +108,7 @@ def _panels(rows: Sequence[Row], xlabel: str, draw_method: Any, **axis_settings:
         for method in [*(name for name in COLOURS if name in found), *sorted(found - COLOURS.keys())]:
             draw_method(axis, method, [row for row in chosen if row.cell.method == method])
         seeds = sorted({row.cell.seed for row in chosen})
-        title = f"{task}: mean and range of up to {len(seeds)} seeds"
+        title = f"{task}: mean and range of up to {len(seeds)} seeds" if len(seeds) > 1 else f"{task}: one seed"
         axis.set(xlabel=xlabel, ylabel=HEADINGS[chosen[0].metric], title=title, **axis_settings)
         axis.title.set_fontsize(9)
     axes[0].legend(frameon=False, fontsize=7)

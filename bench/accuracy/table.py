@@ -21,7 +21,7 @@ def print_rows(rows: Mapping[Cell, Row], console: Console) -> None:
     for stage, title in ((FINAL, "test"), (SHOW, "validation, at the learning rates chosen for PST")):
         for task in _names(row.cell.task for row in rows.values() if row.cell.stage == stage):
             chosen = [row for row in rows.values() if (row.cell.stage, row.cell.task) == (stage, task)]
-            table = Table(title=f"{task}, {title} {chosen[0].metric}: mean (worst to best of so many seeds)")
+            table = Table(title=f"{task}, {title} {chosen[0].metric}: mean (worst to best, number of seeds)")
             table.add_column("method", no_wrap=True)
             table.add_column("trainable", justify="right")
             sparsities = _sparsities(chosen)
