@@ -1,7 +1,7 @@
 """The ops in PyTorch and NumPy: for CPUs, and for any device that has no Triton.
 
-Everything of W's size is made a block of rows at a time, small enough to stay in a core's cache, and used up there. The
-one exception is the masked weight, written once into a scratch buffer for the library's GEMM. W' and S are computed in
+Everything of W's size is made a block of rows at a time, small enough to stay in cache, and used up there (rows.py).
+The one exception is the masked weight, written into a scratch buffer for the library's GEMM. W' and S are computed in
 fp32 (in float64 for a float64 weight); a mask is decided by fp32 scores everywhere.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, pad
 
 from .packing import pack_mask
 from .rows import ScoreRows, UpdatedRows, buffers, multiply_into, row_blocks
@@ -19,18 +20,21 @@ from .selection import SAMPLE, Bracket, Guess, sample_bracket, select
 
 GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of 341 rows costs a tenth more than one of 1024
 SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache
+# integers as wide as a dtype, to write zeros with: NumPy has no bf16
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def widened(columns: Tensor) -> Tensor:
     """(n, r) with r padded by zeros to a multiple of 16: the library multiplies by 16 columns faster than by 8 or 9."""
-    return torch.nn.functional.pad(columns, (0, -columns.shape[1] % 16))
+    return pad(columns, (0, -columns.shape[1] % 16))
 
 
 def scores(weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float) -> Tensor:
     by_rows = ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows in by_rows.rows.blocks():
-        out[rows] = by_rows[rows]
+        updated = by_rows.rows.updated(rows)
+        out[rows] = by_rows.of(updated, rows, out=updated)
     return out
 
 
@@ -54,10 +58,16 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def prune_mask(
-    weight, U, V, A, B, R, C, num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float
+    weight, U, V, A, B, R, C, num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
+    masked: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """The packed mask; on a CPU also M * W' into `masked` (out, in), in the dtype that it has, from the same pass."""
     k, numel = int(num_pruned), weight.numel()
     if k == 0:
+        if masked is not None:
+            updated_rows = UpdatedRows(weight, U, V, beta)
+            for rows in updated_rows.blocks():
+                masked[rows] = updated_rows.updated(rows)
         return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
     kept = buffers.get("kept", weight.shape, torch.bool, weight.device)
     if weight.device.type != "cpu":
@@ -72,7 +82,11 @@ def prune_mask(
         if numel > 4 * SAMPLE:
             yield sample_bracket(by_rows.sample(SAMPLE), k / numel)
 
-    chosen = select(by_rows.blocks, numel, k, brackets(), kept.view(-1).numpy())
+    def score_blocks() -> Iterator[tuple[int, np.ndarray]]:
+        return by_rows.blocks(kept, masked)
+
+    zeroed = None if masked is None else masked.view(_INTEGER[masked.element_size()]).view(-1).numpy()
+    chosen = select(score_blocks, numel, k, brackets(), kept.view(-1).numpy(), zeroed)
     last.update(guess, chosen, k / numel)
     return pack_mask(kept)
 
@@ -83,8 +97,10 @@ def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: floa
 
 
 def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
-    masked = UpdatedRows(weight, U, V, beta).masked_into(buffers.get("masked", weight.shape, x.dtype, weight.device), mask)
-    return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
+    masked = UpdatedRows(weight, U, V, beta).masked_into(
+        buffers.get("masked", weight.shape, x.dtype, weight.device), mask
+    )
+    return linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
 def linear_backward(
@@ -103,8 +119,7 @@ def linear_backward(
         return dx, none, none.clone(), none.clone(), none.clone(), none.clone(), none.clone()
     U, V, A, B = by_rows.U, by_rows.V, A.to(by_rows.dtype), B.to(by_rows.dtype)
     # A column of ones beside B gives dR with dA, one beside A gives dC with dB.
-    one = torch.ones((), dtype=by_rows.dtype, device=weight.device)
-    AR, BC = torch.cat([A, one.expand(len(A), 1)], 1), torch.cat([B, one.expand(1, B.shape[1])], 0)
+    AR, BC = pad(A, (0, 1), value=1.0), pad(B, (0, 0, 0, 1), value=1.0)
     right_of_D, right_of_Q = widened(BC.T), widened(V.T)
     dAR, dU = A.new_empty(len(A), right_of_D.shape[1]), U.new_empty(len(U), right_of_Q.shape[1])
     dBC, dV = torch.zeros_like(BC), torch.zeros_like(V)

@@ -5,6 +5,7 @@ Shapes throughout: weight (out, in), U (out, r1), V (r1, in), A (out, r2), B (r2
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .packing import packed_width, unpack_mask
+from .rows import compute_dtype
 
 __all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
 
@@ -97,6 +99,15 @@ def pst_linear(
         mask = prune_mask(W, U, V, A, B, R, C, int(W.numel() * 0.9))
         y = pst_linear(x, W, bias, U, V, A, B, R, C, mask)
     """
+    return masked_linear(None, x, weight, bias, U, V, A, B, R, C, mask, beta, alpha1, alpha2, through_magnitude)
+
+
+def masked_linear(
+    masked: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
+    U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, mask: Tensor,
+    beta: float, alpha1: float, alpha2: float, through_magnitude: bool,
+) -> Tensor:  # fmt: skip
+    """`pst_linear` for a caller that has M * W' (out, in) already, which the forward then uses and does not keep."""
     _check_factors(weight, U, V, A, B, R, C)
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype})")
@@ -126,10 +137,10 @@ def pst_linear(
         raise TypeError(
             f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast"
         )
-    with torch.autocast(device_type, enabled=False):
+    with _without_autocast(device_type):
         y = _PSTLinear.apply(
             x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
-            (float(beta), float(alpha1), float(alpha2)), through_magnitude,
+            (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked,
         )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -137,34 +148,36 @@ def pst_linear(
 class _PSTLinear(torch.autograd.Function):
     """Forward and the hand-written straight-through backward; x is (T, in)."""
 
+    # not setup_context(), for which torch binds the arguments by inspection: 0.1 ms a call
     @staticmethod
-    def forward(x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude):
-        return ops.linear_forward(x.contiguous(), weight, U, V, bias, mask, scales[0])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, bias, U, V, A, B, R, C, mask, ctx.scales, ctx.through_magnitude = inputs
+    def forward(ctx: Any, x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude, masked) -> Tensor:
+        ctx.scales, ctx.through_magnitude = scales, through_magnitude
         ctx.dtypes = [None if t is None else t.dtype for t in (bias, U, V, A, B, R, C)]
         ctx.save_for_backward(x, weight, U, V, A, B, mask)
+        if masked is not None and masked.dtype == x.dtype:
+            return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
+        return ops.linear_forward(x.contiguous(), weight, U, V, bias, mask, scales[0])
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, U, V, A, B, mask = ctx.saved_tensors
         needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
-        with torch.autocast(gy.device.type, enabled=False):
+        with _without_autocast(gy.device.type):
             dx, *factors = ops.linear_backward(
                 gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask, *ctx.scales, ctx.through_magnitude,
                 needs_input, any(needs_factors),
             )  # fmt: skip
         bias_dtype, *dtypes = ctx.dtypes
-        dbias = gy.sum(0, dtype=_sum_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
+        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
         gradients = [g.to(t) if need else None for g, t, need in zip(factors, dtypes, needs_factors, strict=True)]
-        return dx if needs_input else None, None, dbias, *gradients, None, None, None
+        return dx if needs_input else None, None, dbias, *gradients, None, None, None, None
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()  # entering autocast costs as much as a small layer's forward
 
 
 def _check_whole(name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import ops, refresh
 from .config import PSTConfig, check_sparsity
-from .functional import new_guess, pst_linear
+from .functional import masked_linear, new_guess
 from .packing import packed_width, unpack_mask
 
 FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
@@ -112,11 +112,16 @@ class PSTLayer(nn.Module):
         if force:
             refresh.mark_stale(self._seen)
         with torch.no_grad():
-            ops.refresh_mask(
-                *map(whole, (self.oriented_weight, *self.factors)), self.pst_num_pruned, self.pst_mask,
-                self.pst_guess.view(torch.float32), self._seen, self.config.mask_interval,
-                float(self.config.beta), float(self.config.alpha1), float(self.config.alpha2),
-            )  # fmt: skip
+            ops.refresh_mask(*self._mask_state())
+
+    def _mask_state(self) -> list[Any]:
+        """The arguments of `ops.refresh_mask`."""
+        config = self.config
+        return [
+            *map(whole, (self.oriented_weight, *self.factors)), self.pst_num_pruned, self.pst_mask,
+            self.pst_guess.view(torch.float32), self._seen, config.mask_interval,
+            float(config.beta), float(config.alpha1), float(config.alpha2),
+        ]  # fmt: skip
 
     def mark_stale(self) -> None:
         """Let the next forward compute the mask anew."""
@@ -172,11 +177,12 @@ class PSTLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self._merged_forward(x)
-        self.refresh_mask()
-        config = self.config
-        return pst_linear(
-            x, self.oriented_weight, self.bias, *self.factors, self.pst_mask,
-            beta=config.beta, alpha1=config.alpha1, alpha2=config.alpha2, through_magnitude=config.through_magnitude,
+        kind, config = x.device.type, self.config
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        masked = ops.refresh_with_weight(dtype, *self._mask_state())
+        return masked_linear(
+            masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask,
+            config.beta, config.alpha1, config.alpha2, config.through_magnitude,
         )  # fmt: skip
 
     def _merged_forward(self, x: Tensor) -> Tensor:
@@ -278,6 +284,8 @@ def _take_over(layer: Any, base: Any, config: PSTConfig | None) -> Any:
 
 def whole(tensor: Any) -> Tensor:
     """The tensor itself, or all of one that is sharded over processes (a DTensor), which every process must ask for."""
+    if type(tensor) in (nn.Parameter, Tensor):  # asked for every layer and step, and hasattr is slow to say no
+        return tensor
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import env, fallback, refresh
 from .packing import packed_width
+from .rows import buffers, compute_dtype
 
 logger = logging.getLogger("pst_kernels")
 NAMESPACE = "pst_kernels"
@@ -75,7 +76,7 @@ def _define(name: str, arguments: str, returns: str, fake: Any, run: Any = None,
 
 
 def _accumulate(weight: Tensor, *shapes: tuple) -> tuple[Tensor, ...]:
-    dtype = fallback.compute_dtype(weight.dtype)
+    dtype = compute_dtype(weight.dtype)
     return tuple(weight.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
@@ -88,6 +89,27 @@ def _fake_backward(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, throug
     if not needs_factors:
         return dx, *_accumulate(weight, *[(0,)] * 6)
     return dx, *_accumulate(weight, U.shape, V.shape, A.shape, B.shape, weight.shape[:1], weight.shape[1:])
+
+
+@torch.no_grad()
+def refresh_with_weight(
+    dtype: torch.dtype, weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2
+) -> Tensor | None:
+    """`refresh_mask` in front of a forward: where the mask is due, M * W' comes from the same pass.
+
+    Returns it in `dtype`, in a scratch buffer that the next layer overwrites; None where the mask was not due, and
+    where only the op can do it: under a compiler, for tensors of other kinds, and for other backends than the CPU's.
+    """
+    factors = (weight, U, V, A, B, R, C)
+    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu"
+    if torch.compiler.is_compiling() or not plain or _implementation("cpu") is not fallback:
+        refresh_mask(*factors, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2)
+        return None
+    if not refresh.is_due(seen, num_pruned, factors, interval):
+        return None
+    masked = buffers.get("masked", weight.shape, dtype, weight.device)
+    mask.copy_(fallback.prune_mask(*factors, num_pruned, guess, beta, alpha1, alpha2, masked))
+    return masked
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from .packing import PAIRS, packed_width, unpack_flags
 
 # Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads (measured:
 # 256 rows of 1024 columns take twice the time a weight that 512 rows of 768 do).
-BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 21
+BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,16 +39,24 @@ def row_blocks(first: int, last: int, step: int) -> Iterator[slice]:
 class _Buffers(threading.local):
     def __init__(self) -> None:
         self.flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of this shape whose content is whatever the last user of `name` left."""
         if device.type != "cpu":  # other devices have caching allocators
             return torch.empty(shape, dtype=dtype, device=device)
+        view = self.views.get((name, dtype, shape))
+        return self._made(name, shape, dtype) if view is None else view
+
+    @torch.inference_mode(False)  # a buffer made while evaluating must be writable in training
+    def _made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         numel = math.prod(shape)
         flat = self.flat.get((name, dtype))
         if flat is None or flat.numel() < numel:
             flat = self.flat[name, dtype] = torch.empty(numel, dtype=dtype)
-        return flat[:numel].view(shape)
+            self.views.clear()  # they would keep the smaller buffer
+        view = self.views[name, dtype, shape] = flat[:numel].view(shape)
+        return view
 
 
 buffers = _Buffers()
@@ -92,6 +100,10 @@ class UpdatedRows:
         return out
 
 
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1.0 else tensor * scale
+
+
 def multiply_into(out: Tensor, left: Tensor, right: Tensor, work: Tensor) -> None:
     """out = left * right, by way of `work` where the dtypes differ: a fresh buffer costs as much as the product."""
     if out.dtype == left.dtype:
@@ -109,17 +121,28 @@ class ScoreRows:
     def __init__(self, weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float):
         self.rows = UpdatedRows(weight, U, V, beta)
         dtype = self.rows.dtype
-        one = torch.ones((), dtype=dtype, device=weight.device)
-        self.left = torch.cat([alpha1 * A.to(dtype), alpha2 * R.to(dtype)[:, None], one.expand(len(A), 1)], 1)
-        self.right = torch.cat([B.to(dtype), one.expand(1, B.shape[1]), alpha2 * C.to(dtype)[None]], 0)
+        A, R = scaled(A.to(dtype), alpha1), scaled(R.to(dtype), alpha2)
+        self.left = torch.cat([A, R[:, None], A.new_ones((len(A), 1))], 1)
+        self.right = torch.cat([B.to(dtype), A.new_ones((1, B.shape[1])), scaled(C.to(dtype), alpha2)[None]], 0)
 
-    def __getitem__(self, rows: slice) -> Tensor:
-        """fp32 scores of some rows; overwritten by the next call."""
-        return self.rows.updated(rows).abs_().addmm_(self.left[rows], self.right).to(torch.float32)
+    def of(self, updated: Tensor, rows: slice, out: Tensor) -> Tensor:
+        """fp32 scores of some rows from their W'; made in `out`, which may be `updated`."""
+        return torch.abs(updated, out=out).addmm_(self.left[rows], self.right).to(torch.float32)
 
-    def blocks(self) -> Iterator[tuple[int, np.ndarray]]:
+    def blocks(self, kept: Tensor | None = None, masked: Tensor | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """(first flat index, flat fp32 scores) of each block.
+
+        With `masked` (out, in), it gets kept * W', from the flags that stand in `kept`, bool (out, in), by the time the
+        next block is asked for.
+        """
+        work = None if masked is None else self.rows.buffer("flags")
         for rows in self.rows.blocks():
-            yield rows.start * self.rows.columns, self[rows].view(-1).numpy()
+            updated = self.rows.updated(rows)
+            score = updated if work is None else work[: len(updated)]
+            yield rows.start * self.rows.columns, self.of(updated, rows, out=score).view(-1).numpy()
+            if kept is not None and masked is not None:
+                flags = score.copy_(kept[rows].view(torch.uint8))
+                multiply_into(masked[rows], updated, flags, work=updated)
 
     def sample(self, size: int) -> np.ndarray:
         """Scores at random places (to rounding: only a bracket is made of them), the same places every time."""

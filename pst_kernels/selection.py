@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Blocks = Callable[[], Iterator[tuple[int, np.ndarray]]]  # yields (first flat index, 1-d fp32 scores), in order
@@ -74,7 +73,7 @@ class Guess(NamedTuple):
         if not math.isnan(self.value) and chosen.slope > 0.0:
             centre = self.value + self.slope * (fraction - self.fraction)
             margin = min(max(2.0 * abs(chosen.value - centre) / chosen.slope, NARROW), WIDE)
-        state.copy_(torch.tensor([chosen.value, chosen.slope, fraction, margin]))
+        state.numpy()[:] = chosen.value, chosen.slope, fraction, margin
 
 
 def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
@@ -92,15 +91,20 @@ def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
 
 
 def select(
-    blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None], kept: np.ndarray | None
-) -> Selection:
-    """The k-th smallest of `numel` scores, k from 1. `kept`, flat bool, becomes False for just the k smallest."""
+    blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None],
+    kept: np.ndarray | None, masked: np.ndarray | None = None,
+) -> Selection:  # fmt: skip
+    """The k-th smallest of `numel` scores, k from 1. `kept`, flat bool, becomes False for just the k smallest.
+
+    `masked`, flat, holds a number for each score, which `blocks` writes as the flags in `kept` say when the next block
+    is asked for; a score that turns out to be pruned only at the end gets a zero here.
+    """
     for bracket in brackets:
         if bracket is not None:
             found = _gather(blocks, bracket, kept)
             if found.below < k <= found.below + found.scores.size:
-                return _refine(found, bracket, k, numel, kept)
-    return _sort(blocks, k, kept)
+                return _refine(found, bracket, k, numel, kept, masked)
+    return _sort(blocks, k, kept, masked)
 
 
 def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candidates:
@@ -112,9 +116,9 @@ def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candid
             flags = np.empty((2, block.size), bool)
         inside, low = flags[0, : block.size], flags[1, : block.size]
         np.less_equal(block, upper, out=inside)
-        if kept is not None:
-            np.logical_not(inside, out=kept[start : start + block.size])  # keeps what is above, and NaN
         np.less(block, lower, out=low)
+        if kept is not None:
+            np.logical_not(low, out=kept[start : start + block.size])  # for now, what is inside is kept; NaN is anyway
         below += int(np.count_nonzero(low))
         where = np.flatnonzero(np.not_equal(inside, low, out=inside))  # low implies at or below upper
         scores.append(block[where])
@@ -123,7 +127,9 @@ def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candid
     return Candidates(below, np.concatenate(scores), np.concatenate(index))
 
 
-def _refine(found: Candidates, bracket: Bracket, k: int, numel: int, kept: np.ndarray | None) -> Selection:
+def _refine(
+    found: Candidates, bracket: Bracket, k: int, numel: int, kept: np.ndarray | None, masked: np.ndarray | None
+) -> Selection:
     rank, n = k - found.below - 1, found.scores.size
     value = np.partition(found.scores, rank)[rank]
     pruned = found.scores <= value
@@ -131,8 +137,9 @@ def _refine(found: Candidates, bracket: Bracket, k: int, numel: int, kept: np.nd
     surplus = int(np.count_nonzero(pruned)) - rank - 1  # ties behind the k-th, which are kept
     last = ties[ties.size - surplus - 1]
     pruned[ties[ties.size - surplus :]] = False
-    if kept is not None:
-        kept[found.index[~pruned]] = True
+    for flat in (kept, masked):
+        if flat is not None:
+            flat[found.index[pruned]] = 0
     # an end at infinity says nothing of the density; the candidates' own spread does
     width = bracket.upper - bracket.lower
     if not math.isfinite(width):
@@ -140,10 +147,12 @@ def _refine(found: Candidates, bracket: Bracket, k: int, numel: int, kept: np.nd
     return Selection(float(value), int(found.index[last]), width * numel / n)
 
 
-def _sort(blocks: Blocks, k: int, kept: np.ndarray | None) -> Selection:
-    scores = np.concatenate([block.copy() for _, block in blocks()])
-    order = np.argsort(scores, kind="stable")
+def _sort(blocks: Blocks, k: int, kept: np.ndarray | None, masked: np.ndarray | None) -> Selection:
     if kept is not None:
         kept[:] = True
-        kept[order[:k]] = False
+    scores = np.concatenate([block.copy() for _, block in blocks()])
+    order = np.argsort(scores, kind="stable")
+    for flat in (kept, masked):
+        if flat is not None:
+            flat[order[:k]] = 0
     return Selection(float(scores[order[k - 1]]), int(order[k - 1]), 0.0)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels import fallback, functional, reference
+from pst_kernels import fallback, functional, reference, rows
 from pst_kernels.linear import FACTORS
 from pst_kernels.model import pst_layers
 
@@ -178,7 +178,8 @@ def test_7_the_threshold_is_that_of_the_whole_matrix_however_it_is_cut(block, th
     halves = torch.cat([reference.prune_mask(half, 2000) for half in scores.chunk(2)])
     assert not torch.equal(expected, halves)
 
-    monkeypatch.setattr(fallback, "BLOCK", block)
+    for name in ("BLOCK", "BLOCK_ROWS", "BLOCK_AT_MOST"):
+        monkeypatch.setattr(rows, name, block)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import make_problem
 
-from pst_kernels import fallback, functional, selection
+from pst_kernels import fallback, functional, rows, selection
 
 N = 100_003  # above the size from which a sample is drawn, and prime
 
@@ -153,3 +153,31 @@ def test_nan_in_the_factors_prunes_exactly_all_the_same():
         mask = functional.unpack_mask(functional.prune_mask(weight, *factors, num_pruned), 60)
         assert int((~mask).sum()) == num_pruned
     assert functional.unpack_mask(functional.prune_mask(weight, *factors, 2_900), 60)[7].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("route", ["sample", "warm", "missed", "sorted", "nothing pruned"])
+def test_the_mask_and_the_masked_weight_from_one_pass(dtype, route, monkeypatch):
+    """Whichever bracket finds the threshold, they are those of the two ops, over several blocks."""
+    for name, value in {"BLOCK": 1 << 13, "BLOCK_ROWS": 8, "BLOCK_AT_MOST": 1 << 14}.items():
+        monkeypatch.setattr(rows, name, value)
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(300, 310), (300, 5), (5, 310), (300, 5), (5, 310), (300,), (310,)]
+    factors = [torch.randn(shape, generator=generator) for shape in shapes]
+    factors[0] = factors[0].to(dtype)
+    factors[0][::3] = 0.25  # many ties
+    numel = factors[0].numel()
+    count = torch.tensor(0 if route == "nothing pruned" else int(numel * 0.6))
+    guess = functional.new_guess()
+    if route in ("warm", "missed"):
+        fallback.prune_mask(*factors, count, guess, 1.0, 1.0, 1.0)
+    if route == "missed":
+        guess[0] += 1e3
+    if route == "sorted":
+        monkeypatch.setattr(fallback, "SAMPLE", numel)
+    masked = torch.full(factors[0].shape, 7.0, dtype=dtype)
+    mask = fallback.prune_mask(*factors, count, guess.clone(), 1.0, 1.0, 1.0, masked)
+    assert torch.equal(mask, fallback.prune_mask(*factors, count, guess.clone(), 1.0, 1.0, 1.0))
+    kept = functional.unpack_mask(mask, 310)
+    assert int(kept.sum()) == numel - int(count)
+    assert torch.equal(masked, fallback.masked_weight(*factors[:3], mask, 1.0, dtype))
