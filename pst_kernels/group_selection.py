@@ -43,7 +43,7 @@ class Candidates(NamedTuple):
     """This process's scores inside a bracket."""
 
     keys: Tensor  # int64, see `ordered`
-    index: Tensor  # int64, flat in the whole matrix
+    places: Tensor  # int64, flat index in the whole matrix
     local: Tensor  # int64, flat in the shard
 
 
@@ -73,7 +73,7 @@ def select(
         edges = _coarse_edges(blocks, k, kept.device, group)
         found, below, inside = _gather(blocks, place, edges, kept, group)
     key, index = _kth(found, k - below, place.numel, group)
-    pruned = (found.keys < key) | ((found.keys == key) & (found.index <= index))
+    pruned = (found.keys < key) | ((found.keys == key) & (found.places <= index))
     kept.view(-1)[found.local[pruned]] = False
     width = score_of(edges[1]) - score_of(edges[0])
     return Selection(score_of(key), index, width * place.numel / inside)
@@ -128,11 +128,11 @@ def _find(counts: Tensor, k: int) -> tuple[int, int, int]:
 
 def _kth(found: Candidates, k: int, numel: int, group: dist.ProcessGroup) -> tuple[int, int]:
     """(key, flat index) of the k-th of all processes' candidates, by digits from the highest down."""
-    keys, index = found.keys, found.index
-    key, keys, index, k, ties = _kth_value(keys, index, KEY_BITS, k, group)
+    keys, places = found.keys, found.places
+    key, _, places, k, ties = _kth_value(keys, places, KEY_BITS, k, group)
     if k == ties:  # all that are equal to it are pruned
         return key, numel - 1
-    return key, _kth_value(index, index, numel.bit_length(), k, group)[0]
+    return key, _kth_value(places, places, numel.bit_length(), k, group)[0]
 
 
 def _kth_value(

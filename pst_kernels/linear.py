@@ -181,6 +181,7 @@ class PSTLayer(nn.Module):
             return
         if hasattr(self.weight, "full_tensor"):
             self._refuse_sharded()
+        refuse_meta("the weight", self.weight)
         merged = self.masked_weight()
         if safe_merge:
             check_finite(merged, "the merged weight", "lower the learning rate, or merge an earlier checkpoint")
@@ -319,6 +320,15 @@ def whole(tensor: Any) -> Tensor:
 def num_pruned_at(numel: int, sparsity: float) -> int:
     """How many of `numel` weights are pruned at a sparsity: rounded down, as in the paper's release."""
     return int(numel * sparsity)
+
+
+def refuse_meta(what: str, tensor: Tensor) -> None:
+    """Raise RuntimeError for a tensor that holds no data."""
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"{what} is on the meta device: offloaded (device_map, CPU or disk offload) or never loaded; bring the model"
+            " into memory first, with accelerate.hooks.remove_hook_from_submodules(model) for instance"
+        )
 
 
 def check_finite(weight: Tensor, what: str, remedy: str) -> None:

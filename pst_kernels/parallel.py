@@ -76,8 +76,9 @@ class Shards:
         else:
             local = x.redistribute(placements=[Shard(x.dim() - 1)]).to_local()
         config = layer.config
+        U, V, A, B, R, C = factors
         y = masked_linear(
-            None, local, weight, bias, *factors, layer.pst_mask,
+            None, local, weight, bias, U, V, A, B, R, C, layer.pst_mask,
             config.beta, config.alpha1, config.alpha2, config.through_magnitude,
         )  # fmt: skip
         shape = torch.Size((*y.shape[:-1], self.shape[0]))
@@ -140,7 +141,8 @@ class Shards:
         return local * 0 if self.rank else local
 
     def _refresh(self, layer: Any, weight: Tensor, factors: list[Tensor]) -> None:
-        if refresh.is_due(layer._seen, layer.pst_num_pruned, (layer.weight, *layer.factors), layer.config.mask_interval):
+        watched = (layer.weight, *layer.factors)
+        if refresh.is_due(layer._seen, layer.pst_num_pruned, watched, layer.config.mask_interval):
             with torch.no_grad():
                 layer.pst_mask.copy_(self._prune_mask(layer, weight, *factors))
 

@@ -180,11 +180,13 @@ def run(rank: int, folder: str) -> None:
             results[engine, ranks] = (training.made, training.state())
             results["merge", engine, ranks] = refused(training.model[0].merge)
     results["traffic"] = largest_message(four)
+    twice = fully_shard(cut(pst.PSTLinear(8, 8), two["parts"]), mesh=two["copies"])
+    late = nn.Sequential(cut(nn.Linear(8, 8), four), nn.Linear(8, 2))
     results["errors"] = {
         "too few rows": refused(lambda: cut(pst.PSTLinear(8, 5), four).mask),
-        "two meshes": refused(lambda: fully_shard(cut(pst.PSTLinear(8, 8), two["parts"]), mesh=two["copies"]).state_dict()),
-        "converted late": refused(lambda: pst.replace_linear(nn.Sequential(cut(nn.Linear(8, 8), four), nn.Linear(8, 2)))),
-    }  # fmt: skip
+        "two meshes": refused(twice.state_dict),
+        "converted late": refused(lambda: pst.replace_linear(late)),
+    }
 
     # 2 -> 4 processes here, and 4 -> 1 in the test
     for engine in ("fsdp2", "tensor parallel"):
