@@ -326,8 +326,8 @@ def refuse_meta(what: str, tensor: Tensor) -> None:
     """Raise RuntimeError for a tensor that holds no data."""
     if tensor.is_meta:
         raise RuntimeError(
-            f"{what} is on the meta device: offloaded (device_map, CPU or disk offload) or never loaded; bring the model"
-            " into memory first, with accelerate.hooks.remove_hook_from_submodules(model) for instance"
+            f"{what} is on the meta device: offloaded (device_map, CPU or disk offload) or never loaded; bring the"
+            " model into memory first, with accelerate.hooks.remove_hook_from_submodules(model) for instance"
         )
 
 

@@ -41,7 +41,7 @@ def test_an_offloaded_model_is_refused(folder, tmp_path):
     model = BertForSequenceClassification.from_pretrained(
         folder, device_map=SPLIT | {"classifier": "cpu"}, offload_folder=str(tmp_path)
     )
-    message = r"^bert\.encoder\.layer\.0.*is managed by an accelerate hook \(device_map or CPU offload\); convert the mo"
+    message = r"^bert\.encoder\.layer\.0.*is managed by an accelerate hook \(device_map or CPU offload\); convert the"
     with pytest.raises(RuntimeError, match=message):
         pst.replace_linear(model)
     assert not any(True for _ in pst_layers(model))
@@ -63,7 +63,7 @@ def test_a_converted_model_can_be_offloaded_for_inference(where, tmp_path):
     for name, mask in masks.items():
         assert torch.equal(mask, before[name])
     advice = r"on the meta device: offloaded .*bring the model into memory first, with accelerate\.hooks\.remove_hook"
-    with pytest.raises(RuntimeError, match=rf"^the weight of bert\.encoder\.layer\.0\.attention\.self\.query is {advice}"):
+    with pytest.raises(RuntimeError, match=rf"^the weight of bert\.encoder\.layer\.0\..*query is {advice}"):
         pst.merge_and_unload(model)
     with pytest.raises(RuntimeError, match=f"^the weight is {advice}"):
         next(pst_layers(model))[1].merge()
