@@ -61,6 +61,11 @@ def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
             f"--batch-size {settings.batch_size} must be a multiple of the {processes.count()} processes, which share"
             " each batch evenly"
         )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "the job shares batches, not weights, among processes; launch it without FSDP, with"
+            " configs/accelerate_ddp.yaml or torchrun"
+        )
     if not processes.is_first():  # the first process sees to the folder
         _stay_offline(settings)
         return _load(settings)
