@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import sys
 from collections.abc import Sequence
+
+from pst_kernels import jobs
 
 JOBS = {
     "run": ("bench.job", "measure every case and write the CSV, the tables and the plots (the default)"),
@@ -21,18 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or (given[0] not in JOBS and given[0] not in ("-h", "--help")):
         given = ["run", *given]
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    commands = parser.add_subparsers(dest="job", required=True, metavar="JOB")
-    for name, (module, summary) in JOBS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if given[0] == name:  # import the one job that runs
-            importlib.import_module(module).add_arguments(command)
-    options = parser.parse_args(given)
-    try:
-        return importlib.import_module(JOBS[options.job][0]).main(options)
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f"python -m bench {options.job}: {error}", file=sys.stderr)
-        return 2
+    return jobs.run("python -m bench", __doc__, JOBS, given)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The ops in PyTorch and NumPy: for CPUs, and for any device that has no Triton.
 
-Everything of W's size is made a block of rows at a time, small enough to stay in a core's cache, and used up there. The
-one exception is the masked weight, written once into a scratch buffer for the library's GEMM. W' and S are computed in
+Everything of W's size is made a block of rows at a time, small enough to stay in cache, and used up there (rows.py).
+The one exception is the masked weight, written into a scratch buffer for the library's GEMM. W' and S are computed in
 fp32 (in float64 for a float64 weight); a mask is decided by fp32 scores everywhere.
 """
 
@@ -20,11 +20,8 @@ from .selection import SAMPLE, Bracket, Guess, sample_bracket, select
 
 GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of 341 rows costs a tenth more than one of 1024
 SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache
-_INTEGER = {
-    2: torch.int16,
-    4: torch.int32,
-    8: torch.int64,
-}  # of a dtype's width: NumPy has no bf16, but needs only zeros
+# integers as wide as a dtype, to write zeros with: NumPy has no bf16
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def widened(columns: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shapes throughout: weight (out, in), U (out, r1), V (r1, in), A (out, r2), B (r2
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -136,7 +137,7 @@ def masked_linear(
         raise TypeError(
             f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast"
         )
-    with torch.autocast(device_type, enabled=False):
+    with _without_autocast(device_type):
         y = _PSTLinear.apply(
             x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
             (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked,
@@ -163,7 +164,7 @@ class _PSTLinear(torch.autograd.Function):
         x, weight, U, V, A, B, mask = ctx.saved_tensors
         needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
-        with torch.autocast(gy.device.type, enabled=False):
+        with _without_autocast(gy.device.type):
             dx, *factors = ops.linear_backward(
                 gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask, *ctx.scales, ctx.through_magnitude,
                 needs_input, any(needs_factors),
@@ -172,6 +173,12 @@ class _PSTLinear(torch.autograd.Function):
         dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
         gradients = [g.to(t) if need else None for g, t, need in zip(factors, dtypes, needs_factors, strict=True)]
         return dx if needs_input else None, None, dbias, *gradients, None, None, None, None
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()  # entering autocast costs as much as a small layer's forward
 
 
 def _check_whole(name: str, value: Any) -> None:

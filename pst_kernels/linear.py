@@ -314,6 +314,8 @@ def _take_over(layer: Any, base: Any, config: PSTConfig | None) -> Any:
 
 def whole(tensor: Any) -> Tensor:
     """The tensor itself, or all of one that is sharded over processes (a DTensor), which every process must ask for."""
+    if type(tensor) in (nn.Parameter, Tensor):  # asked for every layer and step, and hasattr is slow to say no
+        return tensor
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 

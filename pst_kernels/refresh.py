@@ -45,13 +45,13 @@ def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval
     sparsity_changed = before[_FIRST : _FIRST + 2] != now[:2]
     changes = before[_CHANGES] + 1
     due = first or sparsity_changed or changes >= interval
-    seen.copy_(torch.tensor([0 if due else changes, 1, *now], device="cpu"))
+    seen.numpy()[:] = 0 if due else changes, 1, *now
     return due
 
 
 def mark_fresh(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor]) -> None:
     """The mask belongs to these tensors as they are: after it was loaded with them."""
-    seen.copy_(torch.tensor([0, 1, *_counters(num_pruned, factors)], device="cpu"))
+    seen.numpy()[:] = 0, 1, *_counters(num_pruned, factors)
 
 
 def mark_stale(seen: Tensor) -> None:

@@ -18,7 +18,7 @@ from .packing import PAIRS, packed_width, unpack_flags
 
 # Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads (measured:
 # 256 rows of 1024 columns take twice the time a weight that 512 rows of 768 do).
-BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 21
+BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,16 +39,24 @@ def row_blocks(first: int, last: int, step: int) -> Iterator[slice]:
 class _Buffers(threading.local):
     def __init__(self) -> None:
         self.flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of this shape whose content is whatever the last user of `name` left."""
         if device.type != "cpu":  # other devices have caching allocators
             return torch.empty(shape, dtype=dtype, device=device)
+        view = self.views.get((name, dtype, shape))
+        return self._made(name, shape, dtype) if view is None else view
+
+    @torch.inference_mode(False)  # a buffer made while evaluating must be writable in training
+    def _made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         numel = math.prod(shape)
         flat = self.flat.get((name, dtype))
         if flat is None or flat.numel() < numel:
             flat = self.flat[name, dtype] = torch.empty(numel, dtype=dtype)
-        return flat[:numel].view(shape)
+            self.views.clear()  # they would keep the smaller buffer
+        view = self.views[name, dtype, shape] = flat[:numel].view(shape)
+        return view
 
 
 buffers = _Buffers()

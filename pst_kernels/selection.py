@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Blocks = Callable[[], Iterator[tuple[int, np.ndarray]]]  # yields (first flat index, 1-d fp32 scores), in order
@@ -74,7 +73,7 @@ class Guess(NamedTuple):
         if not math.isnan(self.value) and chosen.slope > 0.0:
             centre = self.value + self.slope * (fraction - self.fraction)
             margin = min(max(2.0 * abs(chosen.value - centre) / chosen.slope, NARROW), WIDE)
-        state.copy_(torch.tensor([chosen.value, chosen.slope, fraction, margin]))
+        state.numpy()[:] = chosen.value, chosen.slope, fraction, margin
 
 
 def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:

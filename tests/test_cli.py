@@ -91,7 +91,7 @@ def test_wrong_usage(arguments, message, capsys):
 
 
 def test_help_names_every_job_and_imports_none(capsys, monkeypatch):
-    monkeypatch.setattr(cli.importlib, "import_module", None)
+    monkeypatch.setattr(cli.jobs.importlib, "import_module", None)
     with pytest.raises(SystemExit) as caught:
         cli.main(["--help"])
     assert caught.value.code == 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels import fallback, linear, reference
+from pst_kernels import fallback, linear, ops, reference, rows
 
 
 @pytest.fixture(params=["PSTLinear", "PSTConv1D"])
@@ -255,3 +255,17 @@ def test_inference_mode(layer):
     layer.mark_stale()
     with torch.inference_mode():
         assert torch.equal(layer(x), expected)
+
+
+def test_trains_after_an_evaluation_in_inference_mode(monkeypatch):
+    """The scratch buffers that the evaluation made are then written by the training step."""
+    monkeypatch.setattr(rows, "buffers", rows._Buffers())
+    for module in (fallback, ops):
+        monkeypatch.setattr(module, "buffers", rows.buffers)
+    layer, x = pst.PSTLinear(40, 24), torch.randn(4, 40)
+    with torch.inference_mode():
+        expected = layer(x)
+        layer(x)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
+    step(layer, x)
+    torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ from .. import env
 from ..files import replacing, write_json
 from . import processes
 from .data import Dataset
+from .lines import LINES, heading
 from .settings import Settings
 from .train import Result
 
@@ -26,20 +27,8 @@ def print_table(results: Mapping[str, Result], sparsity: float) -> None:
     table = Table(title="Fine-tuned on the same batches")
     table.add_column("")
     for method in results:
-        table.add_column("dense" if method == "dense" else f"PST, {100 * sparsity:g} %", justify="right")
-    lines = {
-        "test accuracy": lambda r, d: f"{100 * r['test_accuracy']:.2f} %",
-        "zeros in the pruned layers": lambda r, d: f"{100 * r['zeros_pruned']:.2f} %",
-        "zeros in the whole model": lambda r, d: f"{100 * r['zeros_model']:.2f} %",
-        "trainable parameters": lambda r, d: f"{r['trainable']:,}",
-        "  of the model": lambda r, d: f"{100 * d['trainable_of_model']:.2f} %",
-        "  of what movement pruning trains": lambda r, d: f"{100 * d['trainable_of_movement']:.2f} %",
-        "median training step": lambda r, d: f"{r['step_ms']:,.0f} ms",
-        "peak memory of the process": lambda r, d: f"{r['peak_mb']:,.0f} MB",
-        "  before the model was loaded": lambda r, d: f"{d['memory_before_model_mb']:,.0f} MB",
-        "checkpoint": lambda r, d: f"{r['checkpoint_mb']:.1f} MB",
-    }
-    for name, text in lines.items():
+        table.add_column(heading(method, sparsity), justify="right")
+    for name, text in LINES.items():
         table.add_row(name, *(text(result.row, result.details) for result in results.values()))
     console = Console()
     console.print(table)

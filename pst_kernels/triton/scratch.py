@@ -14,6 +14,7 @@ from torch import Tensor
 _buffers: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
 
 
+@torch.inference_mode(False)  # a buffer made while evaluating must be writable in training
 def get(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised contiguous tensor, valid until the next call for the same device, stream and dtype."""
     if device.type == "meta":
