@@ -110,7 +110,8 @@ class PSTLayer(nn.Module):
         """How the weight is cut (`parallel.Shards`), or None. `parallelize_module` makes the buffers DTensors, as
         `fully_shard` does not.
         """
-        if self._shards is None and hasattr(self.pst_num_pruned, "device_mesh"):
+        count = self.pst_num_pruned
+        if self._shards is None and type(count) is not Tensor and hasattr(count, "device_mesh"):
             from . import parallel  # torch.distributed.tensor, which most programs need not load
 
             self._shards = parallel.take_over(self)

@@ -111,6 +111,7 @@ def pruning_layer(name: str) -> pst.PSTLinear:
     if name != "bf16 ties":  # untrained factors there: a few hundred distinct scores of thousands
         for i, factor in enumerate(layer.factors):
             factor.data.copy_(toys.dyadic(*factor.shape, seed=i) / 8)
+        layer.pst_R.data -= 1  # negative scores too
         if name == "one row more":
             layer.pst_R.data[4] = float("nan")  # sorts last, and is kept
     return layer

@@ -53,6 +53,7 @@ def end(process: subprocess.Popen, seconds: float = 150) -> str:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(inputs, tmp_path):
     steps = ["--steps", str(STEPS)]
     one = start(inputs, tmp_path / "one", 1, *steps, "--method", "pst")
@@ -101,6 +102,7 @@ def _sessions(launcher: int) -> set[int]:
     return {os.getsid(int(pid)) for pid in [launcher, *children] if Path(f"/proc/{pid}").exists()}
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(inputs, tmp_path):
     job = start(inputs, tmp_path / "run", 2, "--steps", "100000", "--method", "pst")
     deadline = time.monotonic() + 100

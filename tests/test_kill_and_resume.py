@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("kill_and_resume.py")
 
 
+@pytest.mark.slow
 def test_a_killed_trainer_resumes_to_the_same_bits(tmp_path):
     pytest.importorskip("accelerate")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
