@@ -142,7 +142,8 @@ def masked_linear(
             x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
             (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked,
         )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
 
 class _PSTLinear(torch.autograd.Function):

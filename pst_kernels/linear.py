@@ -67,6 +67,7 @@ class PSTLayer(nn.Module):
         self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
         self._seen = refresh.never_seen(1 + 1 + len(FACTORS))
         self._unmerged_weight: Tensor | None = None
+        self._shards: Any = None
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(config.train_bias)
@@ -101,9 +102,24 @@ class PSTLayer(nn.Module):
 
     @property
     def mask(self) -> Tensor:
-        """bool (out, in), True for kept weights; up to date."""
+        """bool (out, in), True for kept weights; up to date. Of a tensor parallel layer every process must ask."""
         self.refresh_mask()
-        return unpack_mask(self.pst_mask, self.oriented_weight.shape[1])
+        return unpack_mask(self._whole_mask(), self.oriented_weight.shape[1])
+
+    def _tensor_parallel(self) -> Any:
+        """How the weight is cut (`parallel.Shards`), or None. `parallelize_module` makes the buffers DTensors, as
+        `fully_shard` does not.
+        """
+        count = self.pst_num_pruned
+        if self._shards is None and type(count) is not Tensor and hasattr(count, "device_mesh"):
+            from . import parallel  # torch.distributed.tensor, which most programs need not load
+
+            self._shards = parallel.take_over(self)
+        return self._shards
+
+    def _whole_mask(self) -> Tensor:
+        shards = self._tensor_parallel()
+        return self.pst_mask if shards is None else shards.whole_mask(self.pst_mask)
 
     def refresh_mask(self, force: bool = False) -> None:
         """Compute the mask if it is due, or now if `force`. A merged layer's mask stays as it was merged."""
@@ -111,6 +127,9 @@ class PSTLayer(nn.Module):
             return
         if force:
             refresh.mark_stale(self._seen)
+        if (shards := self._tensor_parallel()) is not None:
+            shards.refresh(self)
+            return
         with torch.no_grad():
             ops.refresh_mask(*self._mask_state())
 
@@ -140,10 +159,18 @@ class PSTLayer(nn.Module):
         """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
         if self.merged:
             return self.oriented_weight.detach().clone()
+        if self._tensor_parallel() is not None:
+            self._refuse_sharded()
         self.refresh_mask()
         weight, U, V = map(whole, (self.oriented_weight, *self.factors[:2]))
         with torch.no_grad():
             return ops.masked_weight(weight, U, V, self.pst_mask, float(self.config.beta), self.weight.dtype)
+
+    def _refuse_sharded(self) -> None:
+        raise RuntimeError(
+            "the weight is sharded over processes and cannot be merged there;"
+            " load the saved state into a model of one process, and merge that"
+        )
 
     def merge(self, safe_merge: bool = False) -> None:
         """Put M * W' in the weight's place, for inference; a second call does nothing.
@@ -154,10 +181,8 @@ class PSTLayer(nn.Module):
         if self.merged:
             return
         if hasattr(self.weight, "full_tensor"):
-            raise RuntimeError(
-                "the weight is sharded over processes and cannot be merged there;"
-                " load the saved state into a model of one process, and merge that"
-            )
+            self._refuse_sharded()
+        refuse_meta("the weight", self.weight)
         merged = self.masked_weight()
         if safe_merge:
             check_finite(merged, "the merged weight", "lower the learning rate, or merge an earlier checkpoint")
@@ -177,6 +202,8 @@ class PSTLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self._merged_forward(x)
+        if (shards := self._tensor_parallel()) is not None:
+            return shards.forward(self, x)
         kind, config = x.device.type, self.config
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         masked = ops.refresh_with_weight(dtype, *self._mask_state())
@@ -195,11 +222,15 @@ class PSTLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._unmerged_weight is not None:  # a state dict always describes the unmerged layer
             destination[f"{prefix}weight"] = self._unmerged_weight
+        if self._shards is not None:
+            destination[f"{prefix}pst_mask"] = self._whole_mask()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         if self.merged and f"{prefix}weight" in state_dict:
             errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
             return
+        if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
+            state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.after_load(with_mask=f"{prefix}pst_mask" in state_dict)
 
@@ -292,6 +323,15 @@ def whole(tensor: Any) -> Tensor:
 def num_pruned_at(numel: int, sparsity: float) -> int:
     """How many of `numel` weights are pruned at a sparsity: rounded down, as in the paper's release."""
     return int(numel * sparsity)
+
+
+def refuse_meta(what: str, tensor: Tensor) -> None:
+    """Raise RuntimeError for a tensor that holds no data."""
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"{what} is on the meta device: offloaded (device_map, CPU or disk offload) or never loaded; bring the"
+            " model into memory first, with accelerate.hooks.remove_hook_from_submodules(model) for instance"
+        )
 
 
 def check_finite(weight: Tensor, what: str, remedy: str) -> None:
