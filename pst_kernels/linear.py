@@ -206,7 +206,7 @@ class PSTLayer(nn.Module):
             return shards.forward(self, x)
         kind, config = x.device.type, self.config
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        masked = ops.refresh_with_weight(dtype, *self._mask_state())
+        masked = ops.refresh_with_weight(x, dtype, *self._mask_state())
         return masked_linear(
             masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask,
             config.beta, config.alpha1, config.alpha2, config.through_magnitude,

@@ -152,15 +152,16 @@ def tile_for_words(weight: Tensor, ranks: int) -> Tile:
 
 def prune_mask(
     weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
-    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
+    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float, masked: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """The packed mask, and M * W' into `masked`, contiguous (out, in), from the same pass."""
     weight, factors = checked(weight, U, V, A, B, R, C)
     if not weight.numel():
         return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
     tensors: list[Any] = [weight, *factors]
     scales: list[Any] = [beta, alpha1, alpha2]
     state = threshold(*[*tensors, num_pruned, guess, *scales])
-    return mask_from(*[state, *tensors, *scales])
+    return mask_from(*[state, *tensors, *scales, masked])
 
 
 def masked_weight(
