@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import ops, refresh
 from .config import PSTConfig, check_sparsity
-from .functional import masked_linear, new_guess
+from .functional import masked_linear, new_guess, operand_dtype
 from .packing import packed_width, unpack_mask
 
 FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
@@ -204,9 +204,8 @@ class PSTLayer(nn.Module):
             return self._merged_forward(x)
         if (shards := self._tensor_parallel()) is not None:
             return shards.forward(self, x)
-        kind, config = x.device.type, self.config
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        masked = ops.refresh_with_weight(x, dtype, *self._mask_state())
+        config = self.config
+        masked = ops.refresh_with_weight(x, operand_dtype(x), *self._mask_state())
         return masked_linear(
             masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask,
             config.beta, config.alpha1, config.alpha2, config.through_magnitude,

@@ -107,6 +107,9 @@ def refresh_with_weight(
         return None
     if not refresh.is_due(seen, num_pruned, factors, interval):
         return None
+    if any(t.device != weight.device for t in (x, *factors)):
+        refresh.mark_stale(seen)  # the forward is about to say which tensor has to be moved
+        return None
     kernels = _implementation(weight.device.type)
     tokens = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
     masked = kernels.forward_scratch(tokens, dtype, weight, V.shape[0])
