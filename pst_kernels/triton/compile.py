@@ -166,7 +166,10 @@ def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | Non
             if kind in compiled.asm:
                 code = compiled.asm[kind]
                 (dump / f"{name}.{kind}").write_bytes(code.encode() if isinstance(code, str) else code)
-    read = _read_cubin(compiled.asm["cubin"]) if "cubin" in compiled.asm else _read_amdgcn(compiled.asm["amdgcn"])
+    if "cubin" in compiled.asm:  # disassembling takes as long as compiling: only what has a product in it
+        read = _read_cubin(compiled.asm["cubin"], code="mma" in compiled.asm["ptx"])
+    else:
+        read = _read_amdgcn(compiled.asm["amdgcn"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     tile = [binary.constants[side] for side in TILE if side in binary.constants]
     slots = None
@@ -199,24 +202,27 @@ def _tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
 
-def _read_cubin(cubin: bytes) -> dict[str, Any]:
+def _read_cubin(cubin: bytes, code: bool = True) -> dict[str, Any]:
+    """Without `code` no tensor-core instruction and no main loop is looked for."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage, sass = (
             subprocess.run([_tool("cuobjdump"), option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
+            if wanted
+            else ""
+            for option, wanted in (("-res-usage", True), ("-sass", code))
         )
     used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    code = [
+    lines = [
         (int(address, 16), text.strip())
         for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass, re.M)
     ]
-    kinds = collections.Counter(kind for _, text in code if TENSOR_CORE.match((kind := _opcode(text)).split(".")[0]))
-    loop = _main_loop(code)
+    kinds = collections.Counter(kind for _, text in lines if TENSOR_CORE.match((kind := _opcode(text)).split(".")[0]))
+    loop = _main_loop(lines)
     most = max(kinds, key=lambda kind: (_multiply_adds(kind), kinds[kind])) if kinds else ""
     # wgmma takes its left operand from registers or from shared memory; the instruction says which.
-    in_registers = any(re.search(rf"{re.escape(most)} R\d+, R\d+, gdesc", text) for _, text in code) if most else False
+    in_registers = any(re.search(rf"{re.escape(most)} R\d+, R\d+, gdesc", text) for _, text in lines) if most else False
     return {
         "registers": used.get("REG", 0), "stack": used.get("STACK", 0), "local": used.get("LOCAL", 0),
         "tensor_core": f"{most} x{kinds[most]}" + ", left operand in registers" * in_registers if most else "",
