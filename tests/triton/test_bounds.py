@@ -1,0 +1,142 @@
+"""No address outside a tensor: every shipped kernel on odd shapes, in the emulator, where each tensor lies between red
+zones. That its checks are exact shows when a kernel is told of one row, column or token more than there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from dyadic import no_guess, problem
+
+from pst_kernels.packing import pack_mask
+
+kernels = pytest.importorskip("pst_kernels.triton", reason="triton is not installed")
+select = pytest.importorskip("pst_kernels.triton.select")
+
+from linear_problem import SCALES, Problem  # noqa: E402
+
+from pst_kernels.triton import compile as shipping  # noqa: E402
+from pst_kernels.triton import gradients, mask, matmul, tiles  # noqa: E402
+
+SELECTION = {
+    "scores_kernel": ("rows", "columns"),
+    "gather_kernel": ("n_i", "n_j"),
+    "digits_kernel": ("n_i", "n_j"),
+    "mask_kernel": ("n_i", "n_j"),
+    "masked_weight_kernel": ("n_i", "n_j"),
+}
+LINEAR = {
+    "split_factors_kernel": ("rows", "columns"),
+    "masked_matmul_kernel": ("tokens", "rows", "depth"),
+    "factor_gradients_kernel": ("tokens", "rows", "columns"),
+    "add_shares_kernel": ("rows", "columns", "row_shares", "column_shares"),
+}
+
+
+# On sm_90 the masks of odd shapes add pairs of 16-bit integers (add.s16x2), which the emulator does not know.
+ARCHITECTURE = 80
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{ARCHITECTURE}")
+
+
+def run_selection(rows: int, columns: int, transposed: bool = False) -> None:
+    """All passes: a bracket above all scores, where there is not room for all of them, leads to the digits passes."""
+    tensors = problem(rows, columns, 5)
+    if transposed:
+        tensors[0] = tensors[0].T.contiguous().T
+    kernels.scores(*tensors, 1.0, 1.0, 1.0)
+    guess, num_pruned = torch.tensor([9.0, 0.1, 0.5, 0.01]), torch.tensor(rows * columns // 2)
+    masked = torch.empty(rows, columns, dtype=torch.bfloat16)
+    bits = kernels.prune_mask(*tensors, num_pruned, guess, 1.0, 1.0, 1.0, masked)
+    kernels.masked_weight(*tensors[:3], bits, 1.0, torch.float32)
+
+
+def run_linear(rows: int, columns: int, tokens: int = 3, transposed: bool = False) -> None:
+    given = Problem(rows, columns, tokens, 5, "bfloat16", transposed=transposed).tensors()
+    gy, x, weight, U, V, A, B = (given[name] for name in ("gy", "x", "weight", "U", "V", "A", "B"))
+    bits = pack_mask(given["kept"])
+    matmul.linear_forward(x, weight, U, V, given["bias"], bits, 0.7)
+    gradients.linear_backward(gy, x, weight, U, V, A, B, bits, *SCALES.values(), True, True, True)
+
+
+def change_arguments(emulator, monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[dict], None]) -> None:
+    original = emulator.launch
+
+    def launch(fn, grid, args, *rest, **options):
+        if fn.fn.__name__ == kernel:
+            change(args)
+        return original(fn, grid, args, *rest, **options)
+
+    monkeypatch.setattr(emulator, "launch", launch)
+
+
+def outside(kernel: str) -> str:
+    return rf"outside (every tensor|memory) in {kernel}\b"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (33, 65)])
+def test_every_kernel_stays_inside(emulator, monkeypatch, shape: tuple[int, int], transposed: bool) -> None:
+    monkeypatch.setattr(select, "capacity_of", lambda numel: max(1, numel // 16))
+    with emulator.emulate(ARCHITECTURE) as session:
+        run_selection(*shape, transposed)
+        run_linear(*shape, transposed=transposed)
+    every = {binary.kernel.__name__ for binary in shipping.shipped("sm_80", shipping.KERNEL_FILES)}
+    assert set(session.stats) == every - ({"digits_kernel"} if shape == (1, 1) else set())
+    assert {*SELECTION, *LINEAR, "bracket_kernel", "refine_kernel"} == every
+
+
+@pytest.mark.parametrize(("kernel", "extent"), [(name, extent) for name in SELECTION for extent in SELECTION[name]])
+def test_one_more_is_noticed_in_selection(emulator, monkeypatch, kernel: str, extent: str) -> None:
+    monkeypatch.setattr(select, "capacity_of", lambda numel: numel // 16)
+    change_arguments(emulator, monkeypatch, kernel, lambda args: args.update({extent: args[extent] + 1}))
+    with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=outside(kernel)):
+        run_selection(33, 65)
+
+
+@pytest.mark.parametrize(("kernel", "extent"), [(name, extent) for name in LINEAR for extent in LINEAR[name]])
+def test_one_more_is_noticed_in_the_linear(emulator, monkeypatch, kernel: str, extent: str) -> None:
+    change_arguments(emulator, monkeypatch, kernel, lambda args: args.update({extent: args[extent] + 1}))
+    with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=outside(kernel)):
+        run_linear(33, 65)
+
+
+def test_one_candidate_more_is_noticed(emulator, monkeypatch) -> None:
+    """Where the room for candidates is full."""
+    monkeypatch.setattr(select, "capacity_of", lambda numel: numel)
+
+    def change(args: dict) -> None:
+        args["p_state"][select.COUNT.value] += 1
+        args["capacity"] += 1
+
+    change_arguments(emulator, monkeypatch, "refine_kernel", change)
+    with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=outside("refine_kernel")):
+        run_selection(33, 65)
+
+
+def test_a_sample_stays_inside(emulator, monkeypatch) -> None:
+    """Its places are random, so only being told of a sixteenth more weights than there are must be noticed."""
+    monkeypatch.setattr(select, "capacity_of", lambda numel: 9000)
+    arguments = [*problem(129, 131, 5), torch.tensor(9000), no_guess(), 1.0, 1.0, 1.0]
+    with emulator.emulate(ARCHITECTURE):
+        state = select.threshold(*arguments)
+    assert select.route(state) == "sample"
+    change_arguments(
+        emulator, monkeypatch, "bracket_kernel", lambda args: args.update(numel=args["numel"] + args["numel"] // 16)
+    )
+    arguments[8] = no_guess()
+    fault = outside("bracket_kernel") + ": ld"
+    with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=fault):
+        select.threshold(*arguments)
+
+
+def test_the_widest_tile_stays_inside(emulator) -> None:
+    """More than one tile either way, the last of them part empty."""
+    assert tiles.GRADIENTS["sm_80"]["half"].rows < 160
+    with emulator.emulate(ARCHITECTURE):
+        run_linear(160, 192, tokens=131)
