@@ -17,7 +17,7 @@ select = pytest.importorskip("pst_kernels.triton.select")
 from linear_problem import SCALES, Problem  # noqa: E402
 
 from pst_kernels.triton import compile as shipping  # noqa: E402
-from pst_kernels.triton import gradients, mask, matmul, tiles  # noqa: E402
+from pst_kernels.triton import gradients, matmul, tiles  # noqa: E402
 
 SELECTION = {
     "scores_kernel": ("rows", "columns"),
