@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, refresh
+from . import ops, patterns, refresh
 from .config import PSTConfig, check_sparsity
 from .functional import masked_linear, new_guess
 from .packing import packed_width, unpack_mask
@@ -53,6 +53,7 @@ class PSTLayer(nn.Module):
             )
         out, columns = self.oriented_weight.shape
         self.config = config
+        self.pattern = patterns.parse(config.pattern)
         self.merged = False
         shapes = (
             (out, config.weight_rank), (config.weight_rank, columns),
@@ -92,12 +93,30 @@ class PSTLayer(nn.Module):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of this layer's weights that are pruned now. Reading it waits for the device."""
-        return int(self.pst_num_pruned) / self.weight.numel()
+        """Fraction of this layer's weights that are pruned now. Reading it waits for the device.
+
+        Set it to choose how many are: whole blocks or weights of a group, rounded down (see patterns.py).
+        """
+        return self.weights_pruned / self.weight.numel()
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        self.pst_num_pruned.fill_(num_pruned_at(self.weight.numel(), check_sparsity("sparsity", value)))
+        self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
+
+    @property
+    def weights_pruned(self) -> int:
+        """How many weights are pruned now; where blocks have ragged edges, that is for the mask to say."""
+        counted = self.pattern.weights_pruned(self._shape, int(self.pst_num_pruned))
+        return int((~self.mask).sum()) if counted is None else counted
+
+    def num_pruned_at(self, sparsity: float) -> int:
+        """What `pst_num_pruned` holds at a sparsity: a number of weights, or of blocks."""
+        return self.pattern.num_pruned_at(self._shape, sparsity)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        out, columns = self.oriented_weight.shape
+        return out, columns
 
     @property
     def mask(self) -> Tensor:
@@ -112,7 +131,14 @@ class PSTLayer(nn.Module):
         if force:
             refresh.mark_stale(self._seen)
         with torch.no_grad():
+            self._refresh_if_due()
+
+    def _refresh_if_due(self) -> None:
+        if type(self.pattern) is patterns.Unstructured:
             ops.refresh_mask(*self._mask_state())
+            return
+        *tensors, _, seen, interval, beta, alpha1, alpha2 = self._mask_state()
+        ops.refresh_pattern_mask(*tensors, seen, interval, self.config.pattern, beta, alpha1, alpha2)
 
     def _mask_state(self) -> list[Any]:
         """The arguments of `ops.refresh_mask`."""
@@ -178,11 +204,17 @@ class PSTLayer(nn.Module):
         if self.merged:
             return self._merged_forward(x)
         kind, config = x.device.type, self.config
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        masked = ops.refresh_with_weight(dtype, *self._mask_state())
+        masked = block_size = learn = None
+        if type(self.pattern) is patterns.Unstructured:
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+            masked = ops.refresh_with_weight(dtype, *self._mask_state())
+        else:
+            self.refresh_mask()
+        if isinstance(self.pattern, patterns.Blocks):
+            block_size, learn = self.pattern.size, ops.is_last_before_refresh(self._seen, config.mask_interval)
         return masked_linear(
             masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask,
-            config.beta, config.alpha1, config.alpha2, config.through_magnitude,
+            config.beta, config.alpha1, config.alpha2, config.through_magnitude, block_size, learn,
         )  # fmt: skip
 
     def _merged_forward(self, x: Tensor) -> Tensor:
@@ -287,11 +319,6 @@ def whole(tensor: Any) -> Tensor:
     if type(tensor) in (nn.Parameter, Tensor):  # asked for every layer and step, and hasattr is slow to say no
         return tensor
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def num_pruned_at(numel: int, sparsity: float) -> int:
-    """How many of `numel` weights are pruned at a sparsity: rounded down, as in the paper's release."""
-    return int(numel * sparsity)
 
 
 def check_finite(weight: Tensor, what: str, remedy: str) -> None:
