@@ -31,7 +31,7 @@ class Strip(NamedTuple):
 
 class Layout(NamedTuple):
     strips: list[Strip]
-    index: Tensor  # int64: the column of W of each column of all strips
+    gather: Tensor  # int64: the column of W of each column of all strips
 
 
 def layout(mask: Tensor, shape: tuple[int, int], size: int) -> Layout:
@@ -59,12 +59,12 @@ class StripWeights:
         self.dtype = compute_dtype(weight.dtype)
         self.layout = layout(mask, (weight.shape[0], weight.shape[1]), size)
         self.U = U.to(self.dtype)
-        self.V = V.to(self.dtype).index_select(1, self.layout.index)  # (r, columns of all strips)
+        self.V = V.to(self.dtype).index_select(1, self.layout.gather)  # (r, columns of all strips)
         self.weight, self.beta, self.size = weight, beta, size
 
     def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """Room for all strips."""
-        return buffers.get(name, (self.size * self.layout.index.numel(),), dtype, self.weight.device)
+        return buffers.get(name, (self.size * self.layout.gather.numel(),), dtype, self.weight.device)
 
     def of(self, strip: Strip, flat: Tensor) -> Tensor:
         """The place of a strip (rows, columns) in such a buffer."""
@@ -140,7 +140,7 @@ def linear_backward(
     dx = _dx(gy, x, by_column, size) if needs_input else gy.new_empty(0)
     if not needs_factors:
         return dx, dU, dV_strips
-    dV = by_strip.V.new_zeros(V.shape).index_add_(1, by_strip.layout.index, dV_strips)
+    dV = by_strip.V.new_zeros(V.shape).index_add_(1, by_strip.layout.gather, dV_strips)
     return dx, dU.mul_(beta), dV.mul_(beta)
 
 

@@ -72,7 +72,13 @@ class Blocks(Unstructured):
 
     def scores(self, scores: Tensor) -> Tensor:
         """float64 score of each block: the mean over the weights that it has."""
-        return self._sums(scores) / self._sums(torch.ones_like(scores))
+        (out, columns), (rows, width) = scores.shape, self.grid((scores.shape[0], scores.shape[1]))
+        if out % self.size or columns % self.size:
+            scores = pad(scores, (0, width * self.size - columns, 0, rows * self.size - out))
+        # float64: the order of the additions must not decide which block is pruned
+        sums = scores.view(rows, self.size, width, self.size).sum(3, dtype=torch.float64).sum(1)
+        heights, widths = ([min(self.size, n - i) for i in range(0, n, self.size)] for n in (out, columns))
+        return sums / sums.new_tensor(heights)[:, None] / sums.new_tensor(widths)
 
     def keep(self, scores: Tensor, num_pruned: int) -> Tensor:
         means = self.scores(scores)
@@ -81,12 +87,6 @@ class Blocks(Unstructured):
     def fits(self, kept: Tensor, num_pruned: int) -> bool:
         flags = kept[:: self.size, :: self.size]
         return int((~flags).sum()) == num_pruned and torch.equal(self._spread(flags, kept.shape), kept)
-
-    def _sums(self, values: Tensor) -> Tensor:
-        (out, columns), (rows, width) = values.shape, self.grid((values.shape[0], values.shape[1]))
-        whole = pad(values, (0, width * self.size - columns, 0, rows * self.size - out))
-        # float64: the order of the additions must not decide which block is pruned
-        return whole.view(rows, self.size, width, self.size).sum((1, 3), dtype=torch.float64)
 
     def _spread(self, flags: Tensor, shape: torch.Size) -> Tensor:
         rows = flags.repeat_interleave(self.size, 0)[: shape[0]]
