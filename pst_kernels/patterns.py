@@ -179,11 +179,11 @@ def _without_smallest_of(scores: Tensor, count: int) -> Tensor:
     size = scores.shape[1]
     if count == 0 or not scores.numel():
         return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    if size > COMPARED:
+    if size > COMPARED or bool(scores.isnan().any()):
         kept = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
         return kept.scatter_(1, torch.sort(scores, dim=1, stable=True).indices[:, :count], False)
-    # Sorting rows of four takes ten times as long as comparing their pairs, one column of all rows with another.
-    columns = _ordered(scores).t().contiguous()
+    # Sorting rows of four takes four times as long as comparing their pairs, a column of all rows with another.
+    columns = scores.t().contiguous()
     rank = torch.zeros(columns.shape, dtype=torch.int8, device=scores.device)
     for later in range(1, size):
         for earlier in range(later):
@@ -191,10 +191,3 @@ def _without_smallest_of(scores: Tensor, count: int) -> Tensor:
             rank[later] += first
             rank[earlier] += ~first
     return (rank >= count).t()
-
-
-def _ordered(scores: Tensor) -> Tensor:
-    """int32 in the order of fp32 scores: -0.0 equal to 0.0, every NaN last and equal."""
-    bits = (scores + 0.0).view(torch.int32)
-    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return torch.where(scores.isnan(), torch.iinfo(torch.int32).max, order)

@@ -61,11 +61,13 @@ def test_ties_go_by_index():
     assert torch.equal(groups, torch.tensor([False, False, True, True]).repeat(32, 12))
 
 
-@pytest.mark.parametrize("name", ["2:4", "5:20"])  # by comparing, by sorting
-def test_order_of_odd_scores(name):
+@pytest.mark.parametrize("name", ["2:4", "5:20"])  # ranked by comparing, by sorting
+@pytest.mark.parametrize("nan", [False, True])
+def test_order_of_odd_scores(name, nan):
     """As a stable argsort has it: -0.0 ties with 0.0, and NaN comes last, after infinity."""
     pattern = patterns.parse(name)
-    values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-40, -1e-40, -2.5])
+    odd = [float("nan")] if nan else []
+    values = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), 1e-40, -1e-40, -2.5, *odd])
     generator = torch.Generator().manual_seed(0)
     scores = values[torch.randint(len(values), (50, 40), generator=generator)]
     num_pruned = pattern.num_pruned_at((50, 40), pattern.sparsity)
