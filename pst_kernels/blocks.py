@@ -89,21 +89,19 @@ def side_by_side(matrix: Tensor, columns: Sequence[slice]) -> Tensor:
 def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float, size: int) -> Tensor:
     """y = x (M * W')^T + bias for a mask of blocks."""
     by_strip = StripWeights(weight, U, V, beta, mask, size)
-    bias = None if bias is None else bias.to(x.dtype)
     y = x.new_empty((x.shape[0], weight.shape[0]))
+    # One pass for the bias, or for zeros where nothing is kept, costs less than a small one in front of every product.
+    y.zero_() if bias is None else y.copy_(bias)
     flat = by_strip.buffer("strips", by_strip.dtype)
     for strip in by_strip.layout.strips:
-        out = y[:, strip.rows]
         if not strip.columns:
-            out.zero_() if bias is None else out.copy_(bias[strip.rows].expand_as(out))
             continue
-        right = by_strip.updated(strip, flat).to(x.dtype).t()
-        lefts = [x[:, one] for one in strip.columns]
+        out, right = y[:, strip.rows], by_strip.updated(strip, flat).to(x.dtype).t()
         if one_by_one(x, size):
-            rights = [right[place] for place in strip.places]
+            for columns, place in zip(strip.columns, strip.places, strict=True):
+                out.addmm_(x[:, columns], right[place])
         else:
-            lefts, rights = [side_by_side(x, strip.columns)], [right]
-        sum_of_products(lefts, rights, None if bias is None else bias[strip.rows], out)
+            out.addmm_(side_by_side(x, strip.columns), right)
     return y
 
 
@@ -145,13 +143,12 @@ def linear_backward(
 
 
 def _dx(gy: Tensor, x: Tensor, by_column: dict[int, list[tuple[slice, Tensor]]], size: int) -> Tensor:
-    dx = torch.empty_like(x)
-    for start in range(0, x.shape[1], size):
-        out, kept = dx[:, start : start + size], by_column.get(start)
-        if kept is None:
-            out.zero_()
-        elif one_by_one(x, size):
-            sum_of_products([gy[:, rows] for rows, _ in kept], [block for _, block in kept], None, out)
+    dx = torch.zeros_like(x)
+    for start, kept in by_column.items():
+        out = dx[:, start : start + size]
+        if one_by_one(x, size):
+            for rows, block in kept:
+                out.addmm_(gy[:, rows], block)
         else:
             stacked = torch.cat([block for _, block in kept], 0)
             torch.mm(side_by_side(gy, [rows for rows, _ in kept]), stacked, out=out)
@@ -161,14 +158,3 @@ def _dx(gy: Tensor, x: Tensor, by_column: dict[int, list[tuple[slice, Tensor]]],
 def one_by_one(x: Tensor, size: int) -> bool:
     """Whether to add up a product a block; 16-bit sums would be rounded after each."""
     return size >= THICK and x.element_size() > 2
-
-
-def sum_of_products(lefts: Sequence[Tensor], rights: Sequence[Tensor], bias: Tensor | None, out: Tensor) -> None:
-    """out = bias + the sum of left @ right; there is at least one."""
-    for i, (left, right) in enumerate(zip(lefts, rights, strict=True)):
-        if i > 0:
-            out.addmm_(left, right)
-        elif bias is None:
-            torch.mm(left, right, out=out)
-        else:
-            torch.addmm(bias, left, right, out=out)
