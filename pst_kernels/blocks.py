@@ -23,6 +23,7 @@ THICK = 64  # blocks of at least this size are multiplied one by one
 class Strip(NamedTuple):
     """The kept blocks of one row of blocks."""
 
+    number: int  # of the row of blocks
     rows: slice  # of W
     columns: list[slice]  # of W, one a block
     places: list[slice]  # the same blocks in the strip
@@ -46,7 +47,7 @@ def layout(mask: Tensor, shape: tuple[int, int], size: int) -> Layout:
         for one in kept:
             places.append(slice(end, end + one.stop - one.start))
             end = places[-1].stop
-        strips.append(Strip(slice(i * size, min((i + 1) * size, out)), kept, places, slice(start, start + end)))
+        strips.append(Strip(i, slice(i * size, min((i + 1) * size, out)), kept, places, slice(start, start + end)))
         start += end
     index = torch.arange(columns, device=mask.device).expand(len(strips), -1)
     return Layout(strips, index[flags.bool().repeat_interleave(size, 1)[:, :columns]])
@@ -61,6 +62,9 @@ class StripWeights:
         self.U = U.to(self.dtype)
         self.V = V.to(self.dtype).index_select(1, self.layout.gather)  # (r, columns of all strips)
         self.weight, self.beta, self.size = weight, beta, size
+        widths = [strip.place.stop - strip.place.start for strip in self.layout.strips]
+        # split at once: slices one by one cost as much as the small products that they are for
+        self.parts = list(zip(weight.split(size), self.U.split(size), self.V.split(widths, 1), strict=True))
 
     def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """Room for all strips."""
@@ -74,14 +78,14 @@ class StripWeights:
 
     def updated(self, strip: Strip, flat: Tensor) -> Tensor:
         """W' of a strip, made in its place in `flat`."""
-        weight = side_by_side(self.weight[strip.rows], strip.columns).to(self.dtype)
-        factors = self.U[strip.rows], self.V[:, strip.place]
-        return torch.addmm(weight, *factors, alpha=self.beta, out=self.of(strip, flat))
+        rows, U, V = self.parts[strip.number]
+        weight = side_by_side(rows, strip.columns).to(self.dtype)
+        return torch.addmm(weight, U, V, alpha=self.beta, out=self.of(strip, flat))
 
 
 def side_by_side(matrix: Tensor, columns: Sequence[slice]) -> Tensor:
     """Some columns of a matrix; a view where they are one run."""
-    if columns[-1].stop - columns[0].start == sum(one.stop - one.start for one in columns):
+    if len(columns) == 1 or columns[-1].stop - columns[0].start == sum(one.stop - one.start for one in columns):
         return matrix[:, columns[0].start : columns[-1].stop]
     return torch.cat([matrix[:, one] for one in columns], 1)
 
@@ -92,14 +96,14 @@ def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, b
     y = x.new_empty((x.shape[0], weight.shape[0]))
     # One pass for the bias, or for zeros where nothing is kept, costs less than a small one in front of every product.
     y.zero_() if bias is None else y.copy_(bias)
-    flat = by_strip.buffer("strips", by_strip.dtype)
-    for strip in by_strip.layout.strips:
+    flat, x_columns = by_strip.buffer("strips", by_strip.dtype), x.split(size, 1)
+    for strip, out in zip(by_strip.layout.strips, y.split(size, 1), strict=True):
         if not strip.columns:
             continue
-        out, right = y[:, strip.rows], by_strip.updated(strip, flat).to(x.dtype).t()
+        right = by_strip.updated(strip, flat).to(x.dtype).t()
         if one_by_one(x, size):
             for columns, place in zip(strip.columns, strip.places, strict=True):
-                out.addmm_(x[:, columns], right[place])
+                out.addmm_(x_columns[columns.start // size], right[place])
         else:
             out.addmm_(side_by_side(x, strip.columns), right)
     return y
@@ -133,8 +137,9 @@ def linear_backward(
                 torch.mm(gy[:, strip.rows].t(), side_by_side(x, strip.columns), out=G)
             Q = G.to(by_strip.dtype)
             Q = torch.addcmul(Q, Q, updated.abs()) if through_magnitude else Q
-            torch.mm(Q, by_strip.V[:, strip.place].t(), out=dU[strip.rows])
-            torch.mm(by_strip.U[strip.rows].t(), Q, out=dV_strips[:, strip.place])
+            _, U_rows, V_columns = by_strip.parts[strip.number]
+            torch.mm(Q, V_columns.t(), out=dU[strip.rows])
+            torch.mm(U_rows.t(), Q, out=dV_strips[:, strip.place])
     dx = _dx(gy, x, by_column, size) if needs_input else gy.new_empty(0)
     if not needs_factors:
         return dx, dU, dV_strips
