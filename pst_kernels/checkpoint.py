@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .files import replacing
-from .linear import FACTORS, PSTLayer, is_conv1d
+from .linear import FACTORS, PSTLayer, is_conv1d, refuse_meta, whole
 from .model import get_config, modules_to_save, pst_layers, replace_linear
 from .packing import WORD, packed_width, unpack_mask
 from .patterns import Pattern, parse
@@ -38,14 +38,17 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     """Write the adapter checkpoint of a converted model into a directory, which is made if need be.
 
     Saved are the factors, masks and pruned counts of every PST layer, the modules to save (the head, say) with their
-    buffers, and whatever else is trainable. Raises ValueError when the model has no PST layers.
+    buffers, and whatever else is trainable. Of a model sharded over processes every process must call this; each
+    gathers and writes the same files. Raises ValueError when the model has no PST layers.
     """
     config = _saved_config(model)
     layers = dict(pst_layers(model))
     names = _factor_shapes(layers, config).keys() | _trained_beside(model, layers, config)
     names |= {name for name, p in model.named_parameters() if p.requires_grad}
     state = model.state_dict()
-    tensors = {name: state[name].detach().contiguous().cpu().clone() for name in sorted(names)}
+    for name in names:
+        refuse_meta(name, state[name])
+    tensors = {name: whole(state[name]).detach().contiguous().cpu().clone() for name in sorted(names)}
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict())}
     with replacing(Path(directory) / ADAPTER_NAME) as temporary:
         save_file(tensors, temporary, metadata)
@@ -68,6 +71,10 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
         return _load_released(model, directory)
     tensors, config = _read(path)
     converted = dict(pst_layers(model))
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise RuntimeError(
+            "the model is sharded over processes; call load_pretrained before fully_shard or parallelize_module"
+        )
     layers: dict[str, Any] = converted or _without_duplicates(find_targets(model, config))
     _check_settings(converted, config, path)
     _check_fit(model, layers, config, tensors, path)

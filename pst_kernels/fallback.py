@@ -91,6 +91,11 @@ def prune_mask(
     return pack_mask(kept)
 
 
+def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
+    """Where `prune_mask` may put M * W' for the forward that follows; None where it cannot."""
+    return buffers.get("masked", weight.shape, dtype, weight.device) if weight.device.type == "cpu" else None
+
+
 def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     return UpdatedRows(weight, U, V, beta).masked_into(out, mask)

@@ -137,19 +137,18 @@ def masked_linear(
     for name, tensor in (("weight", weight), ("mask", mask), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move the layer or the input")
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    elif x.dtype != weight.dtype:
+    if x.dtype != weight.dtype and not _autocasts(x):
         raise TypeError(
             f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast"
         )
-    with _without_autocast(device_type):
+    x = x.to(operand_dtype(x))
+    with _without_autocast(x.device.type):
         y = _PSTLinear.apply(
             x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
             (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked, block_size, learn,
         )  # fmt: skip
-    return y.view(*x.shape[:-1], weight.shape[0])
+    # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
 
 class _PSTLinear(torch.autograd.Function):
@@ -191,8 +190,21 @@ class _PSTLinear(torch.autograd.Function):
         return dx if needs_input else None, None, dbias, *gradients, *[None] * 6
 
 
+def operand_dtype(x: Tensor) -> torch.dtype:
+    """What the product is computed in: x's own dtype, or autocast's."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.dtype != torch.float64 and _autocast(x.device.type)
+
+
+def _autocast(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to answer for meta
+
+
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.is_autocast_enabled(device_type):
+    if _autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()  # entering autocast costs as much as a small layer's forward
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from . import ops, patterns, refresh
 from .config import PSTConfig, check_sparsity
-from .functional import masked_linear, new_guess
+from .functional import masked_linear, new_guess, operand_dtype
 from .packing import packed_width, unpack_mask
+from .patterns import num_pruned_at as num_pruned_at
 
 FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 
@@ -68,6 +69,7 @@ class PSTLayer(nn.Module):
         self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
         self._seen = refresh.never_seen(1 + 1 + len(FACTORS))
         self._unmerged_weight: Tensor | None = None
+        self._shards: Any = None
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(config.train_bias)
@@ -120,9 +122,28 @@ class PSTLayer(nn.Module):
 
     @property
     def mask(self) -> Tensor:
-        """bool (out, in), True for kept weights; up to date."""
+        """bool (out, in), True for kept weights; up to date. Of a tensor parallel layer every process must ask."""
         self.refresh_mask()
-        return unpack_mask(self.pst_mask, self.oriented_weight.shape[1])
+        return unpack_mask(self._whole_mask(), self.oriented_weight.shape[1])
+
+    def _tensor_parallel(self) -> Any:
+        """How the weight is cut (`parallel.Shards`), or None. `parallelize_module` makes the buffers DTensors, as
+        `fully_shard` does not.
+        """
+        count = self.pst_num_pruned
+        if self._shards is None and type(count) is not Tensor and hasattr(count, "device_mesh"):
+            from . import parallel  # torch.distributed.tensor, which most programs need not load
+
+            if type(self.pattern) is not patterns.Unstructured:
+                raise RuntimeError(
+                    f"pattern={self.config.pattern!r} does not run under tensor parallelism; use pattern='unstructured'"
+                )
+            self._shards = parallel.take_over(self)
+        return self._shards
+
+    def _whole_mask(self) -> Tensor:
+        shards = self._tensor_parallel()
+        return self.pst_mask if shards is None else shards.whole_mask(self.pst_mask)
 
     def refresh_mask(self, force: bool = False) -> None:
         """Compute the mask if it is due, or now if `force`. A merged layer's mask stays as it was merged."""
@@ -130,6 +151,9 @@ class PSTLayer(nn.Module):
             return
         if force:
             refresh.mark_stale(self._seen)
+        if (shards := self._tensor_parallel()) is not None:
+            shards.refresh(self)
+            return
         with torch.no_grad():
             self._refresh_if_due()
 
@@ -166,10 +190,18 @@ class PSTLayer(nn.Module):
         """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
         if self.merged:
             return self.oriented_weight.detach().clone()
+        if self._tensor_parallel() is not None:
+            self._refuse_sharded()
         self.refresh_mask()
         weight, U, V = map(whole, (self.oriented_weight, *self.factors[:2]))
         with torch.no_grad():
             return ops.masked_weight(weight, U, V, self.pst_mask, float(self.config.beta), self.weight.dtype)
+
+    def _refuse_sharded(self) -> None:
+        raise RuntimeError(
+            "the weight is sharded over processes and cannot be merged there;"
+            " load the saved state into a model of one process, and merge that"
+        )
 
     def merge(self, safe_merge: bool = False) -> None:
         """Put M * W' in the weight's place, for inference; a second call does nothing.
@@ -180,10 +212,8 @@ class PSTLayer(nn.Module):
         if self.merged:
             return
         if hasattr(self.weight, "full_tensor"):
-            raise RuntimeError(
-                "the weight is sharded over processes and cannot be merged there;"
-                " load the saved state into a model of one process, and merge that"
-            )
+            self._refuse_sharded()
+        refuse_meta("the weight", self.weight)
         merged = self.masked_weight()
         if safe_merge:
             check_finite(merged, "the merged weight", "lower the learning rate, or merge an earlier checkpoint")
@@ -203,11 +233,12 @@ class PSTLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self._merged_forward(x)
-        kind, config = x.device.type, self.config
+        if (shards := self._tensor_parallel()) is not None:
+            return shards.forward(self, x)
+        config = self.config
         masked = block_size = learn = None
         if type(self.pattern) is patterns.Unstructured:
-            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-            masked = ops.refresh_with_weight(dtype, *self._mask_state())
+            masked = ops.refresh_with_weight(x, operand_dtype(x), *self._mask_state())
         else:
             self.refresh_mask()
         if isinstance(self.pattern, patterns.Blocks):
@@ -227,11 +258,15 @@ class PSTLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._unmerged_weight is not None:  # a state dict always describes the unmerged layer
             destination[f"{prefix}weight"] = self._unmerged_weight
+        if self._shards is not None:
+            destination[f"{prefix}pst_mask"] = self._whole_mask()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         if self.merged and f"{prefix}weight" in state_dict:
             errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
             return
+        if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
+            state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.after_load(with_mask=f"{prefix}pst_mask" in state_dict)
 
@@ -319,6 +354,15 @@ def whole(tensor: Any) -> Tensor:
     if type(tensor) in (nn.Parameter, Tensor):  # asked for every layer and step, and hasattr is slow to say no
         return tensor
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def refuse_meta(what: str, tensor: Tensor) -> None:
+    """Raise RuntimeError for a tensor that holds no data."""
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"{what} is on the meta device: offloaded (device_map, CPU or disk offload) or never loaded; bring the"
+            " model into memory first, with accelerate.hooks.remove_hook_from_submodules(model) for instance"
+        )
 
 
 def check_finite(weight: Tensor, what: str, remedy: str) -> None:

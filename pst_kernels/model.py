@@ -13,7 +13,7 @@ from torch import nn
 
 from . import ops
 from .config import PSTConfig, matches
-from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d
+from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d, refuse_meta
 from .targets import find_targets, head_modules, parameter_uses
 
 logger = logging.getLogger("pst_kernels")
@@ -216,6 +216,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
                 f"the weight of {name} is shared with another module, which merging would change;"
                 " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
             )
+        refuse_meta(f"the weight of {name}", layer.weight)
         if safe_merge:
             remedy = "lower the learning rate, or merge an earlier checkpoint"
             check_finite(layer.masked_weight(), f"the merged weight of {name}", remedy)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import blocks, env, fallback, patterns, refresh
 from .packing import pack_mask, packed_width
-from .rows import buffers, compute_dtype
+from .rows import compute_dtype
 
 logger = logging.getLogger("pst_kernels")
 NAMESPACE = "pst_kernels"
@@ -93,22 +93,27 @@ def _fake_backward(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, throug
 
 @torch.no_grad()
 def refresh_with_weight(
-    dtype: torch.dtype, weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2
-) -> Tensor | None:
-    """`refresh_mask` in front of a forward: where the mask is due, M * W' comes from the same pass.
+    x: Tensor, dtype: torch.dtype,
+    weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2,
+) -> Tensor | None:  # fmt: skip
+    """`refresh_mask` in front of a forward of x: where the mask is due, M * W' comes from the same pass.
 
-    Returns it in `dtype`, in a scratch buffer that the next layer overwrites; None where the mask was not due, and
-    where only the op can do it: under a compiler, for tensors of other kinds, and for other backends than the CPU's.
+    Returns it in `dtype`, in a scratch buffer that the next layer overwrites; None where the mask was not due, where
+    the forward has no use for it, and where only the op can do it: under a compiler and for tensors of other kinds.
     """
     factors = (weight, U, V, A, B, R, C)
-    plain = type(weight) in (Tensor, torch.nn.Parameter) and weight.device.type == "cpu"
-    if torch.compiler.is_compiling() or not plain or _implementation("cpu") is not fallback:
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point():
         refresh_mask(*factors, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2)
         return None
     if not refresh.is_due(seen, num_pruned, factors, interval):
         return None
-    masked = buffers.get("masked", weight.shape, dtype, weight.device)
-    mask.copy_(fallback.prune_mask(*factors, num_pruned, guess, beta, alpha1, alpha2, masked))
+    if any(t.device != weight.device for t in (x, *factors)):
+        refresh.mark_stale(seen)  # the forward is about to say which tensor has to be moved
+        return None
+    kernels = _implementation(weight.device.type)
+    tokens = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
+    masked = kernels.forward_scratch(tokens, dtype, weight, V.shape[0])
+    mask.copy_(kernels.prune_mask(*factors, num_pruned, guess, beta, alpha1, alpha2, masked))
     return masked
 
 

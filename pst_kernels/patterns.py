@@ -24,6 +24,11 @@ BLOCK_SIZES = (16, 32, 64, 128)
 COMPARED = 16  # groups up to this size are ranked by comparing pairs, larger ones by sorting
 
 
+def num_pruned_at(numel: int, sparsity: float) -> int:
+    """How many of `numel` weights are pruned at a sparsity: rounded down, as in the paper's release."""
+    return int(numel * sparsity)
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """Every weight for itself. The other patterns differ from it as their methods say."""
@@ -36,8 +41,8 @@ class Unstructured:
         return None
 
     def num_pruned_at(self, shape: Shape, sparsity: float) -> int:
-        """What `pst_num_pruned` holds at a sparsity: how many weights are pruned, rounded down as in the release."""
-        return int(math.prod(shape) * sparsity)
+        """What `pst_num_pruned` holds at a sparsity: how many weights are pruned."""
+        return num_pruned_at(math.prod(shape), sparsity)
 
     def weights_pruned(self, shape: Shape, num_pruned: int) -> int | None:
         """How many weights that is; None when it depends on the mask."""
@@ -64,7 +69,7 @@ class Blocks(Unstructured):
         return -(-shape[0] // self.size), -(-shape[1] // self.size)
 
     def num_pruned_at(self, shape: Shape, sparsity: float) -> int:
-        return int(math.prod(self.grid(shape)) * sparsity)
+        return num_pruned_at(math.prod(self.grid(shape)), sparsity)
 
     def weights_pruned(self, shape: Shape, num_pruned: int) -> int | None:
         ragged = shape[0] % self.size or shape[1] % self.size

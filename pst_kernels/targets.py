@@ -147,6 +147,11 @@ def _check(model: nn.Module, name: str, module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         raise TypeError(f"{name} is parametrised; remove the parametrisation first, or {exclude}")
     weight = module.weight
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            f"{name} has a weight of type {type(weight).__qualname__}, sharded over processes already; call"
+            " replace_linear before fully_shard or parallelize_module"
+        )
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
         raise TypeError(
             f"{name} has a weight of type {type(weight).__qualname__} and dtype {weight.dtype}; quantised or otherwise"

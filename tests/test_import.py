@@ -168,7 +168,7 @@ def test_layers_have_the_promised_parts():
         {"sparsity": 0.5, "target_modules": ["query"], "exclude_modules": r".*\.0\..*", "modules_to_save": ("a", "b")},
         {"adapter_dtype": torch.bfloat16, "target_modules": {"b", "a"}, "mask_interval": 4, "train_bias": True},
     ],
-    ids=str,
+    ids=["defaults", "lists", "sets"],  # not str: the order of a set differs between pytest-xdist's workers
 )
 def test_config_round_trips(settings, tmp_path):
     config = pst.PSTConfig(**settings)

@@ -1,23 +1,83 @@
-"""The README's quick start runs, and prints what the README says."""
+"""The README's quick starts run, and print what the README says; troubleshooting quotes real messages."""
 
+from __future__ import annotations
+
+import ast
 import contextlib
+import importlib.util
 import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 
-README = Path(__file__).parent.parent / "README.md"
+import pst_kernels as pst
+
+ROOT = Path(__file__).parent.parent
+README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
+OTHER_LIBRARIES = ("torch.amp.grad_scaler", "torch.utils.checkpoint", "peft.utils.peft_types")
 
 
-def test_quick_start(tmp_path, monkeypatch):
-    blocks = re.findall(r"```(python|text)\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    code, printed = (next(text for kind, text in blocks if kind == wanted) for wanted in ("python", "text"))
+def blocks(kind: str) -> list[str]:
+    found = re.findall(r"```(python|text)\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
+    return [text for block, text in found if block == kind]
+
+
+def test_plain_loop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        exec(compile(code, str(README), "exec"), {})
-    assert output.getvalue() == printed
+        exec(compile(blocks("python")[0], str(README), "exec"), {})
+    assert output.getvalue() == blocks("text")[0]
     assert (tmp_path / "runs/adapter/pst_adapter.safetensors").is_file()
     assert (tmp_path / "runs/merged/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trainer(tmp_path, processes):
+    """The same file alone and under torchrun."""
+    pytest.importorskip("accelerate")
+    (tmp_path / "train.py").write_text(blocks("python")[1])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *launcher, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=150, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(blocks("text")[1])
+    assert done.stdout.count("trainable params") == 1
+
+
+def messages(source: str) -> list[str]:
+    """Every string of a module, those in several pieces joined, with … for what is filled in."""
+
+    def text(node: ast.AST) -> str:
+        if isinstance(node, ast.JoinedStr):
+            return "".join(map(text, node.values))
+        return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else "…"
+
+    return [text(node) for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.JoinedStr, ast.Constant))]
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    ours, theirs = TROUBLESHOOTING.read_text(encoding="utf-8").split("## Messages of other libraries")
+    package = Path(pst.__file__).parent
+    said = [m for path in package.rglob("*.py") for m in messages(path.read_text(encoding="utf-8"))]
+    quoted = re.findall(r"^\| `(.+?)` \|", ours, re.M)
+    assert len(quoted) > 20
+    missing = [quote for quote in quoted if not any(quote.strip("… ") in message for message in said)]
+    assert not missing
+    said = []
+    for name in OTHER_LIBRARIES:
+        if importlib.util.find_spec(name.partition(".")[0]):
+            said += messages(Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8"))
+    quoted = re.findall(r"^\| `(.+?)` \|", theirs, re.M)
+    assert len(quoted) == 3
+    if importlib.util.find_spec("peft"):
+        assert not [quote for quote in quoted if not any(quote in message for message in said)]

@@ -114,10 +114,10 @@ def train_step(model: nn.Module, batch: dict[str, Tensor], lr: float = 1e-2) -> 
     return loss.detach()
 
 
-def seeded(family: str = "bert") -> nn.Module:
+def seeded(family: str = "bert", **changes) -> nn.Module:
     """The same dense toy model at every call, in eval mode: a pretrained base."""
     torch.manual_seed(0)
-    return FAMILIES[family]().eval()
+    return FAMILIES[family](**changes).eval()
 
 
 def trained(family: str = "bert", **settings) -> nn.Module:

@@ -95,7 +95,8 @@ class MarkComplete(TrainerCallback):
     """Marks a checkpoint of the trainer, which writes it in place, once it is whole."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
+        if state.is_world_process_zero:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
 
 
 def newest_checkpoint(folder: Path, steps: int) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, write_json
+from . import processes
 from .data import Dataset, load
 from .settings import METHODS, Settings, from_arguments
 
@@ -38,6 +39,8 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"pst-kernels finetune: interrupted{again}", file=sys.stderr)
         return 130
+    if not processes.is_first():
+        return 0
     from . import report
 
     report.draw_curves(settings.folder / "curves.png", results)
@@ -53,6 +56,19 @@ def main(args: argparse.Namespace) -> int:
 def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
     """Everything that can be wrong before training is found here, before anything is written."""
     folder = settings.folder
+    if settings.batch_size % processes.count():
+        raise ValueError(
+            f"--batch-size {settings.batch_size} must be a multiple of the {processes.count()} processes, which share"
+            " each batch evenly"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "the job shares batches, not weights, among processes; launch it without FSDP, with"
+            " configs/accelerate_ddp.yaml or torchrun"
+        )
+    if not processes.is_first():  # the first process sees to the folder
+        _stay_offline(settings)
+        return _load(settings)
     existing = [name for name in PRODUCTS if (folder / name).exists()]
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"--output {folder} is a file; give a folder")
@@ -61,15 +77,11 @@ def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
             f"--output {folder} holds a run already ({', '.join(existing)}); go on with --resume,"
             " start anew with --overwrite, or give another folder"
         )
-    train, validation, test = (
-        Path(name) if name else None for name in (settings.train_file, settings.validation_file, settings.test_file)
-    )
-    dataset = load(train, validation, test, settings.text_column, settings.label_column, settings.seed)
+    dataset = _load(settings)
     print(dataset.summary())
     from . import models
 
-    if Path(models.model_name(settings)).is_dir():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing of a local model needs the network; inherited by the training
+    _stay_offline(settings)
     models.check(settings, dataset.labels)
     run = {"settings": settings.fixed(), "data": dataset.fingerprint()}
     if resume and (folder / STATE / RUN).is_file():
@@ -82,6 +94,21 @@ def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         write_json(folder / STATE / RUN, run)
     return dataset
+
+
+def _stay_offline(settings: Settings) -> None:
+    """Nothing of a local model needs the network; the training process inherits the variable."""
+    from . import models
+
+    if Path(models.model_name(settings)).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _load(settings: Settings) -> Dataset:
+    train, validation, test = (
+        Path(name) if name else None for name in (settings.train_file, settings.validation_file, settings.test_file)
+    )
+    return load(train, validation, test, settings.text_column, settings.label_column, settings.seed)
 
 
 def _check_same(now: dict[str, Any], before: dict[str, Any], folder: Path) -> None:
@@ -104,7 +131,7 @@ def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     results = {}
     for method in settings.methods:
         result = read_result(work, method)
-        if result is None:
+        if result is None or processes.count() > 1:  # of several, the first one's look at the folder decides
             # spawn, not fork: a fresh process, whose memory is that of its own method
             process = multiprocessing.get_context("spawn").Process(
                 target=_child, args=(method, settings, dataset, work), name=method

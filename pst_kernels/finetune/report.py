@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .. import env
 from ..files import replacing, write_json
+from . import processes
 from .data import Dataset
 from .lines import LINES, heading
 from .settings import Settings
@@ -47,6 +48,7 @@ def write_results(path: Path, results: Mapping[str, Result], settings: Settings,
             "history": {method: result.history for method, result in results.items()},
             "settings": dataclasses.asdict(settings),
             "seed": settings.seed,
+            "processes": processes.count(),
             "data": {"labels": dataset.labels, "fingerprint": dataset.fingerprint(), **dataset.counts},
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "machine": env.machine(),

@@ -1,7 +1,7 @@
 """One method, start to end: train with `transformers.Trainer`, save, and judge what was saved.
 
-`run` is called in a process of its own, so that the peak memory of one method is not hidden by the other's. A kill
-at any moment leaves whole checkpoints only.
+`run` is called in a process of its own, so that the peak memory of one method is not hidden by the other's. Under
+torchrun the processes share each batch, and the first one writes. A kill at any moment leaves whole checkpoints only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .. import PSTCallback, PSTConfig, merge_and_unload, replace_linear, save_pr
 from ..files import write_json
 from ..linear import FACTORS
 from ..targets import find_targets, head_modules
-from . import models
+from . import models, processes
 from .callbacks import MarkComplete, Progress, Recorder, StopOnNaN, newest_checkpoint
 from .data import Dataset, Example
 from .measure import count_zeros, memory_mb, weights_mb
@@ -42,10 +42,23 @@ class Result:
     history: dict[str, list] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """Of the model before it is trained."""
+
+    base_mb: float  # memory of the process before the model was loaded
+    model_numel: int
+    trainable: int
+    layers: dict[str, int]  # name -> numel of what PST prunes
+
+
 def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
     """Train `method`, write its checkpoints below `settings.folder`, and `<work>/<method>.json` when all is done."""
     transformers.logging.set_verbosity_error()  # it warns that the head is new, which is the point
     transformers.logging.disable_progress_bar()
+    processes.form_group(method)
+    if processes.first_says(read_result(work, method) is not None):
+        return
     base_mb = memory_mb(peak=False)
     tokenizer = models.load_tokenizer(settings)
     # One seed before both methods, so both start from the same head.
@@ -61,12 +74,26 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
     if method == "pst":
         model = replace_linear(model, config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts = Facts(base_mb, dense_numel, trainable, layers)
 
     checkpoints = work / method
     trainer, recorder = _trainer(method, settings, dataset, model, tokenizer, checkpoints)
-    trainer.train(resume_from_checkpoint=newest_checkpoint(checkpoints, settings.steps))
-    peak_mb = max([memory_mb(peak=True), *(entry["peak_mb"] for entry in recorder.entries(trainer.state.log_history))])
+    with trainer.args.main_process_first():  # it also removes half-written checkpoints
+        newest = newest_checkpoint(checkpoints, settings.steps)
+    trainer.train(resume_from_checkpoint=newest)
+    if processes.is_first():
+        entries = recorder.entries(trainer.state.log_history)
+        _save_and_judge(method, settings, dataset, work, trainer, tokenizer, entries, facts)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    processes.wait_for_all()
 
+
+def _save_and_judge(
+    method: str, settings: Settings, dataset: Dataset, work: Path, trainer: transformers.Trainer, tokenizer: Any,
+    steps: Sequence[dict[str, Any]], facts: Facts,
+) -> None:  # fmt: skip
+    """Write the trained model, and `<work>/<method>.json` about what was written."""
+    peak_mb = max([memory_mb(peak=True), *(entry["peak_mb"] for entry in steps)])
     trained_model: Any = trainer.model
     trained = _predict(trained_model, tokenizer, dataset.test, settings)
     final = settings.folder / method
@@ -82,26 +109,26 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
         checkpoint_mb = weights_mb(whole)
 
     saved = _predict(models.load_saved(whole), tokenizer, dataset.test, settings)
-    zeros = count_zeros(whole, layers)
-    steps = recorder.entries(trainer.state.log_history)
+    zeros = count_zeros(whole, facts.layers)
+    prunable = sum(facts.layers.values())
     result = Result(
         row={
             "method": method,
             "test_accuracy": _accuracy(saved, dataset.test, dataset.labels),
             "zeros_pruned": zeros.pruned_share,
             "zeros_model": zeros.model_share,
-            "trainable": trainable,
+            "trainable": facts.trainable,
             "step_ms": statistics.median(entry["step_ms"] for entry in steps),
             "peak_mb": peak_mb,
             "checkpoint_mb": checkpoint_mb,
         },
         details={
-            "model_numel": dense_numel,
-            "prunable_numel": sum(layers.values()),
-            "trainable_of_model": trainable / dense_numel,
+            "model_numel": facts.model_numel,
+            "prunable_numel": prunable,
+            "trainable_of_model": facts.trainable / facts.model_numel,
             # movement pruning trains every weight, and a score for every prunable one
-            "trainable_of_movement": trainable / (dense_numel + sum(layers.values())),
-            "memory_before_model_mb": base_mb,
+            "trainable_of_movement": facts.trainable / (facts.model_numel + prunable),
+            "memory_before_model_mb": facts.base_mb,
             "saved_model_mb": weights_mb(whole),
             "saved_and_trained_agree": bool((saved.argmax(1) == trained.argmax(1)).all()),
             "saved_and_trained_max_difference": float(np.abs(saved - trained).max()),
@@ -112,7 +139,6 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
     shutil.rmtree(final, ignore_errors=True)
     building.rename(final)
     write_json(work / f"{method}.json", {"row": result.row, "details": result.details, "history": result.history})
-    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def read_result(work: Path, method: str) -> Result | None:
@@ -135,7 +161,7 @@ def _trainer(
     arguments = transformers.TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // processes.count(),
         per_device_eval_batch_size=EVALUATION_BATCH,
         lr_scheduler_type="linear",
         weight_decay=0.0,
@@ -150,10 +176,24 @@ def _trainer(
         seed=settings.seed,
         data_seed=settings.seed,
         report_to=[],
+        # said outright, because Accelerate otherwise takes several processes on CPUs for one
+        use_cpu=not torch.accelerator.is_available(),
+        # else the trainer multiplies the loss by the number of processes, expecting the model to divide it by the texts
+        # of all, which sequence classifiers do not do
+        average_tokens_across_devices=False,
+        # every factor is used in every forward; a dense model may have weights that are not
+        ddp_find_unused_parameters=False if method == "pst" else None,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
     )
-    callbacks = [*([PSTCallback()] if method == "pst" else []), recorder, Progress(method), StopOnNaN(), MarkComplete()]
+    if arguments.world_size != processes.count():
+        raise RuntimeError(
+            f"Accelerate sees {arguments.world_size} processes, torchrun started {processes.count()}; start the job"
+            " with torchrun or accelerate launch, and without other ACCELERATE_ variables"
+        )
+    callbacks = [*([PSTCallback()] if method == "pst" else []), recorder, StopOnNaN(), MarkComplete()]
+    if processes.is_first():
+        callbacks.append(Progress(method))
     trainer = transformers.Trainer(
         model=model,
         args=arguments,

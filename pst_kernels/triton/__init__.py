@@ -2,8 +2,8 @@
 
 from .gradients import linear_backward
 from .mask import masked_weight, prune_mask
-from .matmul import linear_forward
+from .matmul import forward_scratch, linear_forward
 from .score import scores
 from .select import kth_value
 
-__all__ = ["kth_value", "linear_backward", "linear_forward", "masked_weight", "prune_mask", "scores"]
+__all__ = ["forward_scratch", "kth_value", "linear_backward", "linear_forward", "masked_weight", "prune_mask", "scores"]

@@ -11,6 +11,14 @@ products in fp32, reduced by tensor cores as pairs of bf16 that hold 16 bits of 
 fp32).
 
 For very many tokens the library makes G in the shared scratch buffer, and the same kernel reads it instead.
+
+Bytes a weight beyond x and gy, with tiles of R x C, 16-bit W, r ranks of each kind in fp32: 2 + 1/8 for W and mask,
+8 r (1/R + 1/C) for the factors, 4 (2 r + 1) (1/R + 1/C) for the sums and as much to add them up, and the gradients
+themselves. R = C = 128 and r = 8: 2.125 + 1 + 2 * 1.0625 = 5.25, and 0.2 for the gradients of a 512 x 1024 matrix. If
+one program walked all its tiles, only the factors and gradients would be left, 2.51. But 512 x 1024 has 32 tiles for
+the 132 multiprocessors of an H100: a walk over n of them takes n times as long, which with 1,024 tokens is 7 us a tile,
+and the 2.9 bytes that are saved at most are 0.5 us of the device's bandwidth. With many more tiles than multiprocessors
+a walk would cost nothing; but every form of it that was tried with the 128 x 128 tile spilled hundreds of bytes.
 """
 
 from __future__ import annotations
@@ -54,15 +62,22 @@ def split(b, FAST: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def product(b_high, b_low, b_right, b_sum, FAST: tl.constexpr, SPLIT: tl.constexpr):
-    """b_sum + (b_high + b_low) b_right, to about 16 bits with FAST, else b_sum + b_high b_right in fp32."""
-    b_right_high, b_right_low = split(b_right, FAST, SPLIT)
+def product_of_pairs(b_high, b_low, b_right_high, b_right_low, b_sum, FAST: tl.constexpr, EXACT: tl.constexpr = False):
+    """`product` with a right operand that is split already; EXACT: whose low part is zero, for it was bf16."""
     if FAST:
         b_sum = tl.dot(b_low, b_right_high, b_sum)
-        b_sum = tl.dot(b_high, b_right_low, b_sum)
+        if not EXACT:
+            b_sum = tl.dot(b_high, b_right_low, b_sum)
         return tl.dot(b_high, b_right_high, b_sum)
     else:
         return tl.dot(b_high, b_right_high, b_sum, input_precision="ieee")
+
+
+@triton.jit
+def product(b_high, b_low, b_right, b_sum, FAST: tl.constexpr, SPLIT: tl.constexpr):
+    """b_sum + (b_high + b_low) b_right, to about 16 bits with FAST, else b_sum + b_high b_right in fp32."""
+    b_right_high, b_right_low = split(b_right, FAST, SPLIT)
+    return product_of_pairs(b_high, b_low, b_right_high, b_right_low, b_sum, FAST)
 
 
 @triton.jit
@@ -169,6 +184,45 @@ def reduce_tile(
         )
 
 
+@triton.jit
+def stacked_left(p_u, p_a, beta, m_rows, RANK_W: tl.constexpr, RANK_S: tl.constexpr, ROWS: tl.constexpr):
+    """[beta U, A] of a tile's rows, fp32 (ROWS, 16), zero past the last rank."""
+    r = tl.arange(0, ROWS)
+    k = tl.arange(0, 16)
+    m_u = m_rows[:, None] & (k < RANK_W)[None, :]
+    m_a = m_rows[:, None] & ((k >= RANK_W) & (k < RANK_W + RANK_S))[None, :]
+    b_u = tl.load(p_u + (r[:, None] * RANK_W + k[None, :]), mask=m_u, other=0.0).to(tl.float32)
+    b_a = tl.load(p_a + (r[:, None] * RANK_S + (k - RANK_W)[None, :]), mask=m_a, other=0.0).to(tl.float32)
+    return b_u * beta + b_a
+
+
+@triton.jit
+def stacked_right(
+    p_v, p_b, m_columns, columns, RANK_W: tl.constexpr, RANK_S: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """[V; B] of a tile's columns, fp32 (16, COLUMNS), zero past the last rank."""
+    c = tl.arange(0, COLUMNS)
+    k = tl.arange(0, 16)
+    m_v = (k < RANK_W)[:, None] & m_columns[None, :]
+    m_b = ((k >= RANK_W) & (k < RANK_W + RANK_S))[:, None] & m_columns[None, :]
+    b_v = tl.load(p_v + (k[:, None] * columns + c[None, :]), mask=m_v, other=0.0).to(tl.float32)
+    b_b = tl.load(p_b + ((k - RANK_W)[:, None] * columns + c[None, :]), mask=m_b, other=0.0).to(tl.float32)
+    return b_v + b_b
+
+
+@triton.jit
+def gate(b_updated, p_mask, words, r_in, w_in, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """M, or with THROUGH M + |W'|, in fp32."""
+    c = tl.arange(0, COLUMNS)
+    b_words = tl.load(p_mask + (r_in[:, None] * words + w_in[None, :]))
+    b_word = tl.broadcast_to(b_words[:, :, None], (ROWS, COLUMNS // 32, 32))
+    b_word = tl.reshape(b_word, (ROWS, COLUMNS))
+    b_gate = ((b_word >> (c % 32 // 2 + c % 2 * 16)[None, :]) & 1).to(tl.float32)
+    if THROUGH:
+        b_gate += tl.abs(b_updated)
+    return b_gate
+
+
 @triton.jit(do_not_specialize=["tokens", "share"])
 def factor_gradients_kernel(
     p_gy, p_x, p_g, p_weight, p_u, p_v, p_a, p_b, p_mask, p_row_sums, p_column_sums,
@@ -176,6 +230,7 @@ def factor_gradients_kernel(
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     GIVEN: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    STACK: tl.constexpr,
 ):  # fmt: skip
     """One tile's share of all six sums; the grid is (column tiles, row tiles, shares of the tokens).
 
@@ -214,52 +269,85 @@ def factor_gradients_kernel(
     else:
         p_weight += i_rows * stride + i_columns
         b_weight = tl.load(p_weight + (r_in[:, None] * stride + c_in[None, :])).to(tl.float32)
-    MANY: tl.constexpr = RANK_W > WIDTH or RANK_S >= WIDTH
-    b_updated = b_weight
-    for first in tl.range(0, RANK_W, WIDTH, num_stages=1):
-        k = first + tl.arange(0, WIDTH)
-        m_v = (k < RANK_W)[:, None] & m_columns[None, :]
-        b_v = tl.load(p_v + i_columns + (k[:, None] * columns + c[None, :]), mask=m_v, other=0.0).to(tl.float32)
-        m_u = m_rows[:, None] & (k < RANK_W)[None, :]
-        b_u = tl.load(p_u + (r[:, None] * RANK_W + k[None, :]), mask=m_u, other=0.0).to(tl.float32) * beta
-        b_u_high, b_u_low = split(b_u, FAST, SPLIT)
-        b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
+    if STACK:
+        # All ranks of a kind side by side in one operand, which is loaded and split once. Each product has the other
+        # kind's half zeroed, so that dU and dA are two halves of one accumulator, and so are dV and dB.
+        k = tl.arange(0, 16)
+        of_weight = k < RANK_W
+        EXACT: tl.constexpr = p_v.dtype.element_ty == tl.bfloat16 and p_b.dtype.element_ty == tl.bfloat16
+        b_right = stacked_right(p_v + i_columns, p_b + i_columns, m_columns, columns, RANK_W, RANK_S, BLOCK_COLUMNS)
+        b_right_high, b_right_low = split(b_right, FAST, SPLIT)
+        b_left = stacked_left(p_u, p_a, beta, m_rows, RANK_W, RANK_S, BLOCK_ROWS)
+        b_left_high, b_left_low = split(b_left, FAST, SPLIT)
+        b_u_high = tl.where(of_weight[None, :], b_left_high, 0.0)
+        b_u_low = tl.where(of_weight[None, :], b_left_low, 0.0)
+        b_updated = product_of_pairs(b_u_high, b_u_low, b_right_high, b_right_low, b_weight, FAST, EXACT)
 
-    b_da = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
-    if rows > 0:  # always: a branch keeps the compiler from holding the operands of D's and Q's products at once
-        b_high, b_low = split(b_g * b_updated, FAST, SPLIT)
-        p_sums = p_column_sums + tl.full([], RANK_W, tl.int64) * columns
+        b_row_sum = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+        b_sum = tl.zeros((BLOCK_COLUMNS, 16), tl.float32)
+        b_d = b_g * b_updated
+        tl.store(p_row_sums + (r * RANKS + (RANK_W + RANK_S)), tl.sum(b_d, 1), mask=m_rows)
+        p_dc = p_column_sums + tl.full([], RANK_W + RANK_S, tl.int64) * columns
+        tl.store(p_dc + c, tl.sum(b_d, 0), mask=m_columns)
+        b_high, b_low = split(b_d, FAST, SPLIT)
+        b_b_high = tl.where(of_weight[:, None], 0.0, b_right_high)
+        b_b_low = tl.where(of_weight[:, None], 0.0, b_right_low)
+        b_row_sum = product_of_pairs(b_high, b_low, tl.trans(b_b_high), tl.trans(b_b_low), b_row_sum, FAST, EXACT)
+        b_a_high = tl.where(of_weight[None, :], 0.0, b_left_high)
+        b_a_low = tl.where(of_weight[None, :], 0.0, b_left_low)
+        b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_a_high, b_a_low, b_sum, FAST)
+        if columns > 0:  # always: a branch keeps the compiler from holding the operands of D's and Q's products at once
+            b_gate = gate(b_updated, p_mask + i_columns // 32, words, r_in, w_in, THROUGH, BLOCK_ROWS, BLOCK_COLUMNS)
+            b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
+            b_v_high = tl.where(of_weight[:, None], b_right_high, 0.0)
+            b_v_low = tl.where(of_weight[:, None], b_right_low, 0.0)
+            b_row_sum = product_of_pairs(b_high, b_low, tl.trans(b_v_high), tl.trans(b_v_low), b_row_sum, FAST, EXACT)
+            b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_u_high, b_u_low, b_sum, FAST)
+        exists = k < RANK_W + RANK_S
+        tl.store(p_column_sums + (k[None, :] * columns + c[:, None]), b_sum, mask=exists[None, :] & m_columns[:, None])
+        tl.store(p_row_sums + (r[:, None] * RANKS + k[None, :]), b_row_sum, mask=m_rows[:, None] & exists[None, :])
+    else:
+        MANY: tl.constexpr = RANK_W > WIDTH or RANK_S >= WIDTH
+        b_updated = b_weight
+        for first in tl.range(0, RANK_W, WIDTH, num_stages=1):
+            k = first + tl.arange(0, WIDTH)
+            m_v = (k < RANK_W)[:, None] & m_columns[None, :]
+            b_v = tl.load(p_v + i_columns + (k[:, None] * columns + c[None, :]), mask=m_v, other=0.0).to(tl.float32)
+            m_u = m_rows[:, None] & (k < RANK_W)[None, :]
+            b_u = tl.load(p_u + (r[:, None] * RANK_W + k[None, :]), mask=m_u, other=0.0).to(tl.float32) * beta
+            b_u_high, b_u_low = split(b_u, FAST, SPLIT)
+            b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
+
+        b_da = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
+        if rows > 0:  # always: a branch keeps the compiler from holding the operands of D's and Q's products at once
+            b_high, b_low = split(b_g * b_updated, FAST, SPLIT)
+            p_sums = p_column_sums + tl.full([], RANK_W, tl.int64) * columns
+            if MANY:
+                reduce_tile(
+                    b_high, b_low, p_a, p_b + i_columns, p_row_sums + RANK_W, p_sums, 1.0, m_rows, m_columns, columns,
+                    RANK_S, True, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+                )  # fmt: skip
+            else:
+                b_da = reduce_ranks(
+                    0, b_high, b_low, p_a, p_b + i_columns, p_sums, 1.0, m_rows, m_columns, columns,
+                    RANK_S, True, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+                )  # fmt: skip
+        b_gate = gate(b_updated, p_mask + i_columns // 32, words, r_in, w_in, THROUGH, BLOCK_ROWS, BLOCK_COLUMNS)
+        b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
         if MANY:
             reduce_tile(
-                b_high, b_low, p_a, p_b + i_columns, p_row_sums + RANK_W, p_sums, 1.0, m_rows, m_columns, columns,
-                RANK_S, True, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+                b_high, b_low, p_u, p_v + i_columns, p_row_sums, p_column_sums, beta, m_rows, m_columns, columns,
+                RANK_W, False, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
             )  # fmt: skip
         else:
-            b_da = reduce_ranks(
-                0, b_high, b_low, p_a, p_b + i_columns, p_sums, 1.0, m_rows, m_columns, columns,
-                RANK_S, True, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+            b_du = reduce_ranks(
+                0, b_high, b_low, p_u, p_v + i_columns, p_column_sums, beta, m_rows, m_columns, columns,
+                RANK_W, False, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
             )  # fmt: skip
-    b_words = tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w_in[None, :]))
-    b_word = tl.broadcast_to(b_words[:, :, None], (BLOCK_ROWS, BLOCK_COLUMNS // 32, 32))
-    b_word = tl.reshape(b_word, (BLOCK_ROWS, BLOCK_COLUMNS))
-    b_gate = ((b_word >> (c % 32 // 2 + c % 2 * 16)[None, :]) & 1).to(tl.float32)
-    if THROUGH:
-        b_gate += tl.abs(b_updated)
-    b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
-    if MANY:
-        reduce_tile(
-            b_high, b_low, p_u, p_v + i_columns, p_row_sums, p_column_sums, beta, m_rows, m_columns, columns,
-            RANK_W, False, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-        )  # fmt: skip
-    else:
-        b_du = reduce_ranks(
-            0, b_high, b_low, p_u, p_v + i_columns, p_column_sums, beta, m_rows, m_columns, columns,
-            RANK_W, False, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-        )  # fmt: skip
-        i = tl.arange(0, WIDTH)
-        o_rows = r[:, None] * RANKS + i[None, :]
-        tl.store(p_row_sums + o_rows, b_du, mask=m_rows[:, None] & (i < RANK_W)[None, :])
-        tl.store(p_row_sums + RANK_W + o_rows, b_da, mask=m_rows[:, None] & (i <= RANK_S)[None, :])
+            i = tl.arange(0, WIDTH)
+            o_rows = r[:, None] * RANKS + i[None, :]
+            tl.store(p_row_sums + o_rows, b_du, mask=m_rows[:, None] & (i < RANK_W)[None, :])
+            tl.store(p_row_sums + RANK_W + o_rows, b_da, mask=m_rows[:, None] & (i <= RANK_S)[None, :])
 
 
 @triton.jit
@@ -330,7 +418,8 @@ def factor_gradients(
         FAST=fast, SPLIT="" if architecture.startswith("gfx") else _SPLIT, UPCAST=interpreted,
         EVEN=rows % tile.rows == 0 and columns % tile.columns == 0,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        WIDTH=16, num_warps=tile.warps, num_stages=tile.stages,
+        WIDTH=16, STACK=tiles.stacked(architecture, rank_w + rank_s, {U.dtype, V.dtype, A.dtype, B.dtype}),
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     block = 256
     add_shares_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](
@@ -358,8 +447,12 @@ def cases() -> Iterator[tiles.Case]:
     for weight, x in ((bf16, bf16), (fp16, fp16), (fp32, bf16), (fp32, fp16), (fp32, fp32)):
         yield _case(weight, x)
     yield _case(fp32, fp32, rank=16)
-    for rank in (16, 64):
+    for rank in (5, 9, 15, 16, 64):
         yield _case(bf16, bf16, rank=rank)
+    yield _case(fp32, bf16, rank=64)
+    yield _case(bf16, bf16, factor=bf16)
+    yield _case(fp16, fp16, factor=fp16)
+    yield _case(bf16, bf16, rows=960)
     for weight in (bf16, fp32):
         yield _case(weight, weight, rows=1003, columns=1001)
     yield _case(bf16, bf16, stored_transposed=True)
@@ -370,7 +463,7 @@ def cases() -> Iterator[tiles.Case]:
 
 def _case(
     weight: torch.dtype, x: torch.dtype, rows: int = 1024, columns: int = 1024, rank: int = 8, tokens: int = 32,
-    through: bool = True, stored_transposed: bool = False,
+    through: bool = True, stored_transposed: bool = False, factor: torch.dtype = torch.float32,
 ) -> tiles.Case:  # fmt: skip
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -378,13 +471,15 @@ def _case(
     def call() -> None:
         W = empty(columns, rows, dtype=weight).t() if stored_transposed else empty(rows, columns, dtype=weight)
         mask = empty(rows, packed_width(columns), dtype=torch.int32)
-        U, V, A, B = empty(rows, rank), empty(rank, columns), empty(rows, rank), empty(rank, columns)
+        shapes = ((rows, rank), (rank, columns)) * 2
+        U, V, A, B = (empty(*shape, dtype=factor) for shape in shapes)
         gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
         factor_gradients(gy, x_, W, U, V, A, B, mask, 1.0, 1.0, 1.0, through)
 
     tile = tiles.gradients(tiles.architecture(torch.device("meta")), x, weight, rows, columns, rank + 1)
     odd, given = rows % 2 == 1, tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x, weight)]
-    details = [f"{rows} x {columns}"] * odd + ["W transposed"] * stored_transposed
+    details = [f"{rows} x {columns}"] * (rows != 1024) + ["W transposed"] * stored_transposed
+    details += [f"factors {factor}".replace("torch.", "")] * (factor != torch.float32)
     details += ["G given"] * given + ["not through |W'|"] * (not through)
     name = ", ".join(["factor gradients", tiles.pair_name(weight, x), f"rank {rank}", *details])
     return tiles.Case(name, call, None if odd or given else tile.slots)

@@ -19,7 +19,7 @@ from ..packing import WORD, packed_width
 from .score import checked, layouts
 from .select import INDEX, KEY, key_of, signed, threshold
 from .tiles import Case
-from .walk import Tile, band, hold_right, step_score, step_updated, tile_of, walk
+from .walk import Tile, band, hold_right, hold_rights, step_indices, step_scores, step_updated, tile_of, walk
 
 BITS = tl.constexpr(WORD)
 
@@ -90,20 +90,14 @@ def mask_kernel(
     none = index < 0
     last_row = tl.where(none, -1, last_row)
     first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
-    held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
-    held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
-    b_right_1 = tl.load(p_right_1 + j, mask=m_j, other=0.0).to(tl.float32)
+    held_w, held_s, b_right_1 = hold_rights(
+        p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
+    )
     for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
-        i = first_i + step + tl.arange(0, BLOCK_I)
-        m_i = i < n_i
-        m_tile = m_i[:, None] & m_j[None, :]
-        b_updated = step_updated(
-            p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
-            RANK_W, UNIT, TRANSPOSED, HELD,
-        )  # fmt: skip
-        b_score = step_score(
-            b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
-            RANK_S, TRANSPOSED, HELD,
+        i, m_i, m_tile, b_updated, b_score = step_scores(
+            p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
+            first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, 0, beta, alpha1, alpha2,
+            RANK_W, RANK_S, UNIT, TRANSPOSED, HELD, BLOCK_I,
         )  # fmt: skip
         b_key = key_of(b_score)
         if TRANSPOSED:
@@ -125,9 +119,7 @@ def masked_weight_kernel(
     first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
     held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
     for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
-        i = first_i + step + tl.arange(0, BLOCK_I)
-        m_i = i < n_i
-        m_tile = m_i[:, None] & m_j[None, :]
+        i, m_i, m_tile = step_indices(first_i, step, m_j, n_i, BLOCK_I)
         b_updated = step_updated(
             p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
             RANK_W, UNIT, TRANSPOSED, HELD,
@@ -160,15 +152,16 @@ def tile_for_words(weight: Tensor, ranks: int) -> Tile:
 
 def prune_mask(
     weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
-    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
+    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float, masked: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    """The packed mask, and M * W' into `masked`, contiguous (out, in), from the same pass."""
     weight, factors = checked(weight, U, V, A, B, R, C)
     if not weight.numel():
         return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
     tensors: list[Any] = [weight, *factors]
     scales: list[Any] = [beta, alpha1, alpha2]
     state = threshold(*[*tensors, num_pruned, guess, *scales])
-    return mask_from(*[state, *tensors, *scales])
+    return mask_from(*[state, *tensors, *scales, masked])
 
 
 def masked_weight(

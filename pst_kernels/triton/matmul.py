@@ -309,6 +309,16 @@ def linear_forward(
     return masked_matmul(x, weight, *split_factors(U, V, beta, split(x)), bias, mask, tile, transposed=False)
 
 
+def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
+    """Where M * W' belongs for a forward of so many tokens; None where the mask is applied in the product's loop."""
+    if not tokens or not weight.numel():
+        return None
+    architecture = tiles.architecture(weight.device)
+    if tiles.matmul(architecture, dtype, weight.dtype, tokens, weight.shape[1], rank) is not None:
+        return None
+    return scratch.get(weight.shape, dtype, weight.device)
+
+
 def input_gradient(gy: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float) -> Tensor:
     """dx = gy (M * W'); weight and factors as `checked` leaves them."""
     tile = in_loop_tile(gy, weight, V.shape[0], transposed=True)

@@ -34,10 +34,8 @@ from .walk import (
     all_registers,
     band,
     flat_index,
-    hold_right,
-    load_weight,
-    step_score,
-    step_updated,
+    hold_rights,
+    step_scores,
     walk,
     walk_scores,
 )  # fmt: skip
@@ -213,28 +211,17 @@ def gather_kernel(
     lower, upper = signed(slot_of(b_state, LOWER)), signed(slot_of(b_state, UPPER))
     first, last = slot_of(b_state, FIRST), slot_of(b_state, LAST)
     first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
-    held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
-    held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
-    if p_right_1 is not None:
-        b_right_1 = tl.load(p_right_1 + j, mask=m_j, other=0.0).to(tl.float32)
+    held_w, held_s, b_right_1 = hold_rights(
+        p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
+    )
     b_below = tl.zeros([BLOCK_J], tl.int32)
     for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
-        i = first_i + step + tl.arange(0, BLOCK_I)
-        m_i = i < n_i
-        m_tile = m_i[:, None] & m_j[None, :]
+        i, _, m_tile, _, b_score = step_scores(
+            p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
+            first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, numel, beta, alpha1, alpha2,
+            RANK_W, RANK_S, UNIT, TRANSPOSED, HELD, BLOCK_I,
+        )  # fmt: skip
         index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
-        if p_right_1 is None:
-            m_tile = m_tile & (index < numel)
-            b_score = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
-        else:
-            b_updated = step_updated(
-                p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
-                RANK_W, UNIT, TRANSPOSED, HELD,
-            )  # fmt: skip
-            b_score = step_score(
-                b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
-                RANK_S, TRANSPOSED, HELD,
-            )  # fmt: skip
         b_key = key_of(b_score)
         below = b_key < lower
         inside = m_tile & (b_key >= lower) & (b_key <= upper)
@@ -364,28 +351,17 @@ def digits_kernel(
         return
     lower = tl.load(p_state + LOWER)
     first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
-    held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
-    held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
-    if p_right_1 is not None:
-        b_right_1 = tl.load(p_right_1 + j, mask=m_j, other=0.0).to(tl.float32)
+    held_w, held_s, b_right_1 = hold_rights(
+        p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
+    )
     b_bins = tl.zeros([BINS], tl.int32)
     for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
-        i = first_i + step + tl.arange(0, BLOCK_I)
-        m_i = i < n_i
-        m_tile = m_i[:, None] & m_j[None, :]
+        i, _, m_tile, _, b_score = step_scores(
+            p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
+            first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, numel, beta, alpha1, alpha2,
+            RANK_W, RANK_S, UNIT, TRANSPOSED, HELD, BLOCK_I,
+        )  # fmt: skip
         index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
-        if p_right_1 is None:
-            m_tile = m_tile & (index < numel)
-            b_score = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
-        else:
-            b_updated = step_updated(
-                p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
-                RANK_W, UNIT, TRANSPOSED, HELD,
-            )  # fmt: skip
-            b_score = step_score(
-                b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
-                RANK_S, TRANSPOSED, HELD,
-            )  # fmt: skip
         # The range is aligned, so its keys share all higher bits; for `indices` it is one key.
         b_offset = unsigned(key_of(b_score)) - lower
         m_tile = m_tile & ((b_offset == 0) | (indices == 0))
@@ -397,7 +373,8 @@ def digits_kernel(
     tl.atomic_add(p_bins + bins, b_bins, mask=b_bins > 0)
     tl.debug_barrier()
     if tl.atomic_add(p_state + TICKET, tl.full([], 1, tl.int64), sem="acq_rel") == tl.num_programs(0) - 1:
-        b_bins = tl.atomic_xchg(p_bins + bins, tl.zeros([BINS], tl.int32))  # read where the atomics were, and reset
+        # Read where the atomics were, and reset. Not an exchange: AMD has none in its buffer instructions.
+        b_bins = tl.atomic_and(p_bins + bins, tl.zeros([BINS], tl.int32))
         place, rank = bin_of_rank(b_bins, tl.load(p_state + RANK))
         inside = tl.sum(tl.where(bins == place, b_bins, 0), 0)
         one = tl.full([], 1, tl.int64)

@@ -153,7 +153,8 @@ MATMUL: dict[str, Table] = {
 }  # fmt: skip
 
 # Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
-# SMALL is for more than 15 ranks, and for matrices that are no multiple of the tile: both need more registers.
+# More than MOST_SUMS sums a row (ranks, and one for R), or a matrix that is no multiple of the tile, need more
+# registers: they get the MEDIUM tile where a target has one and the matrix is a multiple of it, else SMALL.
 _FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
@@ -163,7 +164,16 @@ GRADIENTS: dict[str, dict[str, Tile]] = {
         "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
     }.items()
 }  # fmt: skip
+MOST_SUMS = {"sm_80": 9, "sm_90": 9, "sm_100": 9}  # others: 16
+MEDIUM = {  # with the most sums that it is used for
+    "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_90": (1 << 30, Tile(64, 64, 64, 4, 3)),
+    "sm_100": (1 << 30, Tile(64, 64, 64, 4, 3)),
+}  # fmt: skip
 SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
+
+# Where the registers hold U beside A and V beside B, up to 16 ranks in all, so that a tile loads each once. On sm_100
+# and sm_120, and with fp16 factors on sm_90, that spills: there U and V are loaded twice.
+STACKED = ("sm_80", "sm_86", "sm_89", "sm_90")
 
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
 # 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is.
@@ -213,7 +223,17 @@ def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int,
     """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
     tile = _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
-    return tile if ranks <= 16 and rows % tile.rows == 0 and columns % tile.columns == 0 else SMALL[key]
+    most = 16 if key == "float" else MOST_SUMS.get(architecture, 16)
+    if ranks <= most and rows % tile.rows == 0 and columns % tile.columns == 0:
+        return tile
+    most, medium = (0, tile) if key == "float" else MEDIUM.get(architecture, (0, tile))
+    fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
+    return medium if fits else SMALL[key]
+
+
+def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:
+    """Whether a program holds the factors of W' and of S side by side; `ranks` is the number of both together."""
+    return architecture in STACKED and ranks <= 16 and torch.float16 not in factors
 
 
 def token_share(architecture: str, tiles: int, tokens: int, depth: int) -> int:

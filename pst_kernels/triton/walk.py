@@ -109,6 +109,57 @@ def flat_index(i, j, n_i, n_j, dtype: tl.constexpr, TRANSPOSED: tl.constexpr):
     return j[None, :] * n_i + i[:, None] if TRANSPOSED else i[:, None] * n_j + j[None, :]
 
 
+@triton.jit
+def hold_rights(
+    p_right_w, p_right_s, p_right_1, j, m_j, n_j,
+    RANK_W: tl.constexpr, RANK_S: tl.constexpr, HELD: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """What a program holds for its whole band: the right factors of W', of AB, and of R + C."""
+    held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
+    held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
+    if p_right_1 is None:
+        b_right_1 = tl.zeros([j.shape[0]], tl.float32)
+    else:
+        b_right_1 = tl.load(p_right_1 + j, mask=m_j, other=0.0).to(tl.float32)
+    return held_w, held_s, b_right_1
+
+
+@triton.jit
+def step_indices(first_i, step, m_j, n_i, BLOCK_I: tl.constexpr):
+    """The i of one step, which of them exist, and which of the tile's weights do."""
+    i = first_i + step + tl.arange(0, BLOCK_I)
+    m_i = i < n_i
+    return i, m_i, m_i[:, None] & m_j[None, :]
+
+
+@triton.jit
+def step_scores(
+    p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
+    first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, numel, beta, alpha1, alpha2,
+    RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """One step of every kernel that walks over scores: i, which i and which weights exist, W' and S of the tile.
+
+    Without `p_left_1` the weight is a vector of `numel` scores itself, and W' is S.
+    """
+    i, m_i, m_tile = step_indices(first_i, step, m_j, n_i, BLOCK_I)
+    if p_left_1 is None:
+        m_tile = m_tile & (flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED) < numel)
+        b_updated = load_weight(p_weight, i, j, m_tile, stride_i, stride_j, UNIT)
+        b_score = b_updated
+    else:
+        b_updated = step_updated(
+            p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
+            RANK_W, UNIT, TRANSPOSED, HELD,
+        )  # fmt: skip
+        b_score = step_score(
+            b_updated, p_left_s, p_right_s, held_s, p_left_1, b_right_1, i, j, m_i, m_j, n_i, n_j, alpha1, alpha2,
+            RANK_S, TRANSPOSED, HELD,
+        )  # fmt: skip
+    return i, m_i, m_tile, b_updated, b_score
+
+
 class Tile(NamedTuple):
     """A step's tile, how many of its j a thread holds, and whether the right factors are held for a whole band."""
 

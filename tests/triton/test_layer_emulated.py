@@ -13,9 +13,9 @@ import pst_kernels as pst
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-def layer() -> pst.PSTLinear:
+def layer(dtype: torch.dtype = torch.bfloat16) -> pst.PSTLinear:
     torch.manual_seed(0)
-    made = pst.PSTLinear(70, 40, dtype=torch.bfloat16, config=pst.PSTConfig(sparsity=0.7, weight_rank=3, score_rank=2))
+    made = pst.PSTLinear(70, 40, dtype=dtype, config=pst.PSTConfig(sparsity=0.7, weight_rank=3, score_rank=2))
     with torch.no_grad():
         made.weight.copy_(grid(40, 70, unit=256, reach=200))
         for factor in made.factors:
@@ -57,3 +57,23 @@ def test_two_steps_equal_those_of_the_cpu(emulator, monkeypatch, arch: int) -> N
     for value, reference in zip(found, expected, strict=True):
         error = (value.double() - reference.double()).norm() / reference.double().norm()
         assert error < 6e-3, error  # bf16 in and out, and G rounded to bf16 on the CPU
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_mask_and_masked_weight_come_from_one_pass_for_many_tokens(emulator, monkeypatch, arch: int) -> None:
+    """Where the library multiplies, the forward after a due mask reads W once; the backward makes M * W' anew."""
+    matmul = pytest.importorskip("pst_kernels.triton.matmul")
+    ours, plain = layer(torch.float32), layer(torch.float32)
+    x = torch.randn(matmul.tiles.FLOAT_TOKENS + 6, 70)
+    expected, first_mask = step(plain, x), plain.pst_mask.clone()
+    made_again, masked_in_scratch = [], matmul.masked_in_scratch
+    monkeypatch.setattr(matmul, "masked_in_scratch", lambda *args: made_again.append(1) or masked_in_scratch(*args))
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{arch}")
+    with emulator.emulate(arch):
+        y = ours(x)
+        assert not made_again
+        assert torch.equal(ours.pst_mask, first_mask)
+        assert torch.equal(ours(x), y)  # not due: by way of the op
+        assert made_again == [1]
+    torch.testing.assert_close(y, expected[0], rtol=1e-6, atol=1e-6)

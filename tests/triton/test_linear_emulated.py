@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton")
 
-from linear_problem import OUTPUTS, Problem
+from linear_problem import OUTPUTS, SCALES, Problem, relative_error
 
 from pst_kernels import ops
 from pst_kernels.packing import pack_mask
-from pst_kernels.triton import matmul, tiles
+from pst_kernels.triton import gradients, matmul, tiles
 
 
 @pytest.fixture(params=[80, 90])
@@ -109,16 +109,61 @@ def test_opcheck(emulator, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, b
         torch.library.opcheck(ops.linear_backward, arguments, test_utils=tests)
 
 
-def test_gradient_traffic(emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond x and gy: 2 B of W and 1/8 of mask a weight, factors once a tile (U and V twice), sums once a tile."""
-    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+def gradients_of(problem: Problem) -> tuple[torch.Tensor, ...]:
+    given = problem.tensors()
+    mask = pack_mask(given["kept"])
+    operands = (given[name] for name in ("gy", "x", "weight", "U", "V", "A", "B"))
+    return gradients.linear_backward(*operands, mask, *SCALES.values(), True, False, True)[1:]
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        pytest.param(Problem(512, 1024, 64, 8, "bfloat16"), marks=pytest.mark.slow),
+        Problem(256, 128, 64, 8, "bfloat16", factors="bfloat16"),
+        Problem(128, 128, 64, 15, "bfloat16"),
+        Problem(64, 64, 32, 16, "bfloat16"),
+        Problem(64, 64, 32, 64, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_gradient_traffic(emulator, monkeypatch: pytest.MonkeyPatch, problem: Problem) -> None:
+    """Beyond x and gy: 2 B of W and 1/8 of mask a weight, factors once a tile (above 16 ranks in all U and V twice),
+    sums written once a tile and read once, gradients written once."""
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
-    out = columns = 256
-    tokens, rank, tile = 64, 8, tiles.GRADIENTS["sm_90"]["half"]
+    out, columns, rank = problem.out, problem.columns, problem.rank
+    tile = tiles.gradients("sm_90", torch.bfloat16, torch.bfloat16, out, columns, rank + 1)
     with emulator.emulate(90) as session:
-        Problem(out, columns, tokens, rank, "bfloat16").solve(exact=False)
-    stats = session.stats["factor_gradients_kernel"]
+        gradients_of(problem)
+    stats, shares = (session.stats[name] for name in ("factor_gradients_kernel", "add_shares_kernel"))
     per_row_and_column = 1 / tile.rows + 1 / tile.columns
-    products = 2 * tokens * per_row_and_column
-    assert stats.load_bytes / (out * columns) <= 2.125 + products + 4 * 3 * rank * per_row_and_column
-    assert stats.store_bytes / (out * columns) <= 4 * (2 * rank + 1) * per_row_and_column
+    products = 2 * problem.tokens * per_row_and_column
+    factors = (2 if rank <= 8 else 3) * rank * getattr(torch, problem.factors).itemsize * per_row_and_column
+    sums = 4 * (2 * rank + 1) * per_row_and_column
+    assert stats.load_bytes / (out * columns) == 2.125 + products + factors
+    assert stats.store_bytes / (out * columns) == sums
+    assert shares.load_bytes / (out * columns) == sums
+    assert shares.store_bytes == 4 * (2 * rank + 1) * (out + columns)
+
+
+@pytest.mark.parametrize(("rank_w", "rank_s"), [(8, 8), (11, 5), (1, 15), (15, 1), (9, 8)])
+def test_ranks_that_share_an_operand(emulator, arch: int, rank_w: int, rank_s: int) -> None:
+    """Up to 16 in all they are halves of one operand; both sides of that limit, and halves of different size."""
+    given = Problem(64, 64, 33, 16, "bfloat16").tensors()
+    U, V, A, B = given["U"][:, :rank_w], given["V"][:rank_w], given["A"][:, :rank_s], given["B"][:rank_s]
+    U, V, A, B = (factor.contiguous() for factor in (U, V, A, B))
+    gy, x, weight = (given[name] for name in ("gy", "x", "weight"))
+    with emulator.emulate(arch):
+        found = gradients.linear_backward(
+            gy, x, weight, U, V, A, B, pack_mask(given["kept"]), *SCALES.values(), True, False, True
+        )[1:]
+    beta, alpha1, alpha2 = SCALES.values()
+    G = gy.double().T @ x.double()
+    updated = weight.double() + beta * U.double() @ V.double()
+    D, Q = G * updated, G * (given["kept"] + updated.abs())
+    exact = (
+        beta * Q @ V.double().T, beta * U.double().T @ Q, alpha1 * D @ B.double().T, alpha1 * A.double().T @ D,
+        alpha2 * D.sum(1), alpha2 * D.sum(0),
+    )  # fmt: skip
+    errors = [relative_error(ours, value) for ours, value in zip(found, exact, strict=True)]
+    assert max(errors) < 2e-5, errors

@@ -71,6 +71,17 @@ def test_routes_in_any_order_of_blocks(emulator, many_programs, monkeypatch, rou
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_mask_and_masked_weight_in_one_pass(emulator, dtype: torch.dtype) -> None:
+    tensors = problem(33, 70, 8, dtype)
+    masked = torch.full((33, 70), torch.nan, dtype=dtype)
+    with emulator.emulate(90):
+        state = select.threshold(*tensors, torch.tensor(1100), no_guess(), *SCALES)
+        mask = mask_module.mask_from(state, *tensors, *SCALES, masked=masked)
+    assert torch.equal(mask, fallback.prune_mask(*tensors, torch.tensor(1100), no_guess(), *SCALES))
+    assert torch.equal(masked, fallback.masked_weight(*tensors[:3], mask, 1.0, dtype))
+
+
 @pytest.mark.parametrize("arch", [90])
 def test_kth_value(emulator, arch: int) -> None:
     scores = torch.randn(3000)

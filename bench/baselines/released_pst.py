@@ -1,9 +1,4 @@
-"""What PST is measured against, in plain PyTorch: one small class a method, its source named.
-
-Every class turns an `nn.Linear` into a trainable layer (`from_linear`), tells what trains by `requires_grad`, and
-states its method once more as `expected`: y as a differentiable function in the dtype of the layer's parameters, which
-the correctness check runs in float64. Learned masks are compared with `exact_scores`.
-"""
+"""PST as its authors released it."""
 
 from __future__ import annotations
 
@@ -15,45 +10,7 @@ from torch.nn.functional import linear
 
 from pst_kernels import reference
 
-
-class Dense(nn.Linear):
-    """Full fine-tuning: every weight and bias trains, AdamW keeps two numbers a weight."""
-
-    @classmethod
-    def from_linear(cls, base: nn.Linear) -> Dense:
-        return _with_parameters_of(cls, base)
-
-    def expected(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + (0.0 if self.bias is None else self.bias)
-
-
-class LoRA(nn.Linear):
-    """y = x W^T + (alpha / r) x A^T B^T + bias, W and the bias frozen.
-
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2106.09685); no dropout,
-    initialised as there: B = 0, A random.
-    """
-
-    scale: float
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-
-    @classmethod
-    def from_linear(cls, base: nn.Linear, rank: int = 8, alpha: float = 16.0) -> LoRA:
-        layer: LoRA = _frozen(_with_parameters_of(cls, base))
-        layer.scale = alpha / rank
-        new: Any = {"dtype": base.weight.dtype, "device": base.weight.device}
-        layer.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **new))
-        layer.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
-        nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
-        return layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias) + linear(linear(x, self.lora_A), self.lora_B) * self.scale
-
-    def expected(self, x: Tensor) -> Tensor:
-        merged = self.weight + self.scale * self.lora_B @ self.lora_A
-        return x @ merged.T + (0.0 if self.bias is None else self.bias)
+from .takeover import frozen, with_parameters_of
 
 
 class ReleasedPST(nn.Linear):
@@ -80,7 +37,7 @@ class ReleasedPST(nn.Linear):
         cls, base: nn.Linear, sparsity: float = 0.9, weight_rank: int = 8, score_rank: int = 8,
         beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0,
     ) -> ReleasedPST:  # fmt: skip
-        layer: ReleasedPST = _frozen(_with_parameters_of(cls, base))
+        layer: ReleasedPST = frozen(with_parameters_of(cls, base))
         layer.num_pruned = int(base.weight.numel() * sparsity)
         layer.beta, layer.alpha1, layer.alpha2 = beta, alpha1, alpha2
         new: Any = {"dtype": base.weight.dtype, "device": base.weight.device}
@@ -144,13 +101,3 @@ def _top_mask(scores: Tensor, num_pruned: int) -> Tensor:
     order = torch.argsort(scores.flatten())
     mask.view(-1)[order[:num_pruned]] = 0.0
     return mask
-
-
-def _with_parameters_of(cls: Any, base: nn.Linear) -> Any:
-    layer = cls(base.in_features, base.out_features, base.bias is not None, device="meta")
-    layer.weight, layer.bias = base.weight, base.bias
-    return layer.train(base.training)
-
-
-def _frozen(layer: Any) -> Any:
-    return layer.requires_grad_(False)

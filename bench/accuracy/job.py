@@ -1,0 +1,154 @@
+"""`python -m bench accuracy`: run what is unfinished of the grid, then write its table and plots."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .. import results
+from ..console import console
+from . import choose, overlap, plots, record, table, train
+from .methods import ABLATIONS, BASELINES, METHODS, Method
+from .record import FINAL, SHOW, Cell, Row
+from .tasks import TASKS, Size, Task
+
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+MASKS = results.ROOT / "runs" / "accuracy" / "masks"
+GROUPS = {"baselines": BASELINES, "ablations": ABLATIONS, "all": (*BASELINES, *ABLATIONS)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    size = Size()
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument(
+        "--methods", nargs="+", default=["baselines"], metavar="NAME", help=f"of {'; '.join([*GROUPS, *METHODS])}"
+    )
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="S")
+    parser.add_argument("--seeds", type=int, default=3, help="reported seeds: 0, 1, ... (tuning has one of its own)")
+    parser.add_argument("--steps", type=int, default=size.steps)
+    parser.add_argument("--minutes", type=float, help="start no cell after that; the next call goes on from there")
+    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of the CSV, the table, the plots")
+    parser.add_argument("--show", action="store_true", help="train nothing: table and plots of the CSV as it is")
+    parser.add_argument("--readme", type=Path, help="rewrite the table between the markers there")
+
+
+def main(options: argparse.Namespace) -> int:
+    """Returns 0, also when the time was up before the grid was done."""
+    out = console()
+    path = options.output / record.CSV_NAME
+    if not options.show:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=out, disable=not out.is_terminal) as progress:
+            _run(options, path, progress)
+    rows = record.read(path)
+    overlap.write(
+        options.output / overlap.CSV_NAME, MASKS, [cell for cell in rows if cell.stage == FINAL and cell.sparsity]
+    )
+    if options.readme is not None:
+        table.rewrite_readme(options.readme, rows)
+    table.print_rows(rows, out)
+    for picture in plots.draw(rows, overlap.read(options.output / overlap.CSV_NAME), options.output):
+        out.print(str(picture), soft_wrap=True)
+    return 0
+
+
+def _run(options: argparse.Namespace, path: Path, progress: Progress) -> None:
+    start, wanted, finished = time.perf_counter(), grid(options), record.read(path)
+    bar = progress.add_task("", total=len(known_cells(wanted, finished)) + unknown(wanted, finished))
+    while (todo := next_cell(wanted, finished)) is not None:
+        if options.minutes and time.perf_counter() - start > 60 * options.minutes:
+            progress.console.print("time is up; the same command goes on from here")
+            return
+        cell, task, method = todo
+        done = len(known_cells(wanted, finished) & finished.keys())
+        progress.update(bar, description=str(cell), completed=done)
+        row = train.run(cell, task, method, MASKS)
+        record.add(path, row)
+        finished = record.read(path)  # with what another process has finished meanwhile
+        progress.console.print(_line(row), highlight=False, soft_wrap=True)
+    progress.update(bar, description="done", completed=len(known_cells(wanted, finished)))
+
+
+def _line(row: Row) -> str:
+    found = "diverged" if row.validation is None else f"validation {row.metric} {row.validation:.4g}"
+    tested = "" if row.test is None else f", test {row.test:.4g}"
+    return f"{row.cell}: {found}{tested}, {100 * row.sparsity_reached:.2f} % zeros, {row.seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A cell to report, without its setting, which the tuning cells of `tuned` decide."""
+
+    cell: Cell
+    task: Task
+    method: Method
+    tuned: Method
+
+    @property
+    def tuning(self) -> list[Cell]:
+        like = dataclasses.replace(self.cell, method=self.tuned.name)
+        return choose.tuning_cells(like, self.tuned.grid)
+
+    def with_setting(self, finished: Mapping[Cell, Row]) -> Cell | None:
+        """The cell to run, None while the tuning is unfinished."""
+        setting = choose.best(finished, self.tuning, self.task.higher_is_better)
+        return None if setting is None else dataclasses.replace(self.cell, setting=setting)
+
+
+def grid(options: argparse.Namespace) -> list[Wanted]:
+    """What is reported, seed by seed, so that an early stop leaves every method with as many seeds. Raises ValueError
+    for a method that is not known.
+    """
+    size = Size(steps=options.steps)
+    tasks = [TASKS[name](size) for name in options.tasks]
+    found: dict[Cell, Wanted] = {}
+    for seed, task, sparsity, method in itertools.product(
+        range(options.seeds), tasks, options.sparsities, chosen_methods(options.methods)
+    ):
+        cell = Cell(
+            FINAL if method.like is None else SHOW, task.name, method.name, sparsity if method.sparse else 0.0, "",
+            seed, size.steps, size.batch, size.length, size.labels_each,
+        )  # fmt: skip
+        found[cell] = Wanted(cell, task, method, METHODS[method.like] if method.like else method)
+    return list(found.values())
+
+
+def next_cell(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> tuple[Cell, Task, Method] | None:
+    """The first unfinished cell; a cell's tuning comes before it. None when all is done."""
+    for one in wanted:
+        for candidate in one.tuning:
+            if candidate not in finished:
+                return candidate, one.task, one.tuned
+        cell = one.with_setting(finished)
+        if cell is not None and cell not in finished:
+            return cell, one.task, one.method
+    return None
+
+
+def known_cells(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> set[Cell]:
+    """All tuning cells, and those reported cells whose setting is known."""
+    reported = (one.with_setting(finished) for one in wanted)
+    return {cell for one in wanted for cell in one.tuning} | {cell for cell in reported if cell is not None}
+
+
+def unknown(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> int:
+    return sum(one.with_setting(finished) is None for one in wanted)
+
+
+def chosen_methods(names: Sequence[str]) -> list[Method]:
+    found: dict[str, Method] = {}
+    for name in names:
+        if name not in GROUPS and name not in METHODS:
+            raise ValueError(f"--methods {name!r} is not known; give some of {'; '.join([*GROUPS, *METHODS])}")
+        found |= {method.name: method for method in (GROUPS[name] if name in GROUPS else (METHODS[name],))}
+    return list(found.values())

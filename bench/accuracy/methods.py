@@ -1,0 +1,264 @@
+"""The methods of the grid: how each converts a model, and the few settings it is tuned over.
+
+A setting maps the role of a parameter to its learning rate: "weights" (everything pretrained), "factors" (low-rank
+updates), "scores" (what only decides the mask) and "head" (what is new); "penalty" is the factor of a method's penalty.
+Every method is tuned over equally many settings. The head's rate is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pst_kernels as pst
+from pst_kernels.linear import PSTLayer, num_pruned_at
+from pst_kernels.targets import find_targets
+
+from .. import baselines
+from ..baselines.pst_variant import PARTS
+from .tasks import Batch, Task
+
+Setting = dict[str, float]
+HEAD_RATE = 1e-3
+RANK = 8
+LORA_RANK = 2 * RANK  # as many numbers as PST's two products of rank 8
+SCORES = ("mask_scores", "gate_scores", "pst_A", "pst_B", "pst_R", "pst_C")
+FACTORS = ("pst_U", "pst_V", "lora_A", "lora_B")
+
+WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
+FACTOR_RATES = tuple({"factors": rate} for rate in (5e-4, 2e-3, 8e-3))
+PST_RATES = tuple({"factors": rate, "scores": rate} for rate in (1.25e-4, 5e-4, 2e-3))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion may look at: the task, the target, and training data for calibration."""
+
+    task: Task
+    sparsity: float
+    seed: int
+
+    def norms(self, model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, Tensor]:
+        """The 2-norm of every input feature of the layers over the calibration tokens, padding left out."""
+        return _input_norms(model, layers, self.task.calibration(self.seed))
+
+
+@dataclass(frozen=True)
+class Method:
+    """`convert(model, plan)` makes the layers and sets what trains. `like`: the method whose tuned setting it takes."""
+
+    name: str
+    convert: Callable[[Any, Plan], Any]
+    grid: tuple[Setting, ...] = ()
+    like: str | None = None
+    sparse: bool = True
+    mask_interval: int = 1
+
+    @property
+    def judged_on_test(self) -> bool:
+        """Methods that borrow a setting are ablations: they are shown on validation."""
+        return self.like is None
+
+
+def targets(model: nn.Module) -> dict[str, nn.Linear]:
+    """The layers that every method prunes or adapts: those of `replace_linear`."""
+    return find_targets(model, pst.PSTConfig())  # type: ignore[return-value]
+
+
+def _each_linear(model: nn.Module, make: Callable[[nn.Linear, str], nn.Module]) -> None:
+    for name, linear in targets(model).items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, make(linear, name))
+
+
+def _dense(model: nn.Module, plan: Plan) -> None:
+    model.requires_grad_(True)
+
+
+def _trains_all(layer: Any) -> Callable[[nn.Module, Plan], None]:
+    """All weights train, embeddings and LayerNorm too, as those methods were published."""
+
+    def convert(model: nn.Module, plan: Plan) -> None:
+        model.requires_grad_(True)
+        given = {"sparsity": plan.sparsity} if layer in (baselines.Magnitude, baselines.Movement) else {}
+        _each_linear(model, lambda linear, _: layer.from_linear(linear, **given))
+
+    return convert
+
+
+def _lora(model: nn.Module, plan: Plan) -> None:
+    model.requires_grad_(False)
+    _each_linear(model, lambda linear, _: baselines.LoRA.from_linear(linear, LORA_RANK, float(LORA_RANK)))
+    _train(model, plan.task.head)
+
+
+def _wanda_lora(model: nn.Module, plan: Plan) -> None:
+    norms = plan.norms(model, targets(model))
+    model.requires_grad_(False)
+    _each_linear(
+        model,
+        lambda linear, name: baselines.MaskedLoRA.from_linear(
+            linear, norms[name], plan.sparsity, LORA_RANK, float(LORA_RANK)
+        ),
+    )
+    _train(model, plan.task.head)
+
+
+def _pst(head: bool = True, also: tuple[str, ...] = (), **config: Any) -> Callable[[nn.Module, Plan], None]:
+    """Our package. `also`: suffixes of further modules to train; `config`: settings other than the defaults."""
+
+    def convert(model: nn.Module, plan: Plan) -> None:
+        saved = [*(plan.task.head if head else ()), *also]
+        settings = {"weight_rank": RANK, "score_rank": RANK} | config
+        pst.replace_linear(model, pst.PSTConfig(sparsity=plan.sparsity, modules_to_save=saved, **settings))
+
+    return convert
+
+
+def _variant(parts: tuple[str, ...] = PARTS, wanda: bool = False, **config: Any) -> Any:
+    """PST in plain PyTorch, for what the package does not do. `wanda`: |W'| times the input norm, of mean 1."""
+
+    def convert(model: nn.Module, plan: Plan) -> None:
+        norms = plan.norms(model, targets(model)) if wanda else {}
+        model.requires_grad_(False)
+
+        def make(linear: nn.Linear, name: str) -> nn.Module:
+            scale = norms[name] / norms[name].mean() if wanda else None
+            return baselines.PSTVariant.from_linear(
+                linear, plan.sparsity, parts=parts, rank=RANK, scale=scale, **config
+            )
+
+        _each_linear(model, make)
+        _train(model, plan.task.head)
+
+    return convert
+
+
+def _train(model: nn.Module, modules: tuple[str, ...]) -> None:
+    for name in modules:
+        model.get_submodule(name).requires_grad_(True)
+
+
+PENALISED = tuple({"weights": 2e-4, "scores": 1e-1, "penalty": penalty} for penalty in (25.0, 125.0, 400.0))
+PST, DENSE = "PST", "dense"
+BASELINES = (
+    Method(DENSE, _dense, WEIGHT_RATES, sparse=False),
+    Method("LoRA", _lora, FACTOR_RATES, sparse=False),
+    Method("magnitude", _trains_all(baselines.Magnitude), WEIGHT_RATES),
+    Method(
+        "movement", _trains_all(baselines.Movement), tuple(setting | {"scores": 1e-2} for setting in WEIGHT_RATES)
+    ),
+    Method("soft movement", _trains_all(baselines.SoftMovement), PENALISED),
+    Method("L0", _trains_all(baselines.HardConcrete), PENALISED),
+    Method("Wanda + LoRA", _wanda_lora, FACTOR_RATES),
+    Method("PST as released", _pst(head=False), PST_RATES),
+    Method(PST, _pst(), PST_RATES),
+)  # fmt: skip
+NORMS = ("LayerNorm",)
+ABLATIONS = (
+    *(
+        Method(f"PST, score of {' and '.join(parts)}", _variant(parts), like=PST)
+        for parts in (("W",), ("AB",), ("RC",), ("W", "AB"), ("W", "RC"), ("AB", "RC"))
+    ),
+    *(
+        Method(f"PST, rank {rank}", _pst(weight_rank=rank, score_rank=rank), like=PST)
+        for rank in (1, 2, 4, 16, 32)
+    ),
+    Method("PST, not through |W'|", _pst(through_magnitude=False), like=PST),
+    Method("PST, head frozen", _pst(head=False), like=PST),
+    Method("PST, LayerNorm and biases trained", _pst(also=NORMS, train_bias=True), like=PST),
+    Method("PST, mask every 4 steps", _pst(mask_interval=4), like=PST, mask_interval=4),
+    Method("PST, mask every 16 steps", _pst(mask_interval=16), like=PST, mask_interval=16),
+    Method("PST, alpha 0.25", _pst(alpha1=0.25, alpha2=0.25), like=PST),
+    Method("PST, alpha 4", _pst(alpha1=4.0, alpha2=4.0), like=PST),
+    Method("PST, input norms as in Wanda", _variant(wanda=True), like=PST),
+)  # fmt: skip
+METHODS = {method.name: method for method in (*BASELINES, *ABLATIONS)}
+
+
+def role(name: str, head: tuple[str, ...]) -> str:
+    """Which rate a parameter takes, by its name in the model."""
+    last = name.rpartition(".")[2]
+    if last in SCORES:
+        return "scores"
+    if last in FACTORS:
+        return "factors"
+    return "head" if name.startswith(tuple(f"{module}." for module in head)) else "weights"
+
+
+def groups(model: nn.Module, task: Task, setting: Setting) -> list[dict[str, Any]]:
+    """AdamW's parameter groups. Raises ValueError for a parameter whose role has no rate in the setting."""
+    by_role: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            by_role.setdefault(role(name, task.head), []).append(parameter)
+    rates = {"head": HEAD_RATE} | setting
+    # LayerNorms and biases that train beside factors take the rate of the head: as few, and as free
+    rates.setdefault("weights", rates["head"])
+    for wanted in by_role:
+        if wanted not in rates:
+            raise ValueError(f"setting {setting} has no learning rate for {wanted}; give one of {sorted(by_role)}")
+    return [{"params": parameters, "lr": rates[name]} for name, parameters in by_role.items()]
+
+
+def sparse_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> every layer that has a mask."""
+    kinds = (baselines.SparseLayer, PSTLayer)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """bool (out, in) of every layer that has one, True for kept weights."""
+    layers = sparse_layers(model).items()
+    return {name: layer.mask if isinstance(layer, PSTLayer) else layer.mask() for name, layer in layers}
+
+
+def go_to(model: nn.Module, sparsity: float, progress: float) -> None:
+    """Every mask to where the schedule is; PST's own layers are told their sparsity."""
+    for layer in sparse_layers(model).values():
+        if not isinstance(layer, PSTLayer):
+            layer.go_to(progress)
+        elif int(layer.pst_num_pruned) != num_pruned_at(layer.weight.numel(), sparsity * progress):
+            layer.sparsity = sparsity * progress
+
+
+def finish(model: nn.Module, sparsity: float) -> None:
+    """The final sparsity, and masks of the final factors, however old `mask_interval` let them get."""
+    go_to(model, sparsity, 1.0)
+    for layer in sparse_layers(model).values():
+        if isinstance(layer, PSTLayer):
+            layer.mark_stale()
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """The mean over layers of what they add to the loss."""
+    found = [layer.penalty() for layer in sparse_layers(model).values() if isinstance(layer, baselines.SparseLayer)]
+    terms = [term for term in found if term is not None]
+    return torch.stack(terms).mean() if terms else None
+
+
+@torch.no_grad()
+def _input_norms(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterator[Batch]) -> dict[str, Tensor]:
+    squares = {name: torch.zeros(layer.in_features) for name, layer in layers.items()}
+    real = torch.empty(0, dtype=torch.bool)
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            squares[name] += inputs[0][real].float().square().sum(0)
+
+        return layers[name].register_forward_pre_hook(hook)
+
+    handles = [watch(name) for name in layers]
+    model.eval()
+    try:
+        for batch in batches:
+            real = batch["attention_mask"].bool()
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total.sqrt() for name, total in squares.items()}

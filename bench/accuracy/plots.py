@@ -1,0 +1,135 @@
+"""Pictures of the accuracy CSV: against sparsity with the spread of seeds, against what trains, and mask overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pst_kernels.files import replacing
+
+from .methods import BASELINES
+from .record import FINAL, Cell, Row
+from .table import HEADINGS
+
+COLOURS = dict(
+    zip(
+        [method.name for method in BASELINES],
+        ["#444444", "#999999", "#d99a2b", "#8e5bb5", "#c48fdc", "#9a7b4f", "#3b7dd8", "#c8553d", "#2a9d62"],
+        strict=True,
+    )
+)
+OTHER_COLOUR = "#4fb3bf"
+
+
+def draw(rows: Mapping[Cell, Row], overlaps: Sequence[Sequence[str]], output: Path) -> list[Path]:
+    """Write every picture that the rows have data for."""
+    tested = [row for row in rows.values() if row.cell.stage == FINAL and row.test is not None]
+    pictures = {
+        "accuracy_by_sparsity": by_sparsity(tested), "accuracy_by_trainable": by_trainable(tested),
+        "accuracy_overlap": overlap_picture(overlaps),
+    }  # fmt: skip
+    written = []
+    for name, figure in pictures.items():
+        if figure is not None:
+            path = output / f"{name}.png"
+            with replacing(path) as temporary:
+                figure.savefig(temporary, dpi=150, format="png")
+            written.append(path)
+    return written
+
+
+def by_sparsity(rows: Sequence[Row]) -> Any:
+    """A panel a task: the mean over seeds and their range at every sparsity; what prunes nothing is a level line."""
+    return _panels(rows, "share of the block weights pruned, %", _lines_of_sparsity)
+
+
+def _lines_of_sparsity(axis: Any, method: str, rows: Sequence[Row]) -> None:
+    colour = COLOURS.get(method, OTHER_COLOUR)
+    by_place: dict[float, list[float]] = {}
+    for row in rows:
+        by_place.setdefault(100 * row.cell.sparsity, []).append(_value(row))
+    if set(by_place) == {0.0}:
+        axis.axhline(_mean(by_place[0.0]), color=colour, linewidth=1, linestyle="--", label=method)
+        return
+    x = sorted(by_place)
+    middle = [_mean(by_place[s]) for s in x]
+    spread = [[m - min(by_place[s]) for s, m in zip(x, middle, strict=True)],
+              [max(by_place[s]) - m for s, m in zip(x, middle, strict=True)]]  # fmt: skip
+    axis.errorbar(x, middle, spread, color=colour, marker="o", markersize=4, capsize=2, linewidth=1.2, label=method)
+
+
+def by_trainable(rows: Sequence[Row]) -> Any:
+    """A panel a task: a point a method and sparsity, the mean over seeds against how many numbers train."""
+    return _panels(rows, "trainable numbers", _points_of_trainable, xscale="log")
+
+
+def _points_of_trainable(axis: Any, method: str, rows: Sequence[Row]) -> None:
+    for sparsity in sorted({row.cell.sparsity for row in rows}):
+        chosen = [row for row in rows if row.cell.sparsity == sparsity]
+        x, y = chosen[0].trainable, _mean([_value(row) for row in chosen])
+        first = sparsity == min(row.cell.sparsity for row in rows)
+        axis.scatter(x, y, s=24, color=COLOURS.get(method, OTHER_COLOUR), label=method if first else None, zorder=3)
+        if sparsity:
+            axis.annotate(f"{100 * sparsity:g} %", (x, y), xytext=(4, 3), textcoords="offset points", fontsize=6)
+
+
+def overlap_picture(overlaps: Sequence[Sequence[str]]) -> Any:
+    """A panel a task and sparsity of the lowest seed: which share of the row's kept weights the column keeps too."""
+    if not overlaps:
+        return None
+    first = min(int(row[2]) for row in overlaps)
+    places = sorted({(row[0], float(row[1])) for row in overlaps if int(row[2]) == first})
+    figure, axes = _figure(len(places), 4.2)
+    for axis, (task, sparsity) in zip(axes, places, strict=True):
+        chosen = [r for r in overlaps if (r[0], float(r[1]), int(r[2])) == (task, sparsity, first)]
+        names = [name for name in COLOURS if any(name == row[3] for row in chosen)]
+        shares = {(row[3], row[4]): float(row[7]) for row in chosen}
+        values = [[1.0 if one == other else shares.get((one, other), 0.0) for other in names] for one in names]
+        axis.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
+        axis.grid(False)
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        for i, line in enumerate(values):
+            for j, value in enumerate(line):
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if value < 0.6 else "k")
+        axis.set_title(f"{task}, {100 * sparsity:g} %, seed {first}", fontsize=9)
+    return figure
+
+
+def _panels(rows: Sequence[Row], xlabel: str, draw_method: Any, **axis_settings: Any) -> Any:
+    tasks = list(dict.fromkeys(row.cell.task for row in rows))
+    if not tasks:
+        return None
+    figure, axes = _figure(len(tasks), 5.6)
+    for axis, task in zip(axes, tasks, strict=True):
+        chosen = [row for row in rows if row.cell.task == task]
+        found = {row.cell.method for row in chosen}
+        for method in [*(name for name in COLOURS if name in found), *sorted(found - COLOURS.keys())]:
+            draw_method(axis, method, [row for row in chosen if row.cell.method == method])
+        seeds = sorted({row.cell.seed for row in chosen})
+        title = f"{task}: mean and range of up to {len(seeds)} seeds" if len(seeds) > 1 else f"{task}: one seed"
+        axis.set(xlabel=xlabel, ylabel=HEADINGS[chosen[0].metric], title=title, **axis_settings)
+        axis.title.set_fontsize(9)
+    axes[0].legend(frameon=False, fontsize=7)
+    return figure
+
+
+def _figure(panels: int, width: float) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * panels, 4.4), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _value(row: Row) -> float:
+    value = row.test if row.test is not None else float("nan")
+    return 100 * value if row.metric == "accuracy" else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,118 @@
+"""The accuracy CSV as a table: in the terminal, and in the README between two markers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..table import replace_between
+from .methods import ABLATIONS, BASELINES
+from .record import FINAL, SHOW, Cell, Row
+
+BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
+HEADINGS = {"accuracy": "test accuracy, %", "loss": "test loss, nats a masked word"}
+
+
+def print_rows(rows: Mapping[Cell, Row], console: Console) -> None:
+    """A table a task of what was tested, and one of what was shown on validation."""
+    for stage, title in ((FINAL, "test"), (SHOW, "validation, at the learning rates chosen for PST")):
+        for task in _names(row.cell.task for row in rows.values() if row.cell.stage == stage):
+            chosen = [row for row in rows.values() if (row.cell.stage, row.cell.task) == (stage, task)]
+            table = Table(title=f"{task}, {title} {chosen[0].metric}: mean (worst to best, number of seeds)")
+            table.add_column("method", no_wrap=True)
+            table.add_column("trainable", justify="right")
+            sparsities = _sparsities(chosen)
+            for sparsity in sparsities:
+                table.add_column(f"{100 * sparsity:g} %", justify="right", no_wrap=True)
+            for method in _methods(chosen):
+                table.add_row(method, *_cells(chosen, method, sparsities))
+            console.print(table)
+
+
+def markdown(rows: Mapping[Cell, Row]) -> str:
+    """What was tested: a line a method and task. Raises ValueError when nothing was."""
+    tested = [row for row in rows.values() if row.cell.stage == FINAL]
+    if not tested:
+        raise ValueError("the CSV has no final rows yet; run `python -m bench accuracy`")
+    sparsities = _sparsities(tested)
+    lines = []
+    for task in _names(row.cell.task for row in tested):
+        chosen = [row for row in tested if row.cell.task == task]
+        heads = [f"{100 * sparsity:g} % pruned" for sparsity in sparsities]
+        lines += [
+            f"| {task}: {HEADINGS[chosen[0].metric]} | trainable | {' | '.join(heads)} |",
+            f"| --- |{' ---: |' * (1 + len(heads))}",
+            *(f"| {method} | {' | '.join(_cells(chosen, method, sparsities))} |" for method in _methods(chosen)),
+            "",
+        ]
+    return "\n".join([*lines, caption(tested)])
+
+
+def caption(tested: Sequence[Row]) -> str:
+    """Sizes, machine, versions and dates of the rows, and how to read them."""
+    sizes = _names(
+        f"{r.cell.steps} steps of {r.cell.batch} x {r.cell.length} tokens, {r.cell.labels_each} labelled texts a class"
+        for r in tested
+    )
+    return (
+        "Mean over seeds (worst to best, number of seeds; they differ in labelled texts, order, head and factors)."
+        f" {'; '.join(sizes)}. Learning rates chosen on validation, by a run of another seed, among three for each"
+        " method. Pruned are the linear layers inside the blocks of MiniLM (6 layers, 384 wide). A method without a"
+        " target of its own (soft movement, L0) shows the sparsity that it reached."
+        f" Measured on CPU: {'; '.join(_names(f'{r.machine}, {r.threads} threads' for r in tested))},"
+        f" {'; '.join(_names(r.versions for r in tested))}, {'; '.join(_names(r.date for r in tested))}, commit"
+        f" {'; '.join(_names(r.commit for r in tested))}."
+    )
+
+
+def rewrite_readme(path: Path, rows: Mapping[Cell, Row]) -> None:
+    replace_between(path, BEGIN, END, markdown(rows))
+
+
+def _cells(rows: Sequence[Row], method: str, sparsities: Sequence[float]) -> list[str]:
+    of_method = [row for row in rows if row.cell.method == method]
+    trainable = max(row.trainable for row in of_method)
+    dense = not any(row.cell.sparsity for row in of_method)  # the same at every sparsity: it prunes nothing
+    cells = [_cell([row for row in of_method if dense or row.cell.sparsity == sparsity]) for sparsity in sparsities]
+    return [f"{trainable:,}", *cells]
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    """Mean, range and number of seeds."""
+    values = [value for row in rows if (value := score(row)) is not None]
+    if not rows:
+        return "-"
+    if not values:
+        return "diverged"
+    percent = rows[0].metric == "accuracy"
+    mean, worst, best = sum(values) / len(values), min(values), max(values)
+    if not percent:
+        worst, best = best, worst
+    texts = [f"{100 * v:.1f}" if percent else f"{v:.2f}" for v in (mean, worst, best)]
+    missed = max(abs(row.sparsity_reached - row.cell.sparsity) for row in rows)
+    reached = f" at {100 * min(r.sparsity_reached for r in rows):.0f} %" if missed > 0.005 else ""
+    diverged = f", {len(rows) - len(values)} diverged" if len(values) < len(rows) else ""
+    return f"{texts[0]} ({texts[1]} to {texts[2]}, {len(values)}{diverged}){reached}"
+
+
+def score(row: Row) -> float | None:
+    """The test result of a final row, else that on validation."""
+    return row.test if row.cell.stage == FINAL else row.validation
+
+
+def _sparsities(rows: Iterable[Row]) -> list[float]:
+    return sorted({row.cell.sparsity for row in rows if row.cell.sparsity}) or [0.0]
+
+
+def _methods(rows: Iterable[Row]) -> list[str]:
+    """In the order of the grid; rows of methods that are no longer in it come last."""
+    order = [method.name for method in (*BASELINES, *ABLATIONS)]
+    found = _names(row.cell.method for row in rows)
+    return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def _names(values: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(values))

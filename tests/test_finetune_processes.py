@@ -1,0 +1,133 @@
+"""`pst-kernels finetune` under torchrun, with two CPU processes (gloo): the run of one process, and how it ends when a
+process dies.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_text import texts, write_csv, write_model
+
+import pst_kernels as pst
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+ROOT = Path(pst.__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+STEPS = 4  # of one epoch: its last batch is smaller, and two processes fill it up
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    write_model(folder / "model")
+    write_csv(folder / "train.csv", texts(96, 0))
+    return folder
+
+
+def start(inputs: Path, output: Path, processes: int, *more: str) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    job = ["-m", "pst_kernels.cli", "finetune", "--model", str(inputs / "model")]
+    job += ["--train-file", str(inputs / "train.csv"), "--output", str(output), "--save-steps", "2"]
+    command = [sys.executable, *launcher, *job, "--evaluations", "2", "--max-length", "32", *more]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen, seconds: float = 150) -> str:
+    try:
+        return process.communicate(timeout=seconds)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(inputs, tmp_path):
+    steps = ["--steps", str(STEPS)]
+    one = start(inputs, tmp_path / "one", 1, *steps, "--method", "pst")
+    assert one.wait(timeout=150) == 0, end(one)
+    two = start(inputs, tmp_path / "two", 2, *steps)
+    printed = end(two)
+    assert two.returncode == 0, printed
+    assert printed.count("Fine-tuned on the same batches") == 1  # one process prints
+    assert printed.count(f"pst: step {STEPS} of {STEPS}") == 1
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two")]
+    assert [result["processes"] for result in results] == [1, 2]
+    assert [row["method"] for row in results[1]["rows"]] == ["dense", "pst"]
+    for key in ("test_accuracy", "zeros_pruned", "zeros_model", "trainable"):
+        assert results[1]["rows"][1][key] == results[0]["rows"][0][key]
+    single, shared = (load_file(tmp_path / name / "pst/adapter/pst_adapter.safetensors") for name in ("one", "two"))
+    assert single.keys() == shared.keys()
+    for name, tensor in single.items():
+        if name.endswith("pst_mask"):
+            assert torch.equal(shared[name], tensor), name
+        else:  # AdamW divides by small second moments, which magnifies how the gradients' sums were rounded
+            torch.testing.assert_close(shared[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    losses = [result["history"]["pst"]["loss"] for result in results]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert not list((tmp_path / "two").rglob("checkpoint-*"))
+
+
+def training_process(launcher: int, rank: int) -> int | None:
+    """The process that trains for `rank`, among all those that the launcher started."""
+    for folder in Path("/proc").iterdir():
+        try:
+            if not folder.name.isdigit() or os.getpgid(int(folder.name)) == 0:
+                continue
+            command = (folder / "cmdline").read_bytes()
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        ours = os.getsid(int(folder.name)) in _sessions(launcher)
+        if ours and b"spawn_main" in command and f"RANK={rank}".encode() in variables:
+            return int(folder.name)
+    return None
+
+
+def _sessions(launcher: int) -> set[int]:
+    """Sessions of a process and its children; torchrun gives each worker its own."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    return {os.getsid(int(pid)) for pid in [launcher, *children] if Path(f"/proc/{pid}").exists()}
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job(inputs, tmp_path):
+    job = start(inputs, tmp_path / "run", 2, "--steps", "100000", "--method", "pst")
+    deadline = time.monotonic() + 100
+    while not any((tmp_path / "run/state/pst").glob("checkpoint-*/complete")):
+        assert job.poll() is None, end(job)
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    pids = [training_process(job.pid, rank) for rank in (0, 1)]
+    assert None not in pids
+    os.kill(pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    printed = end(job, 60)
+    assert job.returncode == 1
+    assert time.monotonic() - killed < 45
+    assert "training pst ended with exit status -9" in printed
+    for _ in range(200):
+        if not Path(f"/proc/{pids[0]}").exists():
+            break
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pids[0]}").exists()  # the other rank's training has ended too
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(inputs, tmp_path, monkeypatch):
+    from pst_kernels import cli
+
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["finetune", "--batch-size", "16", "--output", str(tmp_path / "run")]) == 2
