@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from toys import differences, trained
 
@@ -46,6 +47,11 @@ def test_what_is_no_such_file_is_refused(tmp_path):
     save_compressed({"a": torch.eye(9)}, tmp_path / "file")
     data = (tmp_path / "file").read_bytes()
     (tmp_path / "cut").write_bytes(data[:-4])
-    for name in ("foreign", "text", "cut"):
+    tensors = load_file(tmp_path / "file")
+    with safe_open(tmp_path / "file", "pt") as file:
+        metadata = file.metadata()
+    for part, tensor in tensors.items():  # one byte or one value too few
+        save_file(tensors | {part: tensor[:-1].clone()}, tmp_path / part, metadata)
+    for name in ("foreign", "text", "cut", *tensors):
         with pytest.raises(ValueError, match=r"is damaged or foreign .* write it again with save_compressed"):
             load_compressed(tmp_path / name)
