@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .linear import num_pruned_at
 from .model import pst_layers, trainable_summary
 from .schedule import SparsitySchedule
 
@@ -42,9 +41,7 @@ class PSTCallback(TrainerCallback):
         if self.schedule is None or not args.load_best_model_at_end or best is None:
             return
         layers = [layer for _, layer in pst_layers(model)]
-        if any(
-            int(layer.pst_num_pruned) < num_pruned_at(layer.weight.numel(), layer.config.sparsity) for layer in layers
-        ):
+        if any(int(layer.pst_num_pruned) < layer.num_pruned_at(layer.config.sparsity) for layer in layers):
             now = trainable_summary(model)
             logger.warning(
                 "the best model, %s, has sparsity %.2f, below the target %.2f: it was saved before the schedule's end;"

@@ -23,6 +23,7 @@ from .files import replacing
 from .linear import FACTORS, PSTLayer, is_conv1d, refuse_meta, whole
 from .model import get_config, modules_to_save, pst_layers, replace_linear
 from .packing import WORD, packed_width, unpack_mask
+from .patterns import Pattern, parse
 from .targets import find_targets
 
 ADAPTER_NAME = "pst_adapter.safetensors"
@@ -153,12 +154,12 @@ def _check_settings(converted: dict[str, PSTLayer], config: PSTConfig, path: Pat
     for name, layer in converted.items():
         if layer.merged:
             raise RuntimeError(f"{name or 'the layer'} is merged; call unmerge() before loading into it")
-        for setting in ("beta", "alpha1", "alpha2"):
+        for setting in ("beta", "alpha1", "alpha2", "pattern"):
             given, saved = getattr(layer.config, setting), getattr(config, setting)
             if given != saved:
                 raise ValueError(
-                    f"{path} does not fit the model: {name or 'the layer'} was converted with {setting}={given}, the"
-                    f" checkpoint with {setting}={saved}; convert with the saved config, PSTConfig.from_pretrained"
+                    f"{path} does not fit the model: {name or 'the layer'} was converted with {setting}={given!r}, the"
+                    f" checkpoint with {setting}={saved!r}; convert with the saved config, PSTConfig.from_pretrained"
                 )
 
 
@@ -187,16 +188,17 @@ def _check_fit(
             raise ValueError(f"{path} is damaged: {name} has dtype {tensor.dtype}; save the checkpoint again")
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        _check_mask(name, layer, tensors[f"{prefix}pst_mask"], int(tensors[f"{prefix}pst_num_pruned"]), path)
+        pattern = parse((layer.config if isinstance(layer, PSTLayer) else config).pattern)
+        mask, pruned = tensors[f"{prefix}pst_mask"], int(tensors[f"{prefix}pst_num_pruned"])
+        _check_mask(name, layer, pattern, mask, pruned, path)
 
 
-def _check_mask(name: str, layer: Any, mask: Tensor, pruned: int, path: Path) -> None:
+def _check_mask(name: str, layer: Any, pattern: Pattern, mask: Tensor, pruned: int, path: Path) -> None:
     kept, columns = unpack_mask(mask, WORD * mask.shape[1]), _shape(layer)[1]
-    count = int(kept.sum())
-    if count + pruned != layer.weight.numel() or bool(kept[:, columns:].any()):
+    if not pattern.fits(kept[:, :columns], pruned) or bool(kept[:, columns:].any()):
         raise ValueError(
-            f"{path} is damaged: the mask of {name or 'the layer'} keeps {count} weights and prunes {pruned},"
-            f" of {layer.weight.numel()}; save the checkpoint again"
+            f"{path} is damaged: the mask of {name or 'the layer'} keeps {int(kept.sum())} weights and prunes"
+            f" others than pst_num_pruned={pruned} says; save the checkpoint again"
         )
 
 

@@ -14,12 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import patterns
 from .files import read_json, write_json
 
 CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"
-PATTERNS = ("unstructured",)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class _DefaultCount(int):
+    """A default that can be told from the same number given: the pattern may know a better one."""
+
+
+class _DefaultFraction(float):
+    """The same for a fraction."""
+
 
 Targets = str | Sequence[str] | Callable[[nn.Module, str], bool]
 
@@ -29,7 +38,8 @@ class PSTConfig:
     """Settings of Parameter-efficient Sparse Training; the defaults are those of the paper's release.
 
     Args:
-        sparsity: fraction of each converted matrix that is pruned in the end, in [0, 1).
+        sparsity: fraction of each converted matrix that is pruned in the end, in [0, 1); of its blocks for "block:B".
+            "N:M" is 1 - N/M, the default there and the only value allowed.
         initial_sparsity: fraction at which a `SparsitySchedule` starts, in [0, sparsity].
         weight_rank: rank of the weight update, U (out, rank) and V (rank, in), at least 1.
         score_rank: rank of the learned importance, A (out, rank) and B (rank, in), at least 1.
@@ -49,13 +59,15 @@ class PSTConfig:
             head.
         train_bias: also train the biases of converted layers.
         adapter_dtype: dtype of the factors, whatever the base weight's; a torch dtype or its name.
-        pattern: structure of the mask.
-        mask_interval: optimizer steps from one mask to the next, at least 1.
+        pattern: structure of the mask: "unstructured", "block:16", "block:32", "block:64" or "block:128" (whole blocks,
+            which CPUs skip), or "N:M" such as "2:4" (at most N of every M neighbouring inputs are kept).
+        mask_interval: optimizer steps from one mask to the next, at least 1; the default is 16 for blocks, else 1. With
+            blocks A, B, R and C get a gradient only on the last step before the next mask, zeros on the others.
 
     Raises ValueError or TypeError that names the setting, its value and what is allowed.
     """
 
-    sparsity: float = 0.9
+    sparsity: float = _DefaultFraction(0.9)
     initial_sparsity: float = 0.0
     weight_rank: int = 8
     score_rank: int = 8
@@ -71,9 +83,10 @@ class PSTConfig:
     train_bias: bool = False
     adapter_dtype: torch.dtype = torch.float32
     pattern: str = "unstructured"
-    mask_interval: int = 1
+    mask_interval: int = _DefaultCount(1)
 
     def __post_init__(self) -> None:
+        self._follow_pattern()
         check_sparsity("sparsity", self.sparsity)
         check_sparsity("initial_sparsity", self.initial_sparsity)
         if self.initial_sparsity > self.sparsity:
@@ -94,14 +107,24 @@ class PSTConfig:
         for name in ("through_magnitude", "train_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"pattern={self.pattern!r} is not known; use one of {', '.join(map(repr, PATTERNS))}")
         self.adapter_dtype = _dtype(self.adapter_dtype)
         self.target_modules = _targets("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             self.exclude_modules = _targets("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
             self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+
+    def _follow_pattern(self) -> None:
+        pattern = patterns.parse(self.pattern)
+        if isinstance(self.mask_interval, _DefaultCount):
+            self.mask_interval = pattern.mask_interval
+        given, only = self.sparsity, pattern.sparsity
+        if isinstance(given, _DefaultFraction):
+            self.sparsity = float(given) if only is None else only
+        elif only is not None and check_sparsity("sparsity", given) and not math.isclose(given, only, abs_tol=1e-6):
+            raise ValueError(
+                f"sparsity={given} does not fit pattern={self.pattern!r}, which prunes {only:.6g}; leave sparsity out"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Raises TypeError when a setting is a callable, which no file can hold."""

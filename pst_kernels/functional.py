@@ -106,8 +106,15 @@ def masked_linear(
     masked: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
     U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, mask: Tensor,
     beta: float, alpha1: float, alpha2: float, through_magnitude: bool,
+    block_size: int | None = None, learn: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`pst_linear` for a caller that has M * W' (out, in) already, which the forward then uses and does not keep."""
+    """`pst_linear` for a layer.
+
+    If it has M * W' (out, in) already, it passes that as `masked`; the forward uses it and does not keep it.
+    If its mask consists of blocks, it passes their size, and as `learn` (bool, 0-d, on the CPU) whether A, B, R and C
+    shall get their gradients, which need the whole of G, or zeros. U and V then learn from kept blocks alone:
+    Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M.
+    """
     _check_factors(weight, U, V, A, B, R, C)
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype})")
@@ -138,7 +145,7 @@ def masked_linear(
     with _without_autocast(x.device.type):
         y = _PSTLinear.apply(
             x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
-            (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked,
+            (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked, block_size, learn,
         )  # fmt: skip
     # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
@@ -149,28 +156,38 @@ class _PSTLinear(torch.autograd.Function):
 
     # not setup_context(), for which torch binds the arguments by inspection: 0.1 ms a call
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude, masked) -> Tensor:
-        ctx.scales, ctx.through_magnitude = scales, through_magnitude
+    def forward(
+        ctx: Any, x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude, masked, block_size, learn
+    ) -> Tensor:  # fmt: skip
+        ctx.scales, ctx.through_magnitude, ctx.block_size = scales, through_magnitude, block_size
         ctx.dtypes = [None if t is None else t.dtype for t in (bias, U, V, A, B, R, C)]
-        ctx.save_for_backward(x, weight, U, V, A, B, mask)
+        ctx.save_for_backward(x, weight, U, V, A, B, mask, learn)
+        if block_size is not None:
+            return ops.block_forward(x.contiguous(), weight, U, V, bias, mask, scales[0], block_size)
         if masked is not None and masked.dtype == x.dtype:
             return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
         return ops.linear_forward(x.contiguous(), weight, U, V, bias, mask, scales[0])
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, U, V, A, B, mask = ctx.saved_tensors
+        x, weight, U, V, A, B, mask, learn = ctx.saved_tensors
         needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
         with _without_autocast(gy.device.type):
-            dx, *factors = ops.linear_backward(
-                gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask, *ctx.scales, ctx.through_magnitude,
-                needs_input, any(needs_factors),
-            )  # fmt: skip
+            tensors, needs = (
+                (gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask),
+                (needs_input, any(needs_factors)),
+            )
+            if ctx.block_size is None:
+                dx, *factors = ops.linear_backward(*tensors, *ctx.scales, ctx.through_magnitude, *needs)
+            else:
+                dx, *factors = ops.block_backward(
+                    *tensors, learn, *ctx.scales, ctx.through_magnitude, ctx.block_size, *needs
+                )
         bias_dtype, *dtypes = ctx.dtypes
         dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
         gradients = [g.to(t) if need else None for g, t, need in zip(factors, dtypes, needs_factors, strict=True)]
-        return dx if needs_input else None, None, dbias, *gradients, None, None, None, None
+        return dx if needs_input else None, None, dbias, *gradients, *[None] * 6
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

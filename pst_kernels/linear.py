@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops, refresh
+from . import ops, patterns, refresh
 from .config import PSTConfig, check_sparsity
 from .functional import masked_linear, new_guess, operand_dtype
 from .packing import packed_width, unpack_mask
+from .patterns import num_pruned_at as num_pruned_at
 
 FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 
@@ -53,6 +54,7 @@ class PSTLayer(nn.Module):
             )
         out, columns = self.oriented_weight.shape
         self.config = config
+        self.pattern = patterns.parse(config.pattern)
         self.merged = False
         shapes = (
             (out, config.weight_rank), (config.weight_rank, columns),
@@ -93,12 +95,30 @@ class PSTLayer(nn.Module):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of this layer's weights that are pruned now. Reading it waits for the device."""
-        return int(self.pst_num_pruned) / self.weight.numel()
+        """Fraction of this layer's weights that are pruned now. Reading it waits for the device.
+
+        Set it to choose how many are: whole blocks or weights of a group, rounded down (see patterns.py).
+        """
+        return self.weights_pruned / self.weight.numel()
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        self.pst_num_pruned.fill_(num_pruned_at(self.weight.numel(), check_sparsity("sparsity", value)))
+        self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
+
+    @property
+    def weights_pruned(self) -> int:
+        """How many weights are pruned now; where blocks have ragged edges, that is for the mask to say."""
+        counted = self.pattern.weights_pruned(self._shape, int(self.pst_num_pruned))
+        return int((~self.mask).sum()) if counted is None else counted
+
+    def num_pruned_at(self, sparsity: float) -> int:
+        """What `pst_num_pruned` holds at a sparsity: a number of weights, or of blocks."""
+        return self.pattern.num_pruned_at(self._shape, sparsity)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        out, columns = self.oriented_weight.shape
+        return out, columns
 
     @property
     def mask(self) -> Tensor:
@@ -114,6 +134,10 @@ class PSTLayer(nn.Module):
         if self._shards is None and type(count) is not Tensor and hasattr(count, "device_mesh"):
             from . import parallel  # torch.distributed.tensor, which most programs need not load
 
+            if type(self.pattern) is not patterns.Unstructured:
+                raise RuntimeError(
+                    f"pattern={self.config.pattern!r} does not run under tensor parallelism; use pattern='unstructured'"
+                )
             self._shards = parallel.take_over(self)
         return self._shards
 
@@ -131,7 +155,14 @@ class PSTLayer(nn.Module):
             shards.refresh(self)
             return
         with torch.no_grad():
+            self._refresh_if_due()
+
+    def _refresh_if_due(self) -> None:
+        if type(self.pattern) is patterns.Unstructured:
             ops.refresh_mask(*self._mask_state())
+            return
+        *tensors, _, seen, interval, beta, alpha1, alpha2 = self._mask_state()
+        ops.refresh_pattern_mask(*tensors, seen, interval, self.config.pattern, beta, alpha1, alpha2)
 
     def _mask_state(self) -> list[Any]:
         """The arguments of `ops.refresh_mask`."""
@@ -205,10 +236,16 @@ class PSTLayer(nn.Module):
         if (shards := self._tensor_parallel()) is not None:
             return shards.forward(self, x)
         config = self.config
-        masked = ops.refresh_with_weight(x, operand_dtype(x), *self._mask_state())
+        masked = block_size = learn = None
+        if type(self.pattern) is patterns.Unstructured:
+            masked = ops.refresh_with_weight(x, operand_dtype(x), *self._mask_state())
+        else:
+            self.refresh_mask()
+        if isinstance(self.pattern, patterns.Blocks):
+            block_size, learn = self.pattern.size, ops.is_last_before_refresh(self._seen, config.mask_interval)
         return masked_linear(
             masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask,
-            config.beta, config.alpha1, config.alpha2, config.through_magnitude,
+            config.beta, config.alpha1, config.alpha2, config.through_magnitude, block_size, learn,
         )  # fmt: skip
 
     def _merged_forward(self, x: Tensor) -> Tensor:
@@ -317,11 +354,6 @@ def whole(tensor: Any) -> Tensor:
     if type(tensor) in (nn.Parameter, Tensor):  # asked for every layer and step, and hasattr is slow to say no
         return tensor
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def num_pruned_at(numel: int, sparsity: float) -> int:
-    """How many of `numel` weights are pruned at a sparsity: rounded down, as in the paper's release."""
-    return int(numel * sparsity)
 
 
 def refuse_meta(what: str, tensor: Tensor) -> None:

@@ -156,7 +156,7 @@ class TrainableSummary:
 def trainable_summary(model: nn.Module) -> TrainableSummary:
     layers = [layer for _, layer in pst_layers(model)]
     prunable = sum(layer.weight.numel() for layer in layers)
-    pruned = sum(int(layer.pst_num_pruned) for layer in layers)
+    pruned = sum(layer.weights_pruned for layer in layers)
     target = sum(layer.config.sparsity * layer.weight.numel() for layer in layers)
     return TrainableSummary(
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import env, fallback, refresh
-from .packing import packed_width
+from . import blocks, env, fallback, patterns, refresh
+from .packing import pack_mask, packed_width
 from .rows import compute_dtype
 
 logger = logging.getLogger("pst_kernels")
@@ -124,6 +124,61 @@ def _refresh_mask(weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, inter
         mask.copy_(prune_mask(*factors, num_pruned, guess, beta, alpha1, alpha2))
 
 
+def _pattern_mask(weight, U, V, A, B, R, C, num_pruned, pattern, beta, alpha1, alpha2) -> Tensor:
+    count = int(num_pruned)
+    if count == 0:
+        return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+    return pack_mask(patterns.parse(pattern).keep(scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2), count))
+
+
+@torch.no_grad()
+def _refresh_pattern_mask(
+    weight, U, V, A, B, R, C, num_pruned, mask, seen, interval, pattern, beta, alpha1, alpha2
+) -> None:  # fmt: skip
+    factors = (weight, U, V, A, B, R, C)
+    if refresh.is_due(seen, num_pruned, factors, interval):
+        mask.copy_(_pattern_mask(*factors, num_pruned, pattern, beta, alpha1, alpha2))
+
+
+def _check_blocks(device_type: str) -> None:
+    if backend_for(device_type)[0] != "triton":
+        return
+    if env.backend() == "triton":
+        raise RuntimeError(
+            "PST_KERNELS_BACKEND=triton, but block patterns have no Triton kernels yet; unset the variable, or use"
+            " pattern='unstructured'"
+        )
+    _say_once("pst_kernels runs block patterns in plain PyTorch on the GPU: they have no Triton kernels yet")
+
+
+@torch.no_grad()
+def _block_forward(x, weight, U, V, bias, mask, beta, size) -> Tensor:
+    _check_blocks(x.device.type)
+    return blocks.linear_forward(x, weight, U, V, bias, mask, beta, size)
+
+
+@torch.no_grad()
+def _block_backward(
+    gy, x, weight, U, V, A, B, mask, learn, beta, alpha1, alpha2, through_magnitude, size, needs_input, needs_factors
+):  # fmt: skip
+    _check_blocks(gy.device.type)
+    by_blocks = blocks.linear_backward(
+        gy, x, weight, U, V, mask, beta, through_magnitude, size, needs_input, needs_factors
+    )
+    if needs_factors and bool(learn):
+        scales = (beta, alpha1, alpha2)
+        whole = linear_backward(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude, False, True)
+        return *by_blocks, *whole[3:]
+    shapes = (A.shape, B.shape, weight.shape[:1], weight.shape[1:]) if needs_factors else [(0,)] * 4
+    return *by_blocks, *(weight.new_zeros(shape, dtype=compute_dtype(weight.dtype)) for shape in shapes)
+
+
+def _fake_block_backward(
+    gy, x, weight, U, V, A, B, mask, learn, beta, alpha1, alpha2, through, size, needs_input, needs_factors
+):  # fmt: skip
+    return _fake_backward(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through, needs_input, needs_factors)
+
+
 _define(
     "scores", f"{_FACTORS}, {_SCALES}", "Tensor", lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.float32)
 )
@@ -151,6 +206,29 @@ _define(
     " bool needs_input, bool needs_factors",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_backward,
 )  # fmt: skip
+_define(
+    "pattern_mask", f"{_FACTORS}, Tensor num_pruned, str pattern, {_SCALES}", "Tensor", _fake_mask, run=_pattern_mask
+)
+_define(
+    "refresh_pattern_mask",
+    f"{_FACTORS}, Tensor num_pruned, Tensor(a!) mask, Tensor(b!) seen, SymInt interval, str pattern, {_SCALES}",
+    "()", lambda *_: None, run=_refresh_pattern_mask,
+)  # fmt: skip
+_define(
+    "is_last_before_refresh", "Tensor seen, SymInt interval", "Tensor",
+    lambda seen, interval: seen.new_empty((), dtype=torch.bool),
+    run=lambda seen, interval: torch.tensor(refresh.is_last_before_refresh(seen, interval), device="cpu"),
+)  # fmt: skip
+_define(
+    "block_forward", f"Tensor x, {_WEIGHT}, Tensor? bias, Tensor mask, float beta, int size", "Tensor",
+    lambda x, weight, U, V, bias, mask, beta, size: x.new_empty((x.shape[0], weight.shape[0])), run=_block_forward,
+)  # fmt: skip
+_define(
+    "block_backward",
+    f"Tensor gy, Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor mask, Tensor learn, {_SCALES}, bool through_magnitude,"
+    " int size, bool needs_input, bool needs_factors",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_block_backward, run=_block_backward,
+)  # fmt: skip
 
 _ops = getattr(torch.ops, NAMESPACE)
 scores = _ops.scores.default
@@ -160,3 +238,8 @@ refresh_mask = _ops.refresh_mask.default
 masked_weight = _ops.masked_weight.default
 linear_forward = _ops.linear_forward.default
 linear_backward = _ops.linear_backward.default
+pattern_mask = _ops.pattern_mask.default
+refresh_pattern_mask = _ops.refresh_pattern_mask.default
+is_last_before_refresh = _ops.is_last_before_refresh.default
+block_forward = _ops.block_forward.default
+block_backward = _ops.block_backward.default

@@ -49,6 +49,11 @@ def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval
     return due
 
 
+def is_last_before_refresh(seen: Tensor, interval: int) -> bool:
+    """Whether the next change makes the mask due, so that a gradient of the scores is worth its cost now."""
+    return int(seen[_CHANGES]) + 1 >= interval
+
+
 def mark_fresh(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor]) -> None:
     """The mask belongs to these tensors as they are: after it was loaded with them."""
     seen.numpy()[:] = 0, 1, *_counters(num_pruned, factors)

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from .config import PSTConfig, check_count
-from .linear import num_pruned_at
 from .model import get_config, pst_layers
 
 
@@ -82,7 +81,7 @@ class SparsitySchedule:
     def _set_sparsity(self) -> None:
         sparsity = self.sparsity
         for i, layer in enumerate(self.layers):
-            pruned = num_pruned_at(layer.weight.numel(), sparsity)
+            pruned = layer.num_pruned_at(sparsity)
             if pruned != self._pruned[i]:
                 layer.sparsity = sparsity
                 self._pruned[i] = pruned

@@ -63,7 +63,7 @@ CONFIG = {
     ),
     "through_magnitude": Case(config(through_magnitude=1), TypeError, ("^through_magnitude", "True or False", "got 1")),
     "train_bias": Case(config(train_bias="no"), TypeError, ("^train_bias", "True or False", "got 'no'")),
-    "pattern": Case(config(pattern="2:4"), ValueError, ("pattern='2:4'", "use one of 'unstructured'")),
+    "pattern": Case(config(pattern="4:2"), ValueError, ("pattern='4:2'", "use one of 'unstructured'")),
     "adapter_dtype name": Case(
         config(adapter_dtype="int8"), ValueError,
         ("adapter_dtype='int8'", "use one of float32"),

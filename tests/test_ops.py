@@ -22,11 +22,18 @@ def samples(dtype=torch.float32):
     yield "prune_mask", (weight, *factors, num_pruned, new(), *scales)
     seen = refresh.never_seen(8)
     yield "refresh_mask", (weight, *factors, num_pruned, packed.clone(), new(), seen, 1, *scales)
+    yield "pattern_mask", (weight, *factors, torch.tensor(1), "block:16", *scales)
+    blocks = ops.pattern_mask(weight, *factors, torch.tensor(1), "block:16", *scales)
+    yield "refresh_pattern_mask", (weight, *factors, torch.tensor(1), blocks, seen, 1, "block:16", *scales)
+    yield "is_last_before_refresh", (refresh.never_seen(8), 16)
     yield "masked_weight", (weight, U, V, packed, 1.0, dtype)
     yield "linear_forward", (x, weight, U, V, torch.randn(12), packed, 1.0)
     yield "linear_forward", (x, weight, U, V, None, packed, 1.0)
     for needs_input, needs_factors in ((True, True), (False, True), (True, False)):
         yield "linear_backward", (gy, x, weight, U, V, A, B, packed, *scales, True, needs_input, needs_factors)
+    yield "block_forward", (x, weight, U, V, torch.randn(12), blocks, 1.0, 16)
+    for learn in (True, False):
+        yield "block_backward", (gy, x, weight, U, V, A, B, blocks, torch.tensor(learn), *scales, True, 16, True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
