@@ -11,6 +11,7 @@ JOBS = {
     "run": ("bench.job", "measure every case and write the CSV, the tables and the plots (the default)"),
     "table": ("bench.table_job", "print the tables of a CSV again, or write the README's first table from it"),
     "plots": ("bench.plots", "draw the plots of a CSV again"),
+    "blocks": ("bench.blocks", "what block patterns cost beside dense training and torch's block-sparse product"),
     "profile": ("bench.profile", "where the time of one PST step goes, pass by pass"),
     "accuracy": ("bench.accuracy", "how good the sparse models are: methods x sparsities x seeds, resumable"),
     "roofline": ("bench.roofline", "bytes, operations and floor times of a GPU, computed, not measured"),
