@@ -88,7 +88,8 @@ def _markdown(rows: Sequence[Row], conditions: dict[str, Any]) -> str:
     text = (
         f"Measured on {conditions['machine']} (cpu, {conditions['threads']} threads), {conditions['versions']},"
         f" {conditions['date']}, commit {conditions['commit']}. Ratios to dense in the same round, fp32, medians; a"
-        " step is forward, backward and AdamW, the mean over the steps from one mask to the next, the mask's own included."
+        " step is forward, backward and AdamW, the mean over the steps from one mask to the next, the mask's"
+        " own included."
     )
     return "\n".join([*lines, "", text])
 
