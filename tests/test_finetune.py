@@ -54,8 +54,9 @@ def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
 def start(inputs: Path, output: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "pst_kernels.cli", "finetune", *arguments(inputs, output, *more)]
     return subprocess.Popen(
-        command, env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        command, env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores Ctrl-C
+    )  # fmt: skip
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
