@@ -67,6 +67,9 @@ def megabytes(value: int | None) -> str:
     return "" if value is None else f"{value / 1e6:.1f}"
 
 
+FEWEST_ROUNDS = 3  # a median of fewer is no median: the README shows "-"
+
+
 def markdown(rows: Iterable[Row]) -> str:
     """The README's first table: step and model cases, a line a case, every provider's time and its ratio to dense."""
     chosen = [row for row in rows if row.mode in ("step", "model") and "@" not in row.provider]
@@ -84,9 +87,11 @@ def markdown(rows: Iterable[Row]) -> str:
         cells = []
         for provider in providers:
             found = [r for r in chosen if (r.mode, case_name(r), r.machine, r.adamw) == case and r.provider == provider]
-            cells.append(_cell(found[0]) if found else "-")
+            shown = found and found[0].rounds >= FEWEST_ROUNDS
+            cells.append(_cell(found[0]) if shown else "-")
         lines.append(f"| {case[1]} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", caption(chosen)])
+    shown_rows = [row for row in chosen if row.rounds >= FEWEST_ROUNDS]
+    return "\n".join([*lines, "", caption(shown_rows)])
 
 
 def _cell(row: Row) -> str:
