@@ -87,7 +87,7 @@ def markdown(rows: Iterable[Row]) -> str:
         cells = []
         for provider in providers:
             found = [r for r in chosen if (r.mode, case_name(r), r.machine, r.adamw) == case and r.provider == provider]
-            shown = found and found[0].rounds >= FEWEST_ROUNDS
+            shown = found and (found[0].ratio is None or found[0].rounds >= FEWEST_ROUNDS)
             cells.append(_cell(found[0]) if shown else "-")
         lines.append(f"| {case[1]} | {' | '.join(cells)} |")
     shown_rows = [row for row in chosen if row.rounds >= FEWEST_ROUNDS]
