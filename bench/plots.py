@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pst_kernels.files import replacing
+from pst_kernels.files import save_figure
 
 from . import ceilings, results, roofline
 from .cases import BY_NAME, DTYPES, short
@@ -53,8 +53,7 @@ def draw(rows: Sequence[Row], output: Path, limits: ceilings.Ceilings | None) ->
             figure.get_layout_engine().set(rect=(0.0, 0.05, 1.0, 0.95))  # room for the source below
             figure.text(0.005, 0.01, _source(rows), fontsize=6, color="#777777")
             path = output / f"{name}.png"
-            with replacing(path) as temporary:
-                figure.savefig(temporary, dpi=150, format="png")
+            save_figure(figure, path)
             written.append(path)
     return written
 

@@ -93,7 +93,11 @@ def prune_mask(
 
 def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
     """Where `prune_mask` may put M * W' for the forward that follows; None where it cannot."""
-    return buffers.get("masked", weight.shape, dtype, weight.device) if weight.device.type == "cpu" else None
+    return _masked_buffer(weight, dtype) if weight.device.type == "cpu" else None
+
+
+def _masked_buffer(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return buffers.get("masked", weight.shape, dtype, weight.device)
 
 
 def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
@@ -102,9 +106,7 @@ def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: floa
 
 
 def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
-    masked = UpdatedRows(weight, U, V, beta).masked_into(
-        buffers.get("masked", weight.shape, x.dtype, weight.device), mask
-    )
+    masked = UpdatedRows(weight, U, V, beta).masked_into(_masked_buffer(weight, x.dtype), mask)
     return linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
@@ -117,7 +119,7 @@ def linear_backward(
     With D = G * W' and Q = G * (M + |W'|), every factor gradient is a low-rank reduction of D or Q.
     """
     by_rows = UpdatedRows(weight, U, V, beta)
-    masked = buffers.get("masked", weight.shape, gy.dtype, weight.device) if needs_input else None
+    masked = _masked_buffer(weight, gy.dtype) if needs_input else None
     if not needs_factors:
         dx = gy @ by_rows.masked_into(masked, mask) if masked is not None else gy.new_empty(0)
         none = by_rows.U.new_empty(0)

@@ -40,6 +40,12 @@ def write_json(path: str | Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG that is whole or absent."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
 def read_json(path: str | Path, expected: str) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError or ValueError that say what was `expected` there."""
     path = Path(path)

@@ -174,10 +174,8 @@ class _PSTLinear(torch.autograd.Function):
         needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
         with _without_autocast(gy.device.type):
-            tensors, needs = (
-                (gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask),
-                (needs_input, any(needs_factors)),
-            )
+            tensors = gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask
+            needs = needs_input, any(needs_factors)
             if ctx.block_size is None:
                 dx, *factors = ops.linear_backward(*tensors, *ctx.scales, ctx.through_magnitude, *needs)
             else:

@@ -11,7 +11,6 @@ from . import ops, patterns, refresh
 from .config import PSTConfig, check_sparsity
 from .functional import masked_linear, new_guess, operand_dtype
 from .packing import packed_width, unpack_mask
-from .patterns import num_pruned_at as num_pruned_at
 
 FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 

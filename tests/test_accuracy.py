@@ -19,7 +19,7 @@ from bench.accuracy.record import FINAL, SHOW, TUNE, Cell, Row
 from pst_kernels import PSTConfig, replace_linear
 from pst_kernels.finetune import data
 from pst_kernels.finetune.settings import Settings
-from pst_kernels.linear import num_pruned_at
+from pst_kernels.patterns import num_pruned_at
 from pst_kernels.schedule import sparsity_at
 
 SIZE = tasks.Size(steps=6, batch=4, length=12, labels_each=3)

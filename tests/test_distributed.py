@@ -18,8 +18,8 @@ import toys
 import pst_kernels as pst
 from pst_kernels import reference
 from pst_kernels.group_selection import ordered, score_of
-from pst_kernels.linear import num_pruned_at
 from pst_kernels.model import pst_layers
+from pst_kernels.patterns import num_pruned_at
 
 LAUNCH = """
 import sys, torch.multiprocessing as mp, distributed_worker as worker

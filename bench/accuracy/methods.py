@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import pst_kernels as pst
-from pst_kernels.linear import PSTLayer, num_pruned_at
+from pst_kernels.linear import PSTLayer
+from pst_kernels.patterns import num_pruned_at
 from pst_kernels.targets import find_targets
 
 from .. import baselines

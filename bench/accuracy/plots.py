@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pst_kernels.files import replacing
+from pst_kernels.files import save_figure
 
 from .methods import BASELINES
 from .record import FINAL, Cell, Row
@@ -33,8 +33,7 @@ def draw(rows: Mapping[Cell, Row], overlaps: Sequence[Sequence[str]], output: Pa
     for name, figure in pictures.items():
         if figure is not None:
             path = output / f"{name}.png"
-            with replacing(path) as temporary:
-                figure.savefig(temporary, dpi=150, format="png")
+            save_figure(figure, path)
             written.append(path)
     return written
 

@@ -11,6 +11,15 @@ from torch.nn.functional import linear
 from .takeover import frozen, with_parameters_of
 
 
+def add_lora(layer: Any, rank: int, alpha: float) -> None:
+    """Give a linear layer its factors, in the weight's dtype: A random, B = 0, and the scale alpha / rank."""
+    layer.scale = alpha / rank
+    new: Any = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+    layer.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **new))
+    layer.lora_B = nn.Parameter(torch.zeros(layer.out_features, rank, **new))
+    nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
+
+
 class LoRA(nn.Linear):
     """y = x W^T + (alpha / r) x A^T B^T + bias, W and the bias frozen.
 
@@ -25,11 +34,7 @@ class LoRA(nn.Linear):
     @classmethod
     def from_linear(cls, base: nn.Linear, rank: int = 8, alpha: float = 16.0) -> LoRA:
         layer: LoRA = frozen(with_parameters_of(cls, base))
-        layer.scale = alpha / rank
-        new: Any = {"dtype": base.weight.dtype, "device": base.weight.device}
-        layer.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **new))
-        layer.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
-        nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
+        add_lora(layer, rank, alpha)
         return layer
 
     def forward(self, x: Tensor) -> Tensor:

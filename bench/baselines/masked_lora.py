@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from .lora import add_lora
 from .sparse import SparseLayer
 from .takeover import frozen, with_parameters_of
 
@@ -34,14 +33,10 @@ class MaskedLoRA(SparseLayer):
     ) -> MaskedLoRA:
         """`norms` (in,): the 2-norm of every input feature over the calibration tokens."""
         layer: MaskedLoRA = frozen(with_parameters_of(cls, base))
-        layer.scale = alpha / rank
         scores = base.weight.detach().abs() * norms.to(base.weight)
         smallest = torch.argsort(scores, dim=1, stable=True)[:, : int(base.in_features * sparsity)]
         layer.register_buffer("kept", torch.ones_like(scores, dtype=torch.bool).scatter(1, smallest, False))
-        new: Any = {"dtype": base.weight.dtype, "device": base.weight.device}
-        layer.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **new))
-        layer.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **new))
-        nn.init.kaiming_uniform_(layer.lora_A, a=5**0.5)
+        add_lora(layer, rank, alpha)
         return layer
 
     def go_to(self, progress: float) -> None:

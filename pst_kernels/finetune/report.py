@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import env
-from ..files import replacing, write_json
+from ..files import save_figure, write_json
 from . import processes
 from .data import Dataset
 from .lines import LINES, heading
@@ -78,8 +78,7 @@ def draw_curves(path: Path, results: Mapping[str, Result]) -> None:
     loss.set_ylim(bottom=0)
     loss.legend()
     accuracy.set_xlabel("step")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    save_figure(figure, path)
     pyplot.close(figure)
 
 
