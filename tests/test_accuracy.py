@@ -14,9 +14,9 @@ from tiny_text import texts, write_model
 from torch import nn
 
 import bench.accuracy
-from bench.accuracy import choose, final, job, methods, overlap, plots, record, table, tasks, train
+from bench.accuracy import catalogue, choose, final, job, methods, overlap, plots, record, table, tasks, train
 from bench.accuracy.record import FINAL, SHOW, TUNE, Cell, Row
-from pst_kernels import PSTConfig, replace_linear
+from pst_kernels import PSTConfig, patterns, replace_linear
 from pst_kernels.finetune import data
 from pst_kernels.finetune.settings import Settings
 from pst_kernels.patterns import num_pruned_at
@@ -49,14 +49,19 @@ def task(name="topic"):
 
 
 def cell(method="PST", stage=TUNE, sparsity=0.5, setting=None, seed=0, name="topic"):
-    found = methods.METHODS[method]
-    grid = found.grid or methods.METHODS[found.like].grid
+    found = catalogue.METHODS[method]
+    grid = found.grid or catalogue.METHODS[found.like].grid
     text = record.setting_text(grid[1] if setting is None else setting)
     return Cell(stage, name, method, sparsity if found.sparse else 0.0, text, seed, 6, 4, 12, 3)
 
 
 def run(one: Cell, **more) -> Row:
-    return train.run(one, task(one.task), methods.METHODS[one.method], **more)
+    return train.run(one, task(one.task), catalogue.METHODS[one.method], **more)
+
+
+def teacher_of(method, name="topic"):
+    """An untrained one, for a method that learns from one."""
+    return task(name).model().eval() if catalogue.METHODS[method].distillation else None
 
 
 def row(one: Cell, validation=0.5, test=None, reached=None, trainable=100, metric="accuracy") -> Row:
@@ -68,17 +73,21 @@ def row(one: Cell, validation=0.5, test=None, reached=None, trainable=100, metri
 
 
 @pytest.mark.parametrize("name", tasks.TASKS)
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", catalogue.METHODS)
 def test_a_cell_reaches_its_sparsity_and_moves_only_what_trains(method, name):
     torch.manual_seed(0)
     one = cell(method, name=name)
-    trained = train.train(one, task(name), methods.METHODS[method]).model
+    trained = train.train(one, task(name), catalogue.METHODS[method], teacher_of(method, name)).model
     masks = methods.masks(trained)
-    assert len(masks) == (LINEARS if methods.METHODS[method].sparse else 0)
+    assert len(masks) == (LINEARS if catalogue.METHODS[method].sparse else 0)
     for layer, mask in masks.items():
         pruned = int((~mask).sum())
         if method == "Wanda + LoRA":
             assert pruned == mask.shape[0] * int(mask.shape[1] * 0.5)
+        elif ", block:" in method:
+            blocks = patterns.Blocks(int(method.rpartition(":")[2]))
+            shape = (mask.shape[0], mask.shape[1])
+            assert blocks.fits(mask, blocks.num_pruned_at(shape, 0.5))
         elif method not in ("soft movement", "L0"):
             assert pruned == num_pruned_at(mask.numel(), 0.5), layer
     torch.manual_seed(0)
@@ -91,7 +100,7 @@ def test_a_cell_reaches_its_sparsity_and_moves_only_what_trains(method, name):
 
 def trainable_names(method, name="topic"):
     model = task(name).model()
-    methods.METHODS[method].convert(model, methods.Plan(task(name), 0.5, 0))
+    catalogue.METHODS[method].convert(model, methods.Plan(task(name), 0.5, 0))
     return {n for n, p in model.named_parameters() if p.requires_grad}, model
 
 
@@ -116,11 +125,11 @@ def test_what_trains_is_what_each_method_says():
     assert {n.rpartition(".")[2] for n in only_W - head} == {"pst_U", "pst_V"}
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", catalogue.METHODS)
 def test_every_parameter_has_one_rate(method):
     names, model = trainable_names(method)
-    found = methods.METHODS[method]
-    setting = (found.grid or methods.METHODS[found.like].grid)[0]
+    found = catalogue.METHODS[method]
+    setting = (found.grid or catalogue.METHODS[found.like].grid)[0]
     groups = methods.groups(model, task(), setting)
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     assert len(rates) == sum(len(group["params"]) for group in groups) == len(names)
@@ -140,8 +149,8 @@ def test_a_setting_without_a_rate_is_refused():
 
 
 def test_all_methods_are_tuned_over_equally_many_settings():
-    assert {len(method.grid) for method in methods.BASELINES} == {3}
-    assert all(methods.METHODS[method.like].grid and not method.grid for method in methods.ABLATIONS)
+    assert {len(method.grid) for method in catalogue.BASELINES} == {3}
+    assert all(catalogue.METHODS[method.like].grid and not method.grid for method in catalogue.ABLATIONS)
 
 
 def test_a_penalty_prunes():
@@ -168,7 +177,7 @@ def test_masks_follow_the_schedule_of_the_package():
 
 
 def test_the_last_mask_is_that_of_the_last_factors_whatever_the_interval():
-    model = train.train(cell("PST, mask every 16 steps"), task(), methods.METHODS["PST, mask every 16 steps"]).model
+    model = train.train(cell("PST, mask every 16 steps"), task(), catalogue.METHODS["PST, mask every 16 steps"]).model
     for name, mask in methods.masks(model).items():
         layer = model.get_submodule(name)
         layer.refresh_mask(force=True)
@@ -201,7 +210,7 @@ def test_every_method_starts_from_the_same_head_and_sees_the_same_batches(monkey
             return super().loss(model, batch)
 
     for current in ("dense", "PST", "Wanda + LoRA", "L0"):
-        train.train(cell(current), Seen(SIZE), methods.METHODS[current])
+        train.train(cell(current), Seen(SIZE), catalogue.METHODS[current])
     assert all(torch.equal(head, heads["dense"]) for head in heads.values())
     assert all(torch.equal(torch.stack(seen), torch.stack(batches["dense"])) for seen in batches.values())
     assert len(batches["PST"]) == SIZE.steps
@@ -253,8 +262,8 @@ def test_the_loss_of_masked_words_is_that_of_all_positions_decoded():
     texts_ = words.validation_texts()
     rows = words.encode(texts_, 0)
     with torch.no_grad():
-        sums = [model(**{n: v[None] for n, v in one.items()}) for one in rows]
-    by_hand = float(sum(total for total, _ in sums)) / sum(count for _, count in sums)
+        found = [model(**{n: v[None] for n, v in one.items()}) for one in rows]
+    by_hand = float(sum(out.loss * len(out.logits) for out in found)) / sum(len(out.logits) for out in found)
     assert words.judge(model, texts_) == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -297,7 +306,7 @@ def test_no_other_file_names_the_test_texts():
 
 def test_a_final_cell_is_judged_on_the_test(tiny):
     one = cell(stage=FINAL)
-    trained = train.train(one, task(), methods.METHODS["PST"]).model
+    trained = train.train(one, task(), catalogue.METHODS["PST"]).model
     got = run(one)
     assert got.test == task().judge(trained, tiny.test) == final.judge(trained, task())
     assert got.validation == task().judge(trained, tiny.validation)
@@ -384,7 +393,7 @@ def fake(monkeypatch, tmp_path):
     """Cells that finish at once; validation prefers the largest rate. Returns the cells in the order they ran."""
     ran = []
 
-    def run(one, task, method, masks_folder=None):
+    def run(one, task, method, masks_folder=None, teacher=None):
         ran.append(one)
         rates = one.rates
         best = rates.get("factors", rates.get("weights"))
@@ -401,7 +410,7 @@ def test_the_job_tunes_then_reports_every_cell_once(fake, tmp_path):
     # dense: 3 settings; PST: 3 at each sparsity; 2 seeds of dense, and of PST and its ablation at each sparsity
     assert (stages.count(TUNE), stages.count(FINAL), stages.count(SHOW)) == (9, 2 + 4, 4)
     assert len(set(fake)) == len(fake)
-    largest = record.setting_text(methods.PST_RATES[-1])
+    largest = record.setting_text(catalogue.PST_RATES[-1])
     assert {one.setting for one in fake if one.method != "dense" and one.stage != TUNE} == {largest}
     seeds = [one.seed for one in fake if one.stage != TUNE]
     assert seeds == sorted(seeds)

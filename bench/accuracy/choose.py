@@ -15,9 +15,9 @@ TUNING_SEED = 100  # none of the seeds that are reported
 SPARSITY_SLACK = 0.02  # what a method without an exact target may miss it by
 
 
-def tuning_cells(cell: Cell, grid: Sequence[Setting]) -> list[Cell]:
+def tuning_cells(cell: Cell, grid: Sequence[Setting], seed: int = TUNING_SEED) -> list[Cell]:
     """The cells that must be finished before the setting of `cell` is known."""
-    return [dataclasses.replace(cell, stage=TUNE, seed=TUNING_SEED, setting=setting_text(setting)) for setting in grid]
+    return [dataclasses.replace(cell, stage=TUNE, seed=seed, setting=setting_text(setting)) for setting in grid]
 
 
 def best(rows: Mapping[Cell, Row], candidates: Iterable[Cell], higher_is_better: bool) -> str | None:

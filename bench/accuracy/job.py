@@ -12,17 +12,23 @@ from pathlib import Path
 
 import transformers
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 from .. import results
 from ..console import console
-from . import choose, overlap, plots, record, table, train
-from .methods import ABLATIONS, BASELINES, METHODS, Method
-from .record import FINAL, SHOW, Cell, Row
+from . import choose, overlap, plots, record, table, teachers, train
+from .catalogue import ABLATIONS, BASELINES, CANDIDATES, DENSE, METHODS, PATTERNS
+from .methods import Method
+from .record import FINAL, SHOW, TUNE, Cell, Row
 from .tasks import TASKS, Size, Task
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 MASKS = results.ROOT / "runs" / "accuracy" / "masks"
-GROUPS = {"baselines": BASELINES, "ablations": ABLATIONS, "all": (*BASELINES, *ABLATIONS)}
+TEACHERS = MASKS.with_name("teachers")
+GROUPS = {
+    "baselines": BASELINES, "ablations": ABLATIONS, "patterns": PATTERNS, "candidates": CANDIDATES,
+    "all": (*BASELINES, *ABLATIONS, *PATTERNS),
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +78,27 @@ def _run(options: argparse.Namespace, path: Path, progress: Progress) -> None:
         cell, task, method = todo
         done = len(known_cells(wanted, finished) & finished.keys())
         progress.update(bar, description=str(cell), completed=done)
-        row = train.run(cell, task, method, MASKS)
+        row = train.run(cell, task, method, MASKS, _teacher(cell, task, method, finished))
         record.add(path, row)
         finished = record.read(path)  # with what another process has finished meanwhile
         progress.console.print(_line(row), highlight=False, soft_wrap=True)
     progress.update(bar, description="done", completed=len(known_cells(wanted, finished)))
+
+
+def _teacher(cell: Cell, task: Task, method: Method, finished: Mapping[Cell, Row]) -> nn.Module | None:
+    if method.distillation is None:
+        return None
+    known = dense_cell(cell, task, finished)
+    if known is None:
+        raise ValueError(f"{method.name} learns from the dense model, whose setting is not chosen yet")
+    return teachers.get(TEACHERS, known, task, METHODS[DENSE])
+
+
+def dense_cell(cell: Cell, task: Task, finished: Mapping[Cell, Row]) -> Cell | None:
+    """The dense model of the same task and seed, at the setting that validation chose; None while that is unknown."""
+    like = dataclasses.replace(cell, stage=FINAL, method=DENSE, sparsity=0.0)
+    setting = choose.best(finished, choose.tuning_cells(like, METHODS[DENSE].grid), task.higher_is_better)
+    return None if setting is None else dataclasses.replace(like, setting=setting)
 
 
 def _line(row: Row) -> str:
@@ -87,7 +109,10 @@ def _line(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Wanted:
-    """A cell to report, without its setting, which the tuning cells of `tuned` decide."""
+    """A cell to report, without its setting, which the tuning cells of `tuned` decide.
+
+    Of a candidate all settings are run, at stage "tune" and by tuning seeds, and none is reported.
+    """
 
     cell: Cell
     task: Task
@@ -97,10 +122,20 @@ class Wanted:
     @property
     def tuning(self) -> list[Cell]:
         like = dataclasses.replace(self.cell, method=self.tuned.name)
+        if self.method.candidate:
+            return choose.tuning_cells(like, self.tuned.grid, self.cell.seed)
         return choose.tuning_cells(like, self.tuned.grid)
 
+    @property
+    def teaching(self) -> list[Cell]:
+        """The tuning cells of the dense model that this one learns from."""
+        like = dataclasses.replace(self.cell, method=DENSE, sparsity=0.0)
+        return choose.tuning_cells(like, METHODS[DENSE].grid) if self.method.distillation else []
+
     def with_setting(self, finished: Mapping[Cell, Row]) -> Cell | None:
-        """The cell to run, None while the tuning is unfinished."""
+        """The cell to run, None while the tuning is unfinished and for a candidate."""
+        if self.method.candidate:
+            return None
         setting = choose.best(finished, self.tuning, self.task.higher_is_better)
         return None if setting is None else dataclasses.replace(self.cell, setting=setting)
 
@@ -115,20 +150,25 @@ def grid(options: argparse.Namespace) -> list[Wanted]:
     for seed, task, sparsity, method in itertools.product(
         range(options.seeds), tasks, options.sparsities, chosen_methods(options.methods)
     ):
+        if method.only not in (None, sparsity):
+            continue
+        stage = TUNE if method.candidate else FINAL if method.like is None else SHOW
         cell = Cell(
-            FINAL if method.like is None else SHOW, task.name, method.name, sparsity if method.sparse else 0.0, "",
-            seed, size.steps, size.batch, size.length, size.labels_each,
+            stage, task.name, method.name, sparsity if method.sparse else 0.0, "",
+            seed + choose.TUNING_SEED if method.candidate else seed, size.steps, size.batch, size.length,
+            size.labels_each,
         )  # fmt: skip
         found[cell] = Wanted(cell, task, method, METHODS[method.like] if method.like else method)
     return list(found.values())
 
 
 def next_cell(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> tuple[Cell, Task, Method] | None:
-    """The first unfinished cell; a cell's tuning comes before it. None when all is done."""
+    """The first unfinished cell; the tuning that a cell needs comes before it. None when all is done."""
     for one in wanted:
-        for candidate in one.tuning:
-            if candidate not in finished:
-                return candidate, one.task, one.tuned
+        for cells, method in ((one.teaching, METHODS[DENSE]), (one.tuning, one.tuned)):
+            for candidate in cells:
+                if candidate not in finished:
+                    return candidate, one.task, method
         cell = one.with_setting(finished)
         if cell is not None and cell not in finished:
             return cell, one.task, one.method
@@ -138,11 +178,12 @@ def next_cell(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> tuple[C
 def known_cells(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> set[Cell]:
     """All tuning cells, and those reported cells whose setting is known."""
     reported = (one.with_setting(finished) for one in wanted)
-    return {cell for one in wanted for cell in one.tuning} | {cell for cell in reported if cell is not None}
+    tuning = {cell for one in wanted for cell in (*one.teaching, *one.tuning)}
+    return tuning | {cell for cell in reported if cell is not None}
 
 
 def unknown(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> int:
-    return sum(one.with_setting(finished) is None for one in wanted)
+    return sum(one.with_setting(finished) is None for one in wanted if not one.method.candidate)
 
 
 def chosen_methods(names: Sequence[str]) -> list[Method]:

@@ -1,8 +1,8 @@
-"""The methods of the grid: how each converts a model, and the few settings it is tuned over.
+"""What a method is: how it converts a model, which rate each parameter takes, and how far its masks are.
 
 A setting maps the role of a parameter to its learning rate: "weights" (everything pretrained), "factors" (low-rank
 updates), "scores" (what only decides the mask) and "head" (what is new); "penalty" is the factor of a method's penalty.
-Every method is tuned over equally many settings. The head's rate is the same for all.
+`catalogue` lists the methods and the settings that each is tuned over. The head's rate is the same for all.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import pst_kernels as pst
+from pst_kernels import PSTConfig, replace_linear
 from pst_kernels.linear import PSTLayer
-from pst_kernels.patterns import num_pruned_at
 from pst_kernels.targets import find_targets
 
 from .. import baselines
 from ..baselines.pst_variant import PARTS
+from .distill import Distillation
 from .tasks import Batch, Task
 
 Setting = dict[str, float]
@@ -29,10 +29,6 @@ RANK = 8
 LORA_RANK = 2 * RANK  # as many numbers as PST's two products of rank 8
 SCORES = ("mask_scores", "gate_scores", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = ("pst_U", "pst_V", "lora_A", "lora_B")
-
-WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
-FACTOR_RATES = tuple({"factors": rate} for rate in (5e-4, 2e-3, 8e-3))
-PST_RATES = tuple({"factors": rate, "scores": rate} for rate in (1.25e-4, 5e-4, 2e-3))
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Method:
-    """`convert(model, plan)` makes the layers and sets what trains. `like`: the method whose tuned setting it takes."""
+    """`convert(model, plan)` makes the layers and sets what trains.
+
+    `like`: the method whose tuned setting it takes. `warmup` and `cooldown`: fractions of the steps, as in `PSTConfig`.
+    `distillation`: what it learns from the dense model of the same seed. `candidate`: a recipe that is compared with
+    others on validation, by seeds of its own, and never tested. `only`: the one sparsity it is for.
+    """
 
     name: str
     convert: Callable[[Any, Plan], Any]
@@ -58,6 +59,11 @@ class Method:
     like: str | None = None
     sparse: bool = True
     mask_interval: int = 1
+    warmup: float = PSTConfig.warmup
+    cooldown: float = PSTConfig.cooldown
+    distillation: Distillation | None = None
+    candidate: bool = False
+    only: float | None = None
 
     @property
     def judged_on_test(self) -> bool:
@@ -67,7 +73,7 @@ class Method:
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers that every method prunes or adapts: those of `replace_linear`."""
-    return find_targets(model, pst.PSTConfig())  # type: ignore[return-value]
+    return find_targets(model, PSTConfig())  # type: ignore[return-value]
 
 
 def _each_linear(model: nn.Module, make: Callable[[nn.Linear, str], nn.Module]) -> None:
@@ -76,11 +82,11 @@ def _each_linear(model: nn.Module, make: Callable[[nn.Linear, str], nn.Module]) 
         setattr(model.get_submodule(parent), child, make(linear, name))
 
 
-def _dense(model: nn.Module, plan: Plan) -> None:
+def dense(model: nn.Module, plan: Plan) -> None:
     model.requires_grad_(True)
 
 
-def _trains_all(layer: Any) -> Callable[[nn.Module, Plan], None]:
+def trains_all(layer: Any) -> Callable[[nn.Module, Plan], None]:
     """All weights train, embeddings and LayerNorm too, as those methods were published."""
 
     def convert(model: nn.Module, plan: Plan) -> None:
@@ -91,13 +97,13 @@ def _trains_all(layer: Any) -> Callable[[nn.Module, Plan], None]:
     return convert
 
 
-def _lora(model: nn.Module, plan: Plan) -> None:
+def lora(model: nn.Module, plan: Plan) -> None:
     model.requires_grad_(False)
     _each_linear(model, lambda linear, _: baselines.LoRA.from_linear(linear, LORA_RANK, float(LORA_RANK)))
     _train(model, plan.task.head)
 
 
-def _wanda_lora(model: nn.Module, plan: Plan) -> None:
+def wanda_lora(model: nn.Module, plan: Plan) -> None:
     norms = plan.norms(model, targets(model))
     model.requires_grad_(False)
     _each_linear(
@@ -109,18 +115,18 @@ def _wanda_lora(model: nn.Module, plan: Plan) -> None:
     _train(model, plan.task.head)
 
 
-def _pst(head: bool = True, also: tuple[str, ...] = (), **config: Any) -> Callable[[nn.Module, Plan], None]:
+def pst(head: bool = True, also: tuple[str, ...] = (), **config: Any) -> Callable[[nn.Module, Plan], None]:
     """Our package. `also`: suffixes of further modules to train; `config`: settings other than the defaults."""
 
     def convert(model: nn.Module, plan: Plan) -> None:
         saved = [*(plan.task.head if head else ()), *also]
         settings = {"weight_rank": RANK, "score_rank": RANK} | config
-        pst.replace_linear(model, pst.PSTConfig(sparsity=plan.sparsity, modules_to_save=saved, **settings))
+        replace_linear(model, PSTConfig(sparsity=plan.sparsity, modules_to_save=saved, **settings))
 
     return convert
 
 
-def _variant(parts: tuple[str, ...] = PARTS, wanda: bool = False, **config: Any) -> Any:
+def variant(parts: tuple[str, ...] = PARTS, wanda: bool = False, **config: Any) -> Any:
     """PST in plain PyTorch, for what the package does not do. `wanda`: |W'| times the input norm, of mean 1."""
 
     def convert(model: nn.Module, plan: Plan) -> None:
@@ -142,43 +148,6 @@ def _variant(parts: tuple[str, ...] = PARTS, wanda: bool = False, **config: Any)
 def _train(model: nn.Module, modules: tuple[str, ...]) -> None:
     for name in modules:
         model.get_submodule(name).requires_grad_(True)
-
-
-PENALISED = tuple({"weights": 2e-4, "scores": 1e-1, "penalty": penalty} for penalty in (25.0, 125.0, 400.0))
-PST, DENSE = "PST", "dense"
-BASELINES = (
-    Method(DENSE, _dense, WEIGHT_RATES, sparse=False),
-    Method("LoRA", _lora, FACTOR_RATES, sparse=False),
-    Method("magnitude", _trains_all(baselines.Magnitude), WEIGHT_RATES),
-    Method(
-        "movement", _trains_all(baselines.Movement), tuple(setting | {"scores": 1e-2} for setting in WEIGHT_RATES)
-    ),
-    Method("soft movement", _trains_all(baselines.SoftMovement), PENALISED),
-    Method("L0", _trains_all(baselines.HardConcrete), PENALISED),
-    Method("Wanda + LoRA", _wanda_lora, FACTOR_RATES),
-    Method("PST as released", _pst(head=False), PST_RATES),
-    Method(PST, _pst(), PST_RATES),
-)  # fmt: skip
-NORMS = ("LayerNorm",)
-ABLATIONS = (
-    *(
-        Method(f"PST, score of {' and '.join(parts)}", _variant(parts), like=PST)
-        for parts in (("W",), ("AB",), ("RC",), ("W", "AB"), ("W", "RC"), ("AB", "RC"))
-    ),
-    *(
-        Method(f"PST, rank {rank}", _pst(weight_rank=rank, score_rank=rank), like=PST)
-        for rank in (1, 2, 4, 16, 32)
-    ),
-    Method("PST, not through |W'|", _pst(through_magnitude=False), like=PST),
-    Method("PST, head frozen", _pst(head=False), like=PST),
-    Method("PST, LayerNorm and biases trained", _pst(also=NORMS, train_bias=True), like=PST),
-    Method("PST, mask every 4 steps", _pst(mask_interval=4), like=PST, mask_interval=4),
-    Method("PST, mask every 16 steps", _pst(mask_interval=16), like=PST, mask_interval=16),
-    Method("PST, alpha 0.25", _pst(alpha1=0.25, alpha2=0.25), like=PST),
-    Method("PST, alpha 4", _pst(alpha1=4.0, alpha2=4.0), like=PST),
-    Method("PST, input norms as in Wanda", _variant(wanda=True), like=PST),
-)  # fmt: skip
-METHODS = {method.name: method for method in (*BASELINES, *ABLATIONS)}
 
 
 def role(name: str, head: tuple[str, ...]) -> str:
@@ -223,7 +192,7 @@ def go_to(model: nn.Module, sparsity: float, progress: float) -> None:
     for layer in sparse_layers(model).values():
         if not isinstance(layer, PSTLayer):
             layer.go_to(progress)
-        elif int(layer.pst_num_pruned) != num_pruned_at(layer.weight.numel(), sparsity * progress):
+        elif int(layer.pst_num_pruned) != layer.num_pruned_at(sparsity * progress):
             layer.sparsity = sparsity * progress
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pst_kernels.files import save_figure
 
-from .methods import BASELINES
+from .catalogue import BASELINES
 from .record import FINAL, Cell, Row
 from .table import HEADINGS
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..table import replace_between
-from .methods import ABLATIONS, BASELINES
+from .catalogue import ABLATIONS, BASELINES
 from .record import FINAL, SHOW, Cell, Row
 
 BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"

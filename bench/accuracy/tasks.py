@@ -18,6 +18,8 @@ from torch.nn.functional import cross_entropy
 from pst_kernels.finetune import data, models
 from pst_kernels.finetune.settings import Settings
 
+from .distill import Outputs
+
 MINILM = Settings(dropout=0.0)
 SPLIT_SEED = 0  # of all runs: a cell's seed draws its labelled texts, its order, its head and its factors
 EVALUATION_BATCH = 64
@@ -77,8 +79,12 @@ class Task:
         """A batch of one a text, padded to the length of a cell; `seed` for what is random in it."""
         raise NotImplementedError
 
-    def loss(self, model: Any, batch: Batch) -> Tensor:
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        """The loss, and what another model can learn from."""
         raise NotImplementedError
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        return self.outputs(model, batch).loss
 
     def judge(self, model: Any, texts: Texts) -> float:
         """The metric over texts, in evaluation mode."""
@@ -129,8 +135,9 @@ class Topic(Task):
         labels = torch.tensor([_split().labels.index(text.label) for text in texts])
         return _rows(self._tokens(texts) | {"labels": labels})
 
-    def loss(self, model: Any, batch: Batch) -> Tensor:
-        return model(**batch).loss
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        out = model(**batch, output_hidden_states=True)
+        return Outputs(out.loss, out.logits, out.hidden_states, batch["attention_mask"].bool())
 
     @torch.inference_mode()
     def judge(self, model: Any, texts: Texts) -> float:
@@ -166,15 +173,18 @@ class MaskedWords(Task):
         shown = torch.where(masked & (fate >= 1.0 - RANDOM_SHARE), others, shown)
         return _rows(batch | {"input_ids": shown, "labels": ids.masked_fill(~masked, IGNORED)})
 
-    def loss(self, model: Any, batch: Batch) -> Tensor:
-        total, count = model(**batch)
-        return total / max(1, count)
+    def outputs(self, model: Any, batch: Batch) -> Outputs:
+        return model(**batch)
 
     @torch.inference_mode()
     def judge(self, model: Any, texts: Texts) -> float:
         model.eval()
-        sums = [model(**batch) for batch in _in_batches(self.encode(texts, 0))]
-        return float(sum(total for total, _ in sums) / sum(count for _, count in sums))
+        total, words = 0.0, 0
+        for batch in _in_batches(self.encode(texts, 0)):
+            masked = int((batch["labels"] != IGNORED).sum())
+            total += float(self.loss(model, batch)) * masked
+            words += masked
+        return total / words
 
 
 class MaskedLanguageModel(nn.Module):
@@ -189,12 +199,13 @@ class MaskedLanguageModel(nn.Module):
         bert.pooler = None
         self.head = MaskedHead(bert.config.hidden_size, bert.config.vocab_size)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        """(sum of the losses, number) of the labelled tokens; only those are decoded."""
-        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Outputs:
+        """The mean loss and the logits of the labelled tokens; only those are decoded."""
+        out = self.bert(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
         chosen = labels != IGNORED
-        logits = self.head(hidden[chosen], self.bert.embeddings.word_embeddings.weight)
-        return cross_entropy(logits, labels[chosen], reduction="sum"), int(chosen.sum())
+        logits = self.head(out.last_hidden_state[chosen], self.bert.embeddings.word_embeddings.weight)
+        loss = cross_entropy(logits, labels[chosen], reduction="sum") / max(1, int(chosen.sum()))
+        return Outputs(loss, logits, out.hidden_states, attention_mask.bool())
 
 
 class MaskedHead(nn.Module):

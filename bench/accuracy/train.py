@@ -12,14 +12,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import pst_kernels as pst
+from pst_kernels import PSTConfig
 from pst_kernels.schedule import sparsity_at
 
 from .. import results
 from . import final, methods, overlap
 from .methods import Method, Plan
 from .record import FINAL, Cell, Row
-from .tasks import Task
+from .tasks import Batch, Task
 
 LARGEST_GRADIENT = 1.0  # norm to which gradients are clipped, for every method
 
@@ -35,9 +35,14 @@ class Trained:
         return not math.isfinite(self.loss)
 
 
-def run(cell: Cell, task: Task, method: Method, masks_folder: Path | None = None) -> Row:
-    """Train the cell. Masks of final cells go into `masks_folder`, from which overlaps are counted."""
-    trained = train(cell, task, method)
+def run(
+    cell: Cell, task: Task, method: Method, masks_folder: Path | None = None, teacher: nn.Module | None = None
+) -> Row:
+    """Train the cell. Masks of final cells go into `masks_folder`, from which overlaps are counted.
+
+    `teacher`: the dense model that a method with distillation learns from.
+    """
+    trained = train(cell, task, method, teacher)
     model, validation, test = trained.model, None, None
     if not trained.diverged:
         validation = task.judge(model, task.validation_texts())
@@ -52,8 +57,8 @@ def run(cell: Cell, task: Task, method: Method, masks_folder: Path | None = None
     )  # fmt: skip
 
 
-def train(cell: Cell, task: Task, method: Method) -> Trained:
-    """Linear decay of all learning rates, and the cubic schedule of `PSTConfig()` for all that prune gradually.
+def train(cell: Cell, task: Task, method: Method, teacher: nn.Module | None = None) -> Trained:
+    """Linear decay of all learning rates, and the cubic schedule of `PSTConfig` for all that prune gradually.
 
     Stops at the first loss that is not finite.
     """
@@ -70,10 +75,10 @@ def train(cell: Cell, task: Task, method: Method) -> Trained:
     losses: list[float] = []
     model.train()
     for step, batch in enumerate(task.batches(cell.seed)):
-        progress = progress_at(step - step % interval, cell.steps)
+        progress = progress_at(step - step % interval, cell.steps, method.warmup, method.cooldown)
         methods.go_to(model, cell.sparsity, progress)
-        loss = task.loss(model, batch)
-        total = loss + _penalty(model, setting, progress)
+        loss, wanted = _losses(model, batch, task, method, teacher)
+        total = wanted + _penalty(model, setting, progress)
         total.backward()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
@@ -87,10 +92,25 @@ def train(cell: Cell, task: Task, method: Method) -> Trained:
     return Trained(model, sum(last) / len(last), time.perf_counter() - start)
 
 
-def progress_at(step: int, steps: int) -> float:
-    """From 0 to 1 along the cubic schedule of pst_kernels, with its default warm-up and cool-down."""
-    whole = pst.PSTConfig().sparsity
-    return sparsity_at(step, steps, pst.PSTConfig()) / whole
+def progress_at(step: int, steps: int, warmup: float = PSTConfig.warmup, cooldown: float = PSTConfig.cooldown) -> float:
+    """From 0 to 1 along the cubic schedule of pst_kernels."""
+    config = PSTConfig(warmup=warmup, cooldown=cooldown)
+    return sparsity_at(step, steps, config) / config.sparsity
+
+
+def _losses(
+    model: nn.Module, batch: Batch, task: Task, method: Method, teacher: nn.Module | None
+) -> tuple[Tensor, Tensor]:
+    """The task's loss, and what is minimised."""
+    if method.distillation is None:
+        loss = task.loss(model, batch)
+        return loss, loss
+    if teacher is None:
+        raise ValueError(f"{method.name} learns from a dense model; pass it as teacher")
+    with torch.no_grad():
+        shown = task.outputs(teacher, batch)
+    own = task.outputs(model, batch)
+    return own.loss, method.distillation.loss(own, shown)
 
 
 def _penalty(model: nn.Module, setting: methods.Setting, progress: float) -> Tensor | float:

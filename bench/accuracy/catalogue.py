@@ -1,0 +1,84 @@
+"""The methods of the grid by name, and the few settings that each is tuned over.
+
+Every baseline is tuned over equally many settings; each range holds what its paper or common use gives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import baselines
+from .distill import Distillation
+from .methods import Method, dense, lora, pst, trains_all, variant, wanda_lora
+
+WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
+FACTOR_RATES = tuple({"factors": rate} for rate in (5e-4, 2e-3, 8e-3))
+PST_RATES = tuple({"factors": rate, "scores": rate} for rate in (1.25e-4, 5e-4, 2e-3))
+PENALISED = tuple({"weights": 2e-4, "scores": 1e-1, "penalty": penalty} for penalty in (25.0, 125.0, 400.0))
+
+PST, DENSE = "PST", "dense"
+BASELINES = (
+    Method(DENSE, dense, WEIGHT_RATES, sparse=False),
+    Method("LoRA", lora, FACTOR_RATES, sparse=False),
+    Method("magnitude", trains_all(baselines.Magnitude), WEIGHT_RATES),
+    Method("movement", trains_all(baselines.Movement), tuple(setting | {"scores": 1e-2} for setting in WEIGHT_RATES)),
+    Method("soft movement", trains_all(baselines.SoftMovement), PENALISED),
+    Method("L0", trains_all(baselines.HardConcrete), PENALISED),
+    Method("Wanda + LoRA", wanda_lora, FACTOR_RATES),
+    Method("PST as released", pst(head=False), PST_RATES),
+    Method(PST, pst(), PST_RATES),
+)
+
+NORMS = ("LayerNorm",)
+ABLATIONS = (
+    *(
+        Method(f"PST, score of {' and '.join(parts)}", variant(parts), like=PST)
+        for parts in (("W",), ("AB",), ("RC",), ("W", "AB"), ("W", "RC"), ("AB", "RC"))
+    ),
+    *(Method(f"PST, rank {rank}", pst(weight_rank=rank, score_rank=rank), like=PST) for rank in (1, 2, 4, 16, 32)),
+    Method("PST, not through |W'|", pst(through_magnitude=False), like=PST),
+    Method("PST, head frozen", pst(head=False), like=PST),
+    Method("PST, LayerNorm and biases trained", pst(also=NORMS, train_bias=True), like=PST),
+    Method("PST, mask every 4 steps", pst(mask_interval=4), like=PST, mask_interval=4),
+    Method("PST, mask every 16 steps", pst(mask_interval=16), like=PST, mask_interval=16),
+    Method("PST, alpha 0.25", pst(alpha1=0.25, alpha2=0.25), like=PST),
+    Method("PST, alpha 4", pst(alpha1=4.0, alpha2=4.0), like=PST),
+    Method("PST, input norms as in Wanda", variant(wanda=True), like=PST),
+)
+
+# Blocks learn their scores on the last step before a mask: 4, not the default 16, as 120 steps would make 8 masks.
+BLOCK_INTERVAL = 4
+PATTERNS = (
+    *(
+        Method(
+            f"PST, block:{size}",
+            pst(pattern=f"block:{size}", mask_interval=BLOCK_INTERVAL),
+            PST_RATES,
+            mask_interval=BLOCK_INTERVAL,
+        )
+        for size in (16, 32)
+    ),
+    Method("PST, 2:4", pst(pattern="2:4"), PST_RATES, only=0.5),
+)
+
+
+def _rates(*pairs: tuple[float, float]) -> tuple[dict[str, float], ...]:
+    return tuple({"factors": factors, "scores": scores} for factors, scores in pairs)
+
+
+LOGITS = Distillation(share=0.5, temperature=2.0)
+LOGITS_AND_STATES = Distillation(share=0.5, temperature=2.0, states=1.0)
+FREE: dict[str, Any] = {"also": NORMS, "train_bias": True}
+CANDIDATES = (
+    Method("candidate: norms", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4), (5e-4, 2e-3))),
+    Method("candidate: norms, small beta", pst(**FREE, beta=1 / 16), _rates((2e-3, 5e-4), (8e-3, 5e-4))),
+    Method("candidate: norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), distillation=LOGITS),
+    Method(
+        "candidate: norms, logits and states",
+        pst(**FREE),
+        _rates((1.25e-4, 5e-4), (5e-4, 5e-4)),
+        distillation=LOGITS_AND_STATES,
+    ),
+    Method("candidate: norms, early", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), warmup=0.0, cooldown=0.5),
+)
+METHODS = {method.name: method for method in (*BASELINES, *ABLATIONS, *PATTERNS, *CANDIDATES)}
