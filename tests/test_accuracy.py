@@ -14,13 +14,28 @@ from tiny_text import texts, write_model
 from torch import nn
 
 import bench.accuracy
-from bench.accuracy import catalogue, choose, final, job, methods, overlap, plots, record, table, tasks, train
+from bench.accuracy import (
+    catalogue,
+    choose,
+    distill,
+    final,
+    job,
+    methods,
+    overlap,
+    plots,
+    record,
+    rerun,
+    table,
+    tasks,
+    teachers,
+    train,
+)
 from bench.accuracy.record import FINAL, SHOW, TUNE, Cell, Row
 from pst_kernels import PSTConfig, patterns, replace_linear
 from pst_kernels.finetune import data
 from pst_kernels.finetune.settings import Settings
 from pst_kernels.patterns import num_pruned_at
-from pst_kernels.schedule import sparsity_at
+from pst_kernels.schedule import SparsitySchedule, sparsity_at
 
 SIZE = tasks.Size(steps=6, batch=4, length=12, labels_each=3)
 LINEARS = 12  # of two layers
@@ -151,6 +166,7 @@ def test_a_setting_without_a_rate_is_refused():
 def test_all_methods_are_tuned_over_equally_many_settings():
     assert {len(method.grid) for method in catalogue.BASELINES} == {3}
     assert all(catalogue.METHODS[method.like].grid and not method.grid for method in catalogue.ABLATIONS)
+    assert [m.name for m in catalogue.METHODS.values() if m.candidate] == [m.name for m in catalogue.CANDIDATES]
 
 
 def test_a_penalty_prunes():
@@ -195,6 +211,108 @@ def test_input_norms_leave_padding_out():
     assert 0 < len(real) <= batch["input_ids"].numel()
     torch.testing.assert_close(norms[name], real.square().sum(0).sqrt(), rtol=1e-5, atol=1e-6)
     assert not layers[name]._forward_pre_hooks
+
+
+def test_a_schedule_of_its_own(monkeypatch):
+    found = []
+    monkeypatch.setattr(methods, "go_to", lambda model, sparsity, progress: found.append(progress))
+    method = dataclasses.replace(catalogue.METHODS["PST"], warmup=0.0, cooldown=0.5)
+    train.train(cell(), task(), method)
+    config = PSTConfig(sparsity=0.9, warmup=0.0, cooldown=0.5)
+    expected = [sparsity_at(step, SIZE.steps, config) / 0.9 for step in range(SIZE.steps)]
+    assert found == pytest.approx([*expected, 1.0])
+    assert found[3] < 1.0 == found[4]  # half of six steps
+
+
+@pytest.mark.parametrize("pattern", ["block:16", "2:4"])
+def test_patterns_rise_along_the_schedule(pattern, monkeypatch):
+    """What each layer holds at every step is what `SparsitySchedule` gives it."""
+    method, seen = catalogue.METHODS[f"PST, {pattern}"], []
+    whole = methods.go_to
+
+    def watched(model, sparsity, progress):
+        whole(model, sparsity, progress)
+        seen.append([int(layer.pst_num_pruned) for layer in methods.sparse_layers(model).values()])
+
+    monkeypatch.setattr(methods, "go_to", watched)
+    train.train(cell(f"PST, {pattern}"), task(), method)
+    model = task().model()
+    method.convert(model, methods.Plan(task(), 0.5, 0))
+    schedule, expected = SparsitySchedule(model, SIZE.steps), []
+    for _ in range(SIZE.steps + 1):
+        expected.append([int(layer.pst_num_pruned) for layer in methods.sparse_layers(model).values()])
+        schedule.step()
+    assert seen == expected
+    assert seen[0] != seen[-1]
+
+
+# Distillation
+
+
+def outputs(logits, states, loss=2.0, real=None):
+    real = torch.ones(states[0].shape[:2], dtype=torch.bool) if real is None else real
+    return distill.Outputs(torch.tensor(loss).double(), logits, tuple(states), real)
+
+
+def test_the_loss_of_distillation_is_its_formula():
+    torch.manual_seed(0)
+    mine, theirs = torch.randn(5, 3).double(), torch.randn(5, 3).double()
+    states = [torch.randn(2, 4, 6).double() for _ in range(6)]
+    real = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    student = outputs(mine, states[:3], real=real)
+    teacher = outputs(theirs, states[3:], loss=7.0, real=real)
+    p, q = torch.softmax(theirs / 3.0, 1), torch.softmax(mine / 3.0, 1)
+    divergence = 9.0 * float((p * (p / q).log()).sum() / 5)
+    assert float(distill.Distillation(0.25, 3.0).loss(student, teacher)) == pytest.approx(
+        0.75 * 2.0 + 0.25 * divergence, rel=1e-12
+    )
+    ratios = []
+    for s, t in zip(states[1:3], states[4:], strict=True):  # without the embeddings
+        apart = sum(float((s[i, j] - t[i, j]).square().sum()) for i, j in real.nonzero().tolist())
+        ratios.append(apart / sum(float(t[i, j].square().sum()) for i, j in real.nonzero().tolist()))
+    assert float(distill.Distillation(0.25, 3.0, 4.0).loss(student, teacher)) == pytest.approx(
+        0.75 * 2.0 + 0.25 * divergence + 4.0 * sum(ratios) / 2, rel=1e-12
+    )
+    assert float(distill.Distillation(1.0, 2.0, 1.0).loss(student, student)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_batch_without_a_masked_word_teaches_nothing():
+    logits = torch.randn(0, 3, requires_grad=True)
+    found = distill.Distillation().divergence(logits, torch.randn(0, 3))
+    found.backward()
+    assert found.item() == 0.0
+    assert logits.grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_only_the_student_learns(name):
+    method = dataclasses.replace(catalogue.METHODS["PST"], distillation=distill.Distillation(0.5, 2.0, 1.0))
+    teacher = task(name).model().eval()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    taught = train.train(cell(name=name), task(name), method, teacher).model
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    alone = train.train(cell(name=name), task(name), catalogue.METHODS["PST"]).model
+    trained = {key: value for key, value in alone.named_parameters() if key.endswith("pst_V")}
+    assert len(trained) == LINEARS
+    assert not any(torch.equal(taught.get_parameter(key), value) for key, value in trained.items())
+    with pytest.raises(ValueError, match="learns from a dense model"):
+        train.train(cell(name=name), task(name), method)
+
+
+def test_a_teacher_is_the_dense_model_of_the_seed_trained_once(tmp_path, monkeypatch):
+    one = cell("dense", FINAL, seed=1)
+    expected = train.train(one, task(), catalogue.METHODS["dense"]).model.state_dict()
+    found = [teachers.get(tmp_path, one, task(), catalogue.METHODS["dense"])]
+    monkeypatch.setattr(train, "train", None)
+    found.append(teachers.get(tmp_path, one, task(), catalogue.METHODS["dense"]))
+    for model in found:
+        assert not model.training
+        assert not any(p.requires_grad for p in model.parameters())
+        assert all(torch.equal(expected[key], value) for key, value in model.state_dict().items())
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="to learn from diverged"):
+        teachers.get(tmp_path, cell("dense", FINAL, setting={"weights": 1e30}), task(), catalogue.METHODS["dense"])
 
 
 # Tasks
@@ -434,6 +552,62 @@ def test_the_job_goes_on_where_it_was_stopped(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "run", whole)
     assert job.main(options(tmp_path)) == 0
     assert len(set(fake)) == len(fake) == 9 + 6 + 4
+
+
+def test_candidates_run_every_setting_by_tuning_seeds_and_are_never_tested(fake, tmp_path):
+    name = "candidate: norms"
+    assert job.main(options(tmp_path, "--methods", name)) == 0
+    settings = [record.setting_text(setting) for setting in catalogue.METHODS[name].grid]
+    found = {(one.setting, one.sparsity, one.seed) for one in fake}
+    assert found == {(text, sparsity, seed) for text in settings for sparsity in (0.5, 0.9) for seed in (100, 101)}
+    assert {one.stage for one in fake} == {TUNE}
+    assert len(fake) == len(found)
+
+
+def test_what_learns_from_the_dense_model_waits_for_its_setting(fake, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(teachers, "get", lambda folder, one, task, dense: asked.append((one, dense.name)))
+    assert job.main(options(tmp_path, "--methods", "candidate: norms, logits", "--sparsities", "0.9")) == 0
+    assert [one.method for one in fake[:3]] == ["dense"] * 3
+    assert {one.method for one in fake[3:]} == {"candidate: norms, logits"}
+    largest = record.setting_text(catalogue.WEIGHT_RATES[-1])
+    expected = [
+        (dataclasses.replace(one, stage=FINAL, method="dense", sparsity=0.0, setting=largest), "dense")
+        for one in fake[3:]
+    ]
+    assert asked == expected
+
+
+def test_a_pattern_of_one_sparsity_runs_at_no_other(fake, tmp_path):
+    assert job.main(options(tmp_path, "--methods", "PST, 2:4", "--seeds", "1")) == 0
+    assert {one.sparsity for one in fake} == {0.5}
+
+
+def test_a_rerun_is_set_beside_the_record(fake, tmp_path, monkeypatch):
+    given = options(tmp_path, "--methods", "PST", "--seeds", "3")
+    assert job.main(given) == 0
+    for one, value in zip([c for c in fake if c.stage == FINAL and c.sparsity == 0.5], (0.5, 0.6, 0.8), strict=True):
+        record.add(tmp_path / record.CSV_NAME, row(one, 0.5, value))
+    before = (tmp_path / record.CSV_NAME).read_text()
+    found = []
+
+    def again(one, task, method, masks_folder=None, teacher=None):
+        found.append(one)
+        return row(one, 0.5, 0.75)
+
+    monkeypatch.setattr(train, "run", again)
+    only = ["--methods", "PST", "--seeds", "3", "--sparsities", "0.5"]
+    assert job.main(options(tmp_path, *only, "--rerun", "1")) == 0
+    lines = rerun.read(tmp_path / rerun.CSV_NAME)
+    assert [(one.seed, one.stage) for one in found] == [(0, FINAL)]
+    assert {name: lines[0][name] for name in ("recorded", "again", "difference", "seed_range", "seeds", "within")} == {
+        "recorded": "0.5", "again": "0.75", "difference": "0.25", "seed_range": "0.3", "seeds": "3", "within": "yes"
+    }  # fmt: skip
+    monkeypatch.setattr(train, "run", lambda one, *_, **__: row(one, 0.5, 0.1))
+    assert job.main(options(tmp_path, *only, "--rerun", "2")) == 1
+    lines = rerun.read(tmp_path / rerun.CSV_NAME)
+    assert [(line["seed"], line["within"]) for line in lines] == [("0", "no"), ("1", "no")]
+    assert (tmp_path / record.CSV_NAME).read_text() == before
 
 
 def test_no_cell_starts_when_the_time_is_up(fake, tmp_path):

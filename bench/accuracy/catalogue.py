@@ -69,16 +69,22 @@ def _rates(*pairs: tuple[float, float]) -> tuple[dict[str, float], ...]:
 LOGITS = Distillation(share=0.5, temperature=2.0)
 LOGITS_AND_STATES = Distillation(share=0.5, temperature=2.0, states=1.0)
 FREE: dict[str, Any] = {"also": NORMS, "train_bias": True}
+
+
+def _candidate(name: str, *arguments: Any, **more: Any) -> Method:
+    return Method(f"candidate: {name}", *arguments, candidate=True, **more)
+
+
 CANDIDATES = (
-    Method("candidate: norms", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4), (5e-4, 2e-3))),
-    Method("candidate: norms, small beta", pst(**FREE, beta=1 / 16), _rates((2e-3, 5e-4), (8e-3, 5e-4))),
-    Method("candidate: norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), distillation=LOGITS),
-    Method(
-        "candidate: norms, logits and states",
+    _candidate("norms", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4), (3e-5, 5e-4))),
+    _candidate("norms, small beta", pst(**FREE, beta=1 / 16), _rates((2e-3, 5e-4), (8e-3, 5e-4))),
+    _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), distillation=LOGITS),
+    _candidate(
+        "norms, logits and states",
         pst(**FREE),
         _rates((1.25e-4, 5e-4), (5e-4, 5e-4)),
         distillation=LOGITS_AND_STATES,
     ),
-    Method("candidate: norms, early", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), warmup=0.0, cooldown=0.5),
+    _candidate("norms, early", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), warmup=0.0, cooldown=0.5),
 )
 METHODS = {method.name: method for method in (*BASELINES, *ABLATIONS, *PATTERNS, *CANDIDATES)}

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 from .. import results
 from ..console import console
-from . import choose, overlap, plots, record, table, teachers, train
+from . import choose, overlap, plots, record, rerun, table, teachers, train
 from .catalogue import ABLATIONS, BASELINES, CANDIDATES, DENSE, METHODS, PATTERNS
 from .methods import Method
 from .record import FINAL, SHOW, TUNE, Cell, Row
@@ -43,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="start no cell after that; the next call goes on from there")
     parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of the CSV, the table, the plots")
     parser.add_argument("--show", action="store_true", help="train nothing: table and plots of the CSV as it is")
+    parser.add_argument(
+        "--rerun", type=int, metavar="N", help=f"train N finished cells of the grid again, into {rerun.CSV_NAME}"
+    )
     parser.add_argument("--readme", type=Path, help="rewrite the table between the markers there")
 
 
@@ -50,6 +54,9 @@ def main(options: argparse.Namespace) -> int:
     """Returns 0, also when the time was up before the grid was done."""
     out = console()
     path = options.output / record.CSV_NAME
+    if options.rerun:
+        transformers.logging.set_verbosity_error()
+        return _rerun(options, path, out)
     if not options.show:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -63,6 +70,7 @@ def main(options: argparse.Namespace) -> int:
     if options.readme is not None:
         table.rewrite_readme(options.readme, rows)
     table.print_rows(rows, out)
+    table.print_candidates(rows, out)
     for picture in plots.draw(rows, overlap.read(options.output / overlap.CSV_NAME), options.output):
         out.print(str(picture), soft_wrap=True)
     return 0
@@ -83,6 +91,20 @@ def _run(options: argparse.Namespace, path: Path, progress: Progress) -> None:
         finished = record.read(path)  # with what another process has finished meanwhile
         progress.console.print(_line(row), highlight=False, soft_wrap=True)
     progress.update(bar, description="done", completed=len(known_cells(wanted, finished)))
+
+
+def _rerun(options: argparse.Namespace, path: Path, out: Console) -> int:
+    """Returns 1 if a result lies outside the range of the seeds."""
+    finished, wanted = record.read(path), {one.cell: one for one in grid(options)}
+    lines = []
+    for cell in rerun.chosen(finished, list(wanted), options.rerun):
+        one = wanted[dataclasses.replace(cell, setting="")]
+        row = train.run(cell, one.task, one.method, teacher=_teacher(cell, one.task, one.method, finished))
+        lines.append(rerun.compare(finished, row))
+        rerun.add(options.output / rerun.CSV_NAME, lines[-1])
+        told = "{recorded}, again {again}; the {seeds} seeds are {seed_range} apart".format(**lines[-1])
+        out.print(f"{cell}: {told}", highlight=False, soft_wrap=True)
+    return int(any(line["within"] != "yes" for line in lines))
 
 
 def _teacher(cell: Cell, task: Task, method: Method, finished: Mapping[Cell, Row]) -> nn.Module | None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..table import replace_between
-from .catalogue import ABLATIONS, BASELINES
+from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS
 from .record import FINAL, SHOW, Cell, Row
 
 BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
@@ -30,6 +30,25 @@ def print_rows(rows: Mapping[Cell, Row], console: Console) -> None:
             for method in _methods(chosen):
                 table.add_row(method, *_cells(chosen, method, sparsities))
             console.print(table)
+
+
+def print_candidates(rows: Mapping[Cell, Row], console: Console) -> None:
+    """What recipes reach on validation, the mean over the tuning seeds: a line a setting."""
+    names = [method.name for method in CANDIDATES]
+    for task in _names(row.cell.task for row in rows.values() if row.cell.method in names):
+        chosen = [row for row in rows.values() if row.cell.method in names and row.cell.task == task]
+        table = Table(title=f"{task}, recipes on validation, {chosen[0].metric}: mean (worst to best, number of seeds)")
+        table.add_column("recipe", no_wrap=True)
+        table.add_column("setting", no_wrap=True)
+        sparsities = _sparsities(chosen)
+        for sparsity in sparsities:
+            table.add_column(f"{100 * sparsity:g} %", justify="right", no_wrap=True)
+        for method in names:
+            for setting in _names(row.cell.setting for row in chosen if row.cell.method == method):
+                of_line = [row for row in chosen if (row.cell.method, row.cell.setting) == (method, setting)]
+                cells = [_cell([row for row in of_line if row.cell.sparsity == sparsity]) for sparsity in sparsities]
+                table.add_row(method, setting, *cells)
+        console.print(table)
 
 
 def markdown(rows: Mapping[Cell, Row]) -> str:
@@ -109,7 +128,7 @@ def _sparsities(rows: Iterable[Row]) -> list[float]:
 
 def _methods(rows: Iterable[Row]) -> list[str]:
     """In the order of the grid; rows of methods that are no longer in it come last."""
-    order = [method.name for method in (*BASELINES, *ABLATIONS)]
+    order = [method.name for method in (*BASELINES, *PATTERNS, *ABLATIONS)]
     found = _names(row.cell.method for row in rows)
     return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
 
