@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import baselines
 from .distill import Distillation
-from .methods import Method, dense, lora, pst, trains_all, variant, wanda_lora
+from .methods import Method, Setting, dense, lora, pst, trains_all, variant, wanda_lora
 
 WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
 FACTOR_RATES = tuple({"factors": rate} for rate in (5e-4, 2e-3, 8e-3))
@@ -53,12 +53,12 @@ PATTERNS = (
         Method(
             f"PST, block:{size}",
             pst(pattern=f"block:{size}", mask_interval=BLOCK_INTERVAL),
-            PST_RATES,
+            like=PST,
             mask_interval=BLOCK_INTERVAL,
         )
         for size in (16, 32)
     ),
-    Method("PST, 2:4", pst(pattern="2:4"), PST_RATES, only=0.5),
+    Method("PST, 2:4", pst(pattern="2:4"), like=PST, only=0.5),
 )
 
 
@@ -71,13 +71,15 @@ LOGITS_AND_STATES = Distillation(share=0.5, temperature=2.0, states=1.0)
 FREE: dict[str, Any] = {"also": NORMS, "train_bias": True}
 
 
-def _candidate(name: str, *arguments: Any, **more: Any) -> Method:
-    return Method(f"candidate: {name}", *arguments, candidate=True, **more)
+def _candidate(name: str, convert: Any, grid: tuple[Setting, ...], **more: Any) -> Method:
+    return Method(f"candidate: {name}", convert, grid, **more, candidate=True)
 
 
 CANDIDATES = (
     _candidate("norms", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4), (3e-5, 5e-4))),
-    _candidate("norms, small beta", pst(**FREE, beta=1 / 16), _rates((2e-3, 5e-4), (8e-3, 5e-4))),
+    _candidate(
+        "norms, small beta", pst(**FREE, beta=1 / 16), _rates((2e-3, 5e-4), (8e-3, 5e-4), (5e-4, 5e-4), (2e-3, 2e-3))
+    ),
     _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), distillation=LOGITS),
     _candidate(
         "norms, logits and states",

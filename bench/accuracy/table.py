@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from ..table import replace_between
-from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS
+from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS, PST
 from .record import FINAL, SHOW, Cell, Row
+from .tasks import TASKS
 
+Score = Callable[[Row], float | None]
 BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
+SHOWN = (0.5, 0.9)  # sparsities of the README's table
 HEADINGS = {"accuracy": "test accuracy, %", "loss": "test loss, nats a masked word"}
 
 
 def print_rows(rows: Mapping[Cell, Row], console: Console) -> None:
-    """A table a task of what was tested, and one of what was shown on validation."""
-    for stage, title in ((FINAL, "test"), (SHOW, "validation, at the learning rates chosen for PST")):
-        for task in _names(row.cell.task for row in rows.values() if row.cell.stage == stage):
-            chosen = [row for row in rows.values() if (row.cell.stage, row.cell.task) == (stage, task)]
-            table = Table(title=f"{task}, {title} {chosen[0].metric}: mean (worst to best, number of seeds)")
-            table.add_column("method", no_wrap=True)
-            table.add_column("trainable", justify="right")
-            sparsities = _sparsities(chosen)
-            for sparsity in sparsities:
-                table.add_column(f"{100 * sparsity:g} %", justify="right", no_wrap=True)
-            for method in _methods(chosen):
-                table.add_row(method, *_cells(chosen, method, sparsities))
-            console.print(table)
+    """A table a task of what was tested, and one of ablations on validation, beside the method that they vary."""
+    for task in _tasks(rows.values()):
+        of_task = [row for row in rows.values() if row.cell.task == task]
+        tested = [row for row in of_task if row.cell.stage == FINAL]
+        shown = [row for row in of_task if row.cell.stage == SHOW]
+        if tested:
+            _print(f"{task}, test", tested, score, console)
+        if shown:
+            varied = [row for row in tested if row.cell.method == PST and row.cell.sparsity in _sparsities(shown)]
+            _print(f"{task}, validation, at the learning rates chosen for PST,", varied + shown, _validation, console)
+
+
+def _print(title: str, rows: Sequence[Row], value: Score, console: Console) -> None:
+    table = Table(title=f"{title} {rows[0].metric}: mean (worst to best, number of seeds)")
+    table.add_column("method", no_wrap=True)
+    table.add_column("trainable", justify="right")
+    sparsities = _sparsities(rows)
+    for sparsity in sparsities:
+        table.add_column(f"{100 * sparsity:g} %", justify="right", no_wrap=True)
+    for method in _methods(rows):
+        table.add_row(method, _trainable(rows, method), *_cells(rows, method, sparsities, value))
+    console.print(table)
 
 
 def print_candidates(rows: Mapping[Cell, Row], console: Console) -> None:
@@ -46,28 +58,25 @@ def print_candidates(rows: Mapping[Cell, Row], console: Console) -> None:
         for method in names:
             for setting in _names(row.cell.setting for row in chosen if row.cell.method == method):
                 of_line = [row for row in chosen if (row.cell.method, row.cell.setting) == (method, setting)]
-                cells = [_cell([row for row in of_line if row.cell.sparsity == sparsity]) for sparsity in sparsities]
+                cells = [_cell([r for r in of_line if r.cell.sparsity == s], _validation) for s in sparsities]
                 table.add_row(method, setting, *cells)
         console.print(table)
 
 
 def markdown(rows: Mapping[Cell, Row]) -> str:
-    """What was tested: a line a method and task. Raises ValueError when nothing was."""
-    tested = [row for row in rows.values() if row.cell.stage == FINAL]
+    """What was tested at 50 and 90 %: a line a method, a column a task and sparsity. Raises ValueError when nothing
+    was.
+    """
+    tested = [row for row in rows.values() if row.cell.stage == FINAL and row.cell.sparsity in (0.0, *SHOWN)]
     if not tested:
         raise ValueError("the CSV has no final rows yet; run `python -m bench accuracy`")
-    sparsities = _sparsities(tested)
-    lines = []
-    for task in _names(row.cell.task for row in tested):
-        chosen = [row for row in tested if row.cell.task == task]
-        heads = [f"{100 * sparsity:g} % pruned" for sparsity in sparsities]
-        lines += [
-            f"| {task}: {HEADINGS[chosen[0].metric]} | trainable | {' | '.join(heads)} |",
-            f"| --- |{' ---: |' * (1 + len(heads))}",
-            *(f"| {method} | {' | '.join(_cells(chosen, method, sparsities))} |" for method in _methods(chosen)),
-            "",
-        ]
-    return "\n".join([*lines, caption(tested)])
+    of_task = {task: [r for r in tested if r.cell.task == task] for task in _tasks(tested)}
+    heads = [f"{task}, {100 * sparsity:g} %" for task in of_task for sparsity in SHOWN]
+    lines = [f"| | trainable | {' | '.join(heads)} |", f"| --- |{' ---: |' * (1 + len(heads))}"]
+    for method in _methods(tested):
+        cells = [cell for chosen in of_task.values() for cell in _cells(chosen, method, SHOWN)]
+        lines.append(f"| {method} | {_trainable(tested, method)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", caption(tested)])
 
 
 def caption(tested: Sequence[Row]) -> str:
@@ -76,8 +85,10 @@ def caption(tested: Sequence[Row]) -> str:
         f"{r.cell.steps} steps of {r.cell.batch} x {r.cell.length} tokens, {r.cell.labels_each} labelled texts a class"
         for r in tested
     )
+    metrics = [f"{task}: {HEADINGS[metric]}" for task, metric in {r.cell.task: r.metric for r in tested}.items()]
     return (
-        "Mean over seeds (worst to best, number of seeds; they differ in labelled texts, order, head and factors)."
+        f"{'; '.join(metrics)}."
+        " Mean over seeds (worst to best, number of seeds; they differ in labelled texts, order, head and factors)."
         f" {'; '.join(sizes)}. Learning rates chosen on validation, by a run of another seed, among three for each"
         " method. Pruned are the linear layers inside the blocks of MiniLM (6 layers, 384 wide). A method without a"
         " target of its own (soft movement, L0) shows the sparsity that it reached."
@@ -91,17 +102,21 @@ def rewrite_readme(path: Path, rows: Mapping[Cell, Row]) -> None:
     replace_between(path, BEGIN, END, markdown(rows))
 
 
-def _cells(rows: Sequence[Row], method: str, sparsities: Sequence[float]) -> list[str]:
+def _trainable(rows: Sequence[Row], method: str) -> str:
+    """Of the first task: heads differ."""
+    chosen = [row for row in rows if row.cell.method == method]
+    return f"{max(row.trainable for row in chosen if row.cell.task == _tasks(chosen)[0]):,}"
+
+
+def _cells(rows: Sequence[Row], method: str, sparsities: Sequence[float], value: Score | None = None) -> list[str]:
     of_method = [row for row in rows if row.cell.method == method]
-    trainable = max(row.trainable for row in of_method)
     dense = not any(row.cell.sparsity for row in of_method)  # the same at every sparsity: it prunes nothing
-    cells = [_cell([row for row in of_method if dense or row.cell.sparsity == sparsity]) for sparsity in sparsities]
-    return [f"{trainable:,}", *cells]
+    return [_cell([r for r in of_method if dense or r.cell.sparsity == s], value or score) for s in sparsities]
 
 
-def _cell(rows: Sequence[Row]) -> str:
+def _cell(rows: Sequence[Row], value: Score) -> str:
     """Mean, range and number of seeds."""
-    values = [value for row in rows if (value := score(row)) is not None]
+    values = [found for row in rows if (found := value(row)) is not None]
     if not rows:
         return "-"
     if not values:
@@ -120,6 +135,15 @@ def _cell(rows: Sequence[Row]) -> str:
 def score(row: Row) -> float | None:
     """The test result of a final row, else that on validation."""
     return row.test if row.cell.stage == FINAL else row.validation
+
+
+def _validation(row: Row) -> float | None:
+    return row.validation
+
+
+def _tasks(rows: Iterable[Row]) -> list[str]:
+    """Topic before masked words, as in `tasks`."""
+    return sorted(_names(row.cell.task for row in rows), key=list(TASKS).index)
 
 
 def _sparsities(rows: Iterable[Row]) -> list[float]:
