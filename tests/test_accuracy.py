@@ -66,7 +66,7 @@ def task(name="topic"):
 def cell(method="PST", stage=TUNE, sparsity=0.5, setting=None, seed=0, name="topic"):
     found = catalogue.METHODS[method]
     grid = found.grid or catalogue.METHODS[found.like].grid
-    text = record.setting_text(grid[1] if setting is None else setting)
+    text = record.setting_text(grid[len(grid) // 2] if setting is None else setting)
     return Cell(stage, name, method, sparsity if found.sparse else 0.0, text, seed, 6, 4, 12, 3)
 
 

@@ -66,6 +66,7 @@ def _rates(*pairs: tuple[float, float]) -> tuple[dict[str, float], ...]:
     return tuple({"factors": factors, "scores": scores} for factors, scores in pairs)
 
 
+ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) for rate in (1e-3, 2e-3, 4e-3))
 LOGITS = Distillation(share=0.5, temperature=2.0)
 LOGITS_AND_STATES = Distillation(share=0.5, temperature=2.0, states=1.0)
 FREE: dict[str, Any] = {"also": NORMS, "train_bias": True}
@@ -75,18 +76,17 @@ def _candidate(name: str, convert: Any, grid: tuple[Setting, ...], **more: Any) 
     return Method(f"candidate: {name}", convert, grid, **more, candidate=True)
 
 
+SMALL: dict[str, Any] = {"beta": 1 / 16}  # U moves too, as its rate can be larger for the same step of W'
 CANDIDATES = (
     _candidate("norms", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4), (3e-5, 5e-4))),
     _candidate(
-        "norms, small beta", pst(**FREE, beta=1 / 16), _rates((2e-3, 5e-4), (8e-3, 5e-4), (5e-4, 5e-4), (2e-3, 2e-3))
+        "norms, small beta", pst(**FREE, **SMALL), _rates((2e-3, 5e-4), (8e-3, 5e-4), (5e-4, 5e-4), (2e-3, 2e-3))
     ),
-    _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), distillation=LOGITS),
+    _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
+    _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS),
     _candidate(
-        "norms, logits and states",
-        pst(**FREE),
-        _rates((1.25e-4, 5e-4), (5e-4, 5e-4)),
-        distillation=LOGITS_AND_STATES,
+        "norms, logits and states", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS_AND_STATES, only=0.9
     ),
-    _candidate("norms, early", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4)), warmup=0.0, cooldown=0.5),
+    _candidate("norms, early", pst(**FREE), _rates((1.25e-4, 5e-4)), warmup=0.0, cooldown=0.5),
 )
 METHODS = {method.name: method for method in (*BASELINES, *ABLATIONS, *PATTERNS, *CANDIDATES)}
