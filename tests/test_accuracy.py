@@ -555,7 +555,7 @@ def test_the_job_goes_on_where_it_was_stopped(fake, tmp_path, monkeypatch):
 
 
 def test_candidates_run_every_setting_by_tuning_seeds_and_are_never_tested(fake, tmp_path):
-    name = "candidate: norms"
+    name = "candidate: one rate"
     assert job.main(options(tmp_path, "--methods", name)) == 0
     settings = [record.setting_text(setting) for setting in catalogue.METHODS[name].grid]
     found = {(one.setting, one.sparsity, one.seed) for one in fake}

@@ -78,15 +78,14 @@ def _candidate(name: str, convert: Any, grid: tuple[Setting, ...], **more: Any) 
 
 SMALL: dict[str, Any] = {"beta": 1 / 16}  # U moves too, as its rate can be larger for the same step of W'
 CANDIDATES = (
-    _candidate("norms", pst(**FREE), _rates((1.25e-4, 5e-4), (5e-4, 5e-4), (3e-5, 5e-4))),
-    _candidate(
-        "norms, small beta", pst(**FREE, **SMALL), _rates((2e-3, 5e-4), (8e-3, 5e-4), (5e-4, 5e-4), (2e-3, 2e-3))
-    ),
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
+    _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((2e-3, 5e-4), (5e-4, 5e-4), (2e-3, 1.25e-4))),
+    _candidate("norms, small beta, logits", pst(**FREE, **SMALL), _rates((2e-3, 5e-4)), distillation=LOGITS),
+    _candidate("norms", pst(**FREE), _rates((1.25e-4, 5e-4), (3e-5, 5e-4))),
     _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS),
+    _candidate("norms, early", pst(**FREE), _rates((1.25e-4, 5e-4)), warmup=0.0, cooldown=0.5, only=0.9),
     _candidate(
         "norms, logits and states", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS_AND_STATES, only=0.9
     ),
-    _candidate("norms, early", pst(**FREE), _rates((1.25e-4, 5e-4)), warmup=0.0, cooldown=0.5),
 )
 METHODS = {method.name: method for method in (*BASELINES, *ABLATIONS, *PATTERNS, *CANDIDATES)}

@@ -174,13 +174,14 @@ def grid(options: argparse.Namespace) -> list[Wanted]:
     ):
         if method.only not in (None, sparsity):
             continue
-        stage = TUNE if method.candidate else FINAL if method.like is None else SHOW
+        tuned = METHODS[method.like] if method.like else method
+        stage = TUNE if method.candidate else FINAL if tuned is method or tuned.candidate else SHOW
         cell = Cell(
             stage, task.name, method.name, sparsity if method.sparse else 0.0, "",
             seed + choose.TUNING_SEED if method.candidate else seed, size.steps, size.batch, size.length,
             size.labels_each,
         )  # fmt: skip
-        found[cell] = Wanted(cell, task, method, METHODS[method.like] if method.like else method)
+        found[cell] = Wanted(cell, task, method, tuned)
     return list(found.values())
 
 

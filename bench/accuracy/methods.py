@@ -48,7 +48,8 @@ class Plan:
 class Method:
     """`convert(model, plan)` makes the layers and sets what trains.
 
-    `like`: the method whose tuned setting it takes. `warmup` and `cooldown`: fractions of the steps, as in `PSTConfig`.
+    `like`: the method whose tuned setting it takes: one that it is an ablation of, shown on validation, or the candidate
+    that became this recipe, which is tested. `warmup` and `cooldown`: fractions of the steps, as in `PSTConfig`.
     `distillation`: what it learns from the dense model of the same seed. `candidate`: a recipe that is compared with
     others on validation, by seeds of its own, and never tested. `only`: the one sparsity it is for.
     """
@@ -64,11 +65,6 @@ class Method:
     distillation: Distillation | None = None
     candidate: bool = False
     only: float | None = None
-
-    @property
-    def judged_on_test(self) -> bool:
-        """Methods that borrow a setting are ablations: they are shown on validation."""
-        return self.like is None
 
 
 def targets(model: nn.Module) -> dict[str, nn.Linear]:
