@@ -99,7 +99,7 @@ def _rerun(options: argparse.Namespace, path: Path, out: Console) -> int:
     lines = []
     for cell in rerun.chosen(finished, list(wanted), options.rerun):
         one = wanted[dataclasses.replace(cell, setting="")]
-        row = train.run(cell, one.task, one.method, teacher=_teacher(cell, one.task, one.method, finished))
+        row = train.run(cell, one.task, one.method, MASKS, _teacher(cell, one.task, one.method, finished))
         lines.append(rerun.compare(finished, row))
         rerun.add(options.output / rerun.CSV_NAME, lines[-1])
         told = "{recorded}, again {again}; the {seeds} seeds are {seed_range} apart".format(**lines[-1])

@@ -48,10 +48,10 @@ class Plan:
 class Method:
     """`convert(model, plan)` makes the layers and sets what trains.
 
-    `like`: the method whose tuned setting it takes: one that it is an ablation of, shown on validation, or the candidate
-    that became this recipe, which is tested. `warmup` and `cooldown`: fractions of the steps, as in `PSTConfig`.
-    `distillation`: what it learns from the dense model of the same seed. `candidate`: a recipe that is compared with
-    others on validation, by seeds of its own, and never tested. `only`: the one sparsity it is for.
+    `like`: the method whose tuned setting it takes: that of which it is an ablation, shown on validation, or the
+    candidate that became this recipe, which is tested. `warmup` and `cooldown`: fractions of the steps, as in
+    `PSTConfig`. `distillation`: what it learns from the dense model of the same seed. `candidate`: a recipe that is
+    compared with others on validation, by seeds of its own, and never tested. `only`: the one sparsity it is for.
     """
 
     name: str
