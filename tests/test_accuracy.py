@@ -164,7 +164,8 @@ def test_a_setting_without_a_rate_is_refused():
 
 
 def test_all_methods_are_tuned_over_equally_many_settings():
-    assert {len(method.grid) for method in catalogue.BASELINES} == {3}
+    tuned = [catalogue.METHODS[m.like] if m.like else m for m in (*catalogue.BASELINES, *catalogue.RECIPES)]
+    assert {len(method.grid) for method in tuned} == {3}
     assert all(catalogue.METHODS[method.like].grid and not method.grid for method in catalogue.ABLATIONS)
     assert [m.name for m in catalogue.METHODS.values() if m.candidate] == [m.name for m in catalogue.CANDIDATES]
 
@@ -564,12 +565,26 @@ def test_candidates_run_every_setting_by_tuning_seeds_and_are_never_tested(fake,
     assert len(fake) == len(found)
 
 
+def test_a_recipe_is_tested_at_the_setting_of_the_candidate_that_it_was(fake, tmp_path):
+    name, before = "PST, our recipe", catalogue.FOUND
+    assert job.main(options(tmp_path, "--methods", name)) == 0
+    tuning, final_ones = [one for one in fake if one.stage == TUNE], [one for one in fake if one.stage == FINAL]
+    assert {(one.method, one.seed) for one in tuning} == {(before.name, choose.TUNING_SEED)}
+    assert len(tuning) == 2 * len(before.grid) == 6
+    largest = record.setting_text(before.grid[-1])
+    assert {(one.method, one.setting) for one in final_ones} == {(name, largest)}
+    assert len(final_ones) == 4
+    assert len(fake) == 10
+    recipe = catalogue.METHODS[name]
+    assert dataclasses.replace(recipe, name=before.name, grid=before.grid, like=None, candidate=True) == before
+
+
 def test_what_learns_from_the_dense_model_waits_for_its_setting(fake, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(teachers, "get", lambda folder, one, task, dense: asked.append((one, dense.name)))
-    assert job.main(options(tmp_path, "--methods", "candidate: norms, logits", "--sparsities", "0.9")) == 0
+    assert job.main(options(tmp_path, "--methods", "candidate: norms, small beta, logits", "--sparsities", "0.9")) == 0
     assert [one.method for one in fake[:3]] == ["dense"] * 3
-    assert {one.method for one in fake[3:]} == {"candidate: norms, logits"}
+    assert {one.method for one in fake[3:]} == {"candidate: norms, small beta, logits"}
     largest = record.setting_text(catalogue.WEIGHT_RATES[-1])
     expected = [
         (dataclasses.replace(one, stage=FINAL, method="dense", sparsity=0.0, setting=largest), "dense")

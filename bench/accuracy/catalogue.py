@@ -5,6 +5,7 @@ Every baseline is tuned over equally many settings; each range holds what its pa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .. import baselines
@@ -62,30 +63,41 @@ PATTERNS = (
 )
 
 
-def _rates(*pairs: tuple[float, float]) -> tuple[dict[str, float], ...]:
+def _rates(*pairs: tuple[float, float]) -> tuple[Setting, ...]:
     return tuple({"factors": factors, "scores": scores} for factors, scores in pairs)
-
-
-ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) for rate in (1e-3, 2e-3, 4e-3))
-LOGITS = Distillation(share=0.5, temperature=2.0)
-LOGITS_AND_STATES = Distillation(share=0.5, temperature=2.0, states=1.0)
-FREE: dict[str, Any] = {"also": NORMS, "train_bias": True}
 
 
 def _candidate(name: str, convert: Any, grid: tuple[Setting, ...], **more: Any) -> Method:
     return Method(f"candidate: {name}", convert, grid, **more, candidate=True)
 
 
-SMALL: dict[str, Any] = {"beta": 1 / 16}  # U moves too, as its rate can be larger for the same step of W'
+LOGITS = Distillation(share=0.5, temperature=2.0)
+LOGITS_AND_STATES = Distillation(share=0.5, temperature=2.0, states=1.0)
+FREE: dict[str, Any] = {"also": NORMS, "train_bias": True}
+# U moves as well as V: a rate 16 times as large makes the same step of W'
+SMALL: dict[str, Any] = {"beta": 1 / 16}
+ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) for rate in (1e-3, 2e-3, 4e-3))
+FOUND = _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((5e-4, 5e-4), (1e-3, 5e-4), (2e-3, 5e-4)))
+FOUND_AND_LOGITS = replace(FOUND, name=f"{FOUND.name}, logits", distillation=LOGITS)
 CANDIDATES = (
+    FOUND,
+    FOUND_AND_LOGITS,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
-    _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((2e-3, 5e-4), (5e-4, 5e-4), (2e-3, 1.25e-4))),
-    _candidate("norms, small beta, logits", pst(**FREE, **SMALL), _rates((2e-3, 5e-4)), distillation=LOGITS),
-    _candidate("norms", pst(**FREE), _rates((1.25e-4, 5e-4), (3e-5, 5e-4))),
+    _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
     _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS),
-    _candidate("norms, early", pst(**FREE), _rates((1.25e-4, 5e-4)), warmup=0.0, cooldown=0.5, only=0.9),
-    _candidate(
-        "norms, logits and states", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS_AND_STATES, only=0.9
-    ),
+    _candidate("norms, early", pst(**FREE), _rates((1.25e-4, 5e-4)), warmup=0.0, cooldown=0.5),
+    _candidate("norms, logits and states", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS_AND_STATES),
 )
-METHODS = {method.name: method for method in (*BASELINES, *ABLATIONS, *PATTERNS, *CANDIDATES)}
+
+
+def _adopted(candidate: Method, name: str) -> Method:
+    """The recipe that a candidate became: the same, at the rates that validation chose for it, but tested."""
+    return replace(candidate, name=name, grid=(), like=candidate.name, candidate=False)
+
+
+RECIPES = (
+    _adopted(FOUND, "PST, our recipe"),
+    _adopted(FOUND_AND_LOGITS, "PST, our recipe, distilled"),
+    Method("magnitude, distilled", trains_all(baselines.Magnitude), WEIGHT_RATES, distillation=LOGITS),
+)
+METHODS = {method.name: method for method in (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS, *CANDIDATES)}

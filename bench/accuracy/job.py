@@ -18,7 +18,7 @@ from torch import nn
 from .. import results
 from ..console import console
 from . import choose, overlap, plots, record, rerun, table, teachers, train
-from .catalogue import ABLATIONS, BASELINES, CANDIDATES, DENSE, METHODS, PATTERNS
+from .catalogue import ABLATIONS, BASELINES, CANDIDATES, DENSE, METHODS, PATTERNS, RECIPES
 from .methods import Method
 from .record import FINAL, SHOW, TUNE, Cell, Row
 from .tasks import TASKS, Size, Task
@@ -27,8 +27,8 @@ SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 MASKS = results.ROOT / "runs" / "accuracy" / "masks"
 TEACHERS = MASKS.with_name("teachers")
 GROUPS = {
-    "baselines": BASELINES, "ablations": ABLATIONS, "patterns": PATTERNS, "candidates": CANDIDATES,
-    "all": (*BASELINES, *ABLATIONS, *PATTERNS),
+    "baselines": BASELINES, "ablations": ABLATIONS, "patterns": PATTERNS, "recipes": RECIPES, "candidates": CANDIDATES,
+    "all": (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS),
 }  # fmt: skip
 
 

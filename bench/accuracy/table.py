@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..table import replace_between
-from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS, PST
+from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS, PST, RECIPES
 from .record import FINAL, SHOW, Cell, Row
 from .tasks import TASKS
 
@@ -152,7 +152,7 @@ def _sparsities(rows: Iterable[Row]) -> list[float]:
 
 def _methods(rows: Iterable[Row]) -> list[str]:
     """In the order of the grid; rows of methods that are no longer in it come last."""
-    order = [method.name for method in (*BASELINES, *PATTERNS, *ABLATIONS)]
+    order = [method.name for method in (*BASELINES, *RECIPES, *PATTERNS, *ABLATIONS)]
     found = _names(row.cell.method for row in rows)
     return sorted(found, key=lambda name: order.index(name) if name in order else len(order))
 
