@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.register_assert_rewrite("tiny_grid")
 torch.set_num_threads(1)  # toy models gain nothing from more, and lose much on a busy machine
 
 
