@@ -239,3 +239,18 @@ def test_a_teacher_is_the_dense_model_of_the_seed_trained_once(tmp_path, monkeyp
     monkeypatch.undo()
     with pytest.raises(ValueError, match="to learn from diverged"):
         teachers.get(tmp_path, cell("dense", FINAL, setting={"weights": 1e30}), task(), catalogue.METHODS["dense"])
+
+
+def test_the_rate_of_movement_scores_changes_nothing():
+    """They start at 0 and only their order counts, so Adam's rate scales them and no more."""
+    setting = {"weights": 1e-3, "scores": 1e-2}
+    found = []
+    for rate in (1e-2, 4e-2):  # a power of two apart, so that the scaling is exact
+        one = cell("movement", setting=setting | {"scores": rate})
+        found.append(train.train(one, task(), catalogue.METHODS["movement"]))
+    assert found[0].loss == found[1].loss
+    first, second = (dict(one.model.named_parameters()) for one in found)
+    for name, parameter in first.items():
+        scale = 4.0 if name.endswith("mask_scores") else 1.0
+        assert torch.equal(scale * parameter, second[name]), name
+    assert all(first[name].any() for name in first if name.endswith("mask_scores"))

@@ -8,14 +8,27 @@ from typing import Any
 
 from pst_kernels.files import save_figure
 
-from .catalogue import BASELINES
+from .catalogue import BASELINES, RECIPES
 from .record import FINAL, Cell, Row
 from .table import HEADINGS
 
 COLOURS = dict(
     zip(
-        [method.name for method in BASELINES],
-        ["#444444", "#999999", "#d99a2b", "#8e5bb5", "#c48fdc", "#9a7b4f", "#3b7dd8", "#c8553d", "#2a9d62"],
+        [method.name for method in (*BASELINES, *RECIPES)],
+        [
+            "#444444",
+            "#999999",
+            "#d99a2b",
+            "#8e5bb5",
+            "#c48fdc",
+            "#9a7b4f",
+            "#3b7dd8",
+            "#c8553d",
+            "#2a9d62",
+            "#0b5d3b",
+            "#7fd1a5",
+            "#f2c572",
+        ],
         strict=True,
     )
 )
@@ -82,7 +95,8 @@ def overlap_picture(overlaps: Sequence[Sequence[str]]) -> Any:
     figure, axes = _figure(len(places), 4.2)
     for axis, (task, sparsity) in zip(axes, places, strict=True):
         chosen = [r for r in overlaps if (r[0], float(r[1]), int(r[2])) == (task, sparsity, first)]
-        names = [name for name in COLOURS if any(name == row[3] for row in chosen)]
+        found = {row[3] for row in chosen}
+        names = [*(name for name in COLOURS if name in found), *sorted(found - COLOURS.keys())]
         shares = {(row[3], row[4]): float(row[7]) for row in chosen}
         values = [[1.0 if one == other else shares.get((one, other), 0.0) for other in names] for one in names]
         axis.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
