@@ -11,11 +11,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 import pst_kernels as pst
+from bench.accuracy import catalogue, methods
+from bench.accuracy.tasks import Size, Topic
 
 ROOT = Path(__file__).parent.parent
 README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
@@ -50,6 +54,26 @@ def test_trainer(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(blocks("text")[1])
     assert done.stdout.count("trainable params") == 1
+
+
+def test_the_recipe_is_the_one_that_was_measured():
+    size = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    config = BertConfig(**size, vocab_size=50, max_position_embeddings=16)
+    shown: dict[str, Any] = {"torch": torch, "pst": pst, "model": BertForSequenceClassification(config)}
+    exec(compile(blocks("python")[2], str(README), "exec"), shown)
+    measured, task = BertForSequenceClassification(config), Topic(Size())
+    catalogue.METHODS["PST, our recipe"].convert(measured, methods.Plan(task, 0.9, 0))
+    setting = catalogue.FOUND.grid[-1]  # the one that validation chose at 50 and at 90 %
+
+    def rates(model, groups):
+        names = {id(p): name for name, p in model.named_parameters()}
+        return {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+
+    assert rates(shown["model"], shown["optimizer"].param_groups) == rates(
+        measured, methods.groups(measured, task, setting)
+    )
+    of_shown, of_measured = (model.bert.encoder.layer[0].output.dense.config for model in (shown["model"], measured))
+    assert of_shown.to_dict() | {"modules_to_save": None} == of_measured.to_dict() | {"modules_to_save": None}
 
 
 def messages(source: str) -> list[str]:

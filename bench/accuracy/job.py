@@ -54,12 +54,11 @@ def main(options: argparse.Namespace) -> int:
     """Returns 0, also when the time was up before the grid was done."""
     out = console()
     path = options.output / record.CSV_NAME
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if options.rerun:
-        transformers.logging.set_verbosity_error()
         return _rerun(options, path, out)
     if not options.show:
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=out, disable=not out.is_terminal) as progress:
             _run(options, path, progress)

@@ -31,7 +31,8 @@ def compare(rows: Mapping[Cell, Row], again: Row) -> dict[str, str]:
     before, seeds = rows[again.cell], _of_all_seeds(rows, again.cell)
     if before.test is None or again.test is None:
         raise ValueError(f"{again.cell} was not tested twice; rerun cells of stage {FINAL!r} that did not diverge")
-    spread, apart = max(seeds) - min(seeds), abs(again.test - before.test)
+    spread = max(seeds) - min(seeds)
+    apart = abs(float(f"{again.test:.6g}") - before.test)  # the record has six digits
     values = (
         again.metric, f"{before.test:.6g}", f"{again.test:.6g}", f"{apart:.6g}", f"{spread:.6g}", str(len(seeds)),
         "yes" if apart <= spread else "no", before.commit, again.commit,
