@@ -219,10 +219,10 @@ def test_the_table_gives_mean_worst_best_and_number_of_seeds(tmp_path):
         "| | trainable | topic, 50 % | topic, 90 % | masked words, 50 % | masked words, 90 % |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| dense | 1,234 | 96.0 (95.0 to 97.0, 3) | 96.0 (95.0 to 97.0, 3) | - | - |",
-        "| L0 | 100 | 70.0 (70.0 to 70.0, 1) at 31 % | - | - | - |",
-        "| PST | 1,234 | 85.0 (80.0 to 90.0, 3) | - | - | 4.50 (4.50 to 4.50, 1) |",
+        "| L0 | 100 | 70.0 (1) at 31 % | - | - | - |",
+        "| PST | 1,234 | 85.0 (80.0 to 90.0, 3) | - | - | 4.50 (1) |",
     ]
-    assert "topic: test accuracy, %; masked words: test loss, nats a masked word" in text
+    assert text.splitlines()[6].startswith("topic: test accuracy, %; masked words: test loss, nats a masked word. Mean")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     table.rewrite_readme(readme, some_rows())
@@ -264,11 +264,16 @@ def test_the_pictures_show_what_the_rows_say(tmp_path):
     rows = some_rows()
     figure = plots.by_sparsity(list(rows.values()))
     topic, words = figure.axes
-    assert [t.get_text() for t in topic.get_legend().get_texts()] == ["dense", "L0", "PST"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["dense", "L0", "PST"]
     dense = next(line for line in topic.lines if line.get_label() == "dense")
     np.testing.assert_allclose(dense.get_ydata(), [96.0, 96.0])
     lines = [line.get_xydata().tolist() for line in topic.lines]
     assert any(np.allclose(line, [[50.0, 85.0]]) for line in lines)
+    assert any(np.allclose(line, [[31.0, 70.0]]) for line in lines)  # L0, where it came out
+    far = row(cell("movement", FINAL), 0.5, 0.2)
+    topic, _ = plots.by_sparsity([*rows.values(), far]).axes
+    assert [text.get_text() for text in topic.texts] == ["below: movement 20 to 20"]
+    assert topic.get_ylim()[0] == pytest.approx(68.0)
     assert words.get_ylabel() == "test loss, nats a masked word"
     pairs = [["topic", "0.5", "0", "PST", "magnitude", "13", "9", "0.6923", "0.7895"]]
     written = plots.draw(rows, pairs, tmp_path)

@@ -10,7 +10,7 @@ from pst_kernels.files import save_figure
 
 from .catalogue import BASELINES, RECIPES
 from .record import FINAL, Cell, Row
-from .table import HEADINGS
+from .table import HEADINGS, tasks_of
 
 COLOURS = dict(
     zip(
@@ -33,6 +33,7 @@ COLOURS = dict(
     )
 )
 OTHER_COLOUR = "#4fb3bf"
+CUT_OFF = 40.0  # percentage points of accuracy
 
 
 def draw(rows: Mapping[Cell, Row], overlaps: Sequence[Sequence[str]], output: Path) -> list[Path]:
@@ -57,18 +58,34 @@ def by_sparsity(rows: Sequence[Row]) -> Any:
 
 
 def _lines_of_sparsity(axis: Any, method: str, rows: Sequence[Row]) -> None:
+    """Over the sparsity that was reached, which some methods choose themselves."""
     colour = COLOURS.get(method, OTHER_COLOUR)
-    by_place: dict[float, list[float]] = {}
+    by_place: dict[float, list[Row]] = {}
     for row in rows:
-        by_place.setdefault(100 * row.cell.sparsity, []).append(_value(row))
+        by_place.setdefault(row.cell.sparsity, []).append(row)
+    places = [by_place[sparsity] for sparsity in sorted(by_place)]
+    values = [[_value(row) for row in of_place] for of_place in places]
+    middle = [_mean(of_place) for of_place in values]
     if set(by_place) == {0.0}:
-        axis.axhline(_mean(by_place[0.0]), color=colour, linewidth=1, linestyle="--", label=method)
+        axis.axhline(middle[0], color=colour, linewidth=1, linestyle="--", label=method)
         return
-    x = sorted(by_place)
-    middle = [_mean(by_place[s]) for s in x]
-    spread = [[m - min(by_place[s]) for s, m in zip(x, middle, strict=True)],
-              [max(by_place[s]) - m for s, m in zip(x, middle, strict=True)]]  # fmt: skip
+    x = [100 * _mean([row.sparsity_reached for row in of_place]) for of_place in places]
+    spread = [
+        [m - min(of_place) for of_place, m in zip(values, middle, strict=True)],
+        [max(of_place) - m for of_place, m in zip(values, middle, strict=True)],
+    ]
     axis.errorbar(x, middle, spread, color=colour, marker="o", markersize=4, capsize=2, linewidth=1.2, label=method)
+
+
+def _cut_off(axis: Any, by_method: Mapping[str, Sequence[float]]) -> None:
+    """Methods far below all others would flatten them: they are named at the bottom instead."""
+    best = max(max(values) for values in by_method.values())
+    low = {method: values for method, values in by_method.items() if max(values) < best - CUT_OFF}
+    if low and len(low) < len(by_method):
+        least = min(min(values) for method, values in by_method.items() if method not in low)
+        axis.set_ylim(least - 2.0, None)
+        told = ", ".join(f"{method} {min(values):.0f} to {max(values):.0f}" for method, values in low.items())
+        axis.annotate(f"below: {told}", (0.02, 0.02), xycoords="axes fraction", fontsize=7)
 
 
 def by_trainable(rows: Sequence[Row]) -> Any:
@@ -111,7 +128,7 @@ def overlap_picture(overlaps: Sequence[Sequence[str]]) -> Any:
 
 
 def _panels(rows: Sequence[Row], xlabel: str, draw_method: Any, **axis_settings: Any) -> Any:
-    tasks = list(dict.fromkeys(row.cell.task for row in rows))
+    tasks = tasks_of(rows)
     if not tasks:
         return None
     figure, axes = _figure(len(tasks), 5.6)
@@ -124,7 +141,11 @@ def _panels(rows: Sequence[Row], xlabel: str, draw_method: Any, **axis_settings:
         title = f"{task}: mean and range of up to {len(seeds)} seeds" if len(seeds) > 1 else f"{task}: one seed"
         axis.set(xlabel=xlabel, ylabel=HEADINGS[chosen[0].metric], title=title, **axis_settings)
         axis.title.set_fontsize(9)
-    axes[0].legend(frameon=False, fontsize=7)
+        if chosen[0].metric == "accuracy":
+            _cut_off(axis, {name: [_value(row) for row in chosen if row.cell.method == name] for name in found})
+    labelled = dict(pair[::-1] for axis in axes for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    names = [*(name for name in COLOURS if name in labelled), *sorted(labelled.keys() - COLOURS.keys())]
+    figure.legend([labelled[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=7)
     return figure
 
 

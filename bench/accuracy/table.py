@@ -21,7 +21,7 @@ HEADINGS = {"accuracy": "test accuracy, %", "loss": "test loss, nats a masked wo
 
 def print_rows(rows: Mapping[Cell, Row], console: Console) -> None:
     """A table a task of what was tested, and one of ablations on validation, beside the method that they vary."""
-    for task in _tasks(rows.values()):
+    for task in tasks_of(rows.values()):
         of_task = [row for row in rows.values() if row.cell.task == task]
         tested = [row for row in of_task if row.cell.stage == FINAL]
         shown = [row for row in of_task if row.cell.stage == SHOW]
@@ -70,7 +70,7 @@ def markdown(rows: Mapping[Cell, Row]) -> str:
     tested = [row for row in rows.values() if row.cell.stage == FINAL and row.cell.sparsity in (0.0, *SHOWN)]
     if not tested:
         raise ValueError("the CSV has no final rows yet; run `python -m bench accuracy`")
-    of_task = {task: [r for r in tested if r.cell.task == task] for task in _tasks(tested)}
+    of_task = {task: [r for r in tested if r.cell.task == task] for task in tasks_of(tested)}
     heads = [f"{task}, {100 * sparsity:g} %" for task in of_task for sparsity in SHOWN]
     lines = [f"| | trainable | {' | '.join(heads)} |", f"| --- |{' ---: |' * (1 + len(heads))}"]
     for method in _methods(tested):
@@ -85,9 +85,9 @@ def caption(tested: Sequence[Row]) -> str:
         f"{r.cell.steps} steps of {r.cell.batch} x {r.cell.length} tokens, {r.cell.labels_each} labelled texts a class"
         for r in tested
     )
-    metrics = [f"{task}: {HEADINGS[metric]}" for task, metric in {r.cell.task: r.metric for r in tested}.items()]
+    metrics = {row.cell.task: HEADINGS[row.metric] for row in tested}
     return (
-        f"{'; '.join(metrics)}."
+        f"{'; '.join(f'{task}: {metrics[task]}' for task in tasks_of(tested))}."
         " Mean over seeds (worst to best, number of seeds; they differ in labelled texts, order, head and factors)."
         f" {'; '.join(sizes)}. Learning rates chosen on validation, by a run of another seed, among three for each"
         " method. Pruned are the linear layers inside the blocks of MiniLM (6 layers, 384 wide). A method without a"
@@ -105,7 +105,7 @@ def rewrite_readme(path: Path, rows: Mapping[Cell, Row]) -> None:
 def _trainable(rows: Sequence[Row], method: str) -> str:
     """Of the first task: heads differ."""
     chosen = [row for row in rows if row.cell.method == method]
-    return f"{max(row.trainable for row in chosen if row.cell.task == _tasks(chosen)[0]):,}"
+    return f"{max(row.trainable for row in chosen if row.cell.task == tasks_of(chosen)[0]):,}"
 
 
 def _cells(rows: Sequence[Row], method: str, sparsities: Sequence[float], value: Score | None = None) -> list[str]:
@@ -129,7 +129,8 @@ def _cell(rows: Sequence[Row], value: Score) -> str:
     missed = max(abs(row.sparsity_reached - row.cell.sparsity) for row in rows)
     reached = f" at {100 * min(r.sparsity_reached for r in rows):.0f} %" if missed > 0.005 else ""
     diverged = f", {len(rows) - len(values)} diverged" if len(values) < len(rows) else ""
-    return f"{texts[0]} ({texts[1]} to {texts[2]}, {len(values)}{diverged}){reached}"
+    spread = f"{texts[1]} to {texts[2]}, " if len(values) > 1 else ""
+    return f"{texts[0]} ({spread}{len(values)}{diverged}){reached}"
 
 
 def score(row: Row) -> float | None:
@@ -141,7 +142,7 @@ def _validation(row: Row) -> float | None:
     return row.validation
 
 
-def _tasks(rows: Iterable[Row]) -> list[str]:
+def tasks_of(rows: Iterable[Row]) -> list[str]:
     """Topic before masked words, as in `tasks`."""
     return sorted(_names(row.cell.task for row in rows), key=list(TASKS).index)
 
