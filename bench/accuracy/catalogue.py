@@ -77,7 +77,7 @@ FREE: dict[str, Any] = {"also": NORMS, "train_bias": True}
 # U moves as well as V: a rate 16 times as large makes the same step of W'
 SMALL: dict[str, Any] = {"beta": 1 / 16}
 ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) for rate in (1e-3, 2e-3, 4e-3))
-FOUND = _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((5e-4, 5e-4), (1e-3, 5e-4), (2e-3, 5e-4)))
+FOUND = _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((5e-4, 5e-4), (2e-3, 5e-4), (8e-3, 5e-4)))
 FOUND_AND_LOGITS = replace(FOUND, name=f"{FOUND.name}, logits", distillation=LOGITS)
 CANDIDATES = (
     FOUND,
