@@ -196,6 +196,12 @@ def test_the_record_reads_back_what_was_added(tmp_path):
     record.add(path, better)
     assert record.read(path)[better.cell] == better
     assert len(record.read(path)) == 3
+    other = record.setting_text({"weights": 0.5})
+    chosen_later = row(dataclasses.replace(rows[0].cell, setting=other), 0.75, 0.625)
+    record.add(path, chosen_later)  # of a cell to report there is one row
+    tuned_too = row(dataclasses.replace(rows[1].cell, setting=other), 0.5)
+    record.add(path, tuned_too)  # of tuning cells there is one a setting
+    assert set(record.read(path)) == {chosen_later.cell, rows[1].cell, rows[2].cell, tuned_too.cell}
     path.write_text("a,b\n")
     with pytest.raises(ValueError, match="has columns"):
         record.read(path)

@@ -83,15 +83,22 @@ def read(path: Path) -> dict[Cell, Row]:
 
 
 def add(path: Path, row: Row) -> None:
-    """Write the file anew with this row in it; two processes that share the grid do not lose each other's rows."""
+    """Write the file anew with this row in it; two processes that share the grid do not lose each other's rows.
+
+    Of a cell to report there is one row: where tuning has come to choose another setting, the earlier result goes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = read(path) | {row.cell: row}
+        rows = {cell: old for cell, old in read(path).items() if not _replaces(row.cell, cell)} | {row.cell: row}
         with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([*CELL_COLUMNS, *ROW_COLUMNS])
             writer.writerows(_texts(rows.values()))
+
+
+def _replaces(cell: Cell, other: Cell) -> bool:
+    return cell.stage != TUNE and dataclasses.replace(other, setting=cell.setting) == cell
 
 
 def _texts(rows: Iterable[Row]) -> Iterable[list[str]]:
