@@ -237,6 +237,37 @@ def test_the_table_gives_mean_worst_best_and_number_of_seeds(tmp_path):
         table.markdown({})
 
 
+def test_what_was_chosen_and_varied_is_shown_on_validation(tmp_path):
+    rows = some_rows()
+    for name, seed, validation in (("PST, rank 2", 0, 0.25), ("PST, rank 2", 2, 0.75), ("PST, rank 4", 0, 0.125)):
+        one = cell(name, SHOW, seed=seed)
+        rows[one] = row(one, validation)
+    for setting, validation in ((0.25, 0.5), (0.5, 0.75)):
+        one = cell("candidate: norms", TUNE, seed=100, setting={"factors": setting})
+        rows[one] = row(one, validation)
+    path = tmp_path / "tables.md"
+    table.write_validation(path, rows)
+    assert path.read_text().splitlines() == [
+        "# On validation",
+        "",
+        "**topic, validation, at the rates chosen for PST: accuracy, mean (worst to best, number of seeds)**",
+        "",
+        "| method | trainable | 50 % |",
+        "| --- | ---: | ---: |",
+        "| PST | 1,234 | 50.0 (50.0 to 50.0, 2) |",  # of the seeds that were varied
+        "| PST, rank 2 | 100 | 50.0 (25.0 to 75.0, 2) |",
+        "| PST, rank 4 | 100 | 12.5 (1) |",
+        "",
+        "**topic, validation, candidates for a recipe: accuracy, mean (worst to best, number of seeds)**",
+        "",
+        "| recipe | setting | 50 % |",
+        "| --- | ---: | ---: |",
+        '| candidate: norms | {"factors": 0.25} | 50.0 (1) |',
+        '| candidate: norms | {"factors": 0.5} | 75.0 (1) |',
+        "",
+    ]
+
+
 def test_overlap_is_the_share_of_kept_weights_that_both_keep(tmp_path):
     one, other = cell("PST", FINAL), cell("magnitude", FINAL)
     mask = torch.tensor([[True, True, False, False, False], [True, False, False, False, True]])

@@ -69,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
     if options.readme is not None:
         table.rewrite_readme(options.readme, rows)
     table.print_rows(rows, out)
-    table.print_candidates(rows, out)
+    table.write_validation(options.output / table.VALIDATION_NAME, rows)
     for picture in plots.draw(rows, overlap.read(options.output / overlap.CSV_NAME), options.output):
         out.print(str(picture), soft_wrap=True)
     return 0

@@ -3,64 +3,102 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from pst_kernels.files import replacing
 
 from ..table import replace_between
 from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS, PST, RECIPES
 from .record import FINAL, SHOW, Cell, Row
 from .tasks import TASKS
 
+VALIDATION_NAME = "accuracy_validation.md"
 Score = Callable[[Row], float | None]
 BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 SHOWN = (0.5, 0.9)  # sparsities of the README's table
 HEADINGS = {"accuracy": "test accuracy, %", "loss": "test loss, nats a masked word"}
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A table as texts."""
+
+    title: str
+    heads: list[str]
+    lines: list[list[str]]
+
+    def print(self, console: Console) -> None:
+        table = Table(title=self.title)
+        for i, head in enumerate(self.heads):
+            table.add_column(head, no_wrap=True, justify="right" if i else "left")
+        for line in self.lines:
+            table.add_row(*line)
+        console.print(table)
+
+    def markdown(self) -> str:
+        rule = ["---", *["---:"] * (len(self.heads) - 1)]
+        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(c)} |" for c in (self.heads, rule, *self.lines))])
+
+
 def print_rows(rows: Mapping[Cell, Row], console: Console) -> None:
-    """A table a task of what was tested, and one of ablations on validation, beside the method that they vary."""
+    """Tables of what was tested, then those of `on_validation`."""
+    for task in tasks_of(rows.values()):
+        tested = [row for row in rows.values() if row.cell.task == task and row.cell.stage == FINAL]
+        if tested:
+            _by_method(f"{task}, test", tested, score).print(console)
+    for table in on_validation(rows):
+        table.print(console)
+
+
+def on_validation(rows: Mapping[Cell, Row]) -> list[Shown]:
+    """A table a task of ablations and patterns, beside the PST that they vary, and one of candidates for a recipe."""
+    found = []
     for task in tasks_of(rows.values()):
         of_task = [row for row in rows.values() if row.cell.task == task]
-        tested = [row for row in of_task if row.cell.stage == FINAL]
         shown = [row for row in of_task if row.cell.stage == SHOW]
-        if tested:
-            _print(f"{task}, test", tested, score, console)
         if shown:
-            varied = [row for row in tested if row.cell.method == PST and row.cell.sparsity in _sparsities(shown)]
-            _print(f"{task}, validation, at the learning rates chosen for PST,", varied + shown, _validation, console)
+            places = {(row.cell.sparsity, row.cell.seed) for row in shown}
+            varied = [r for r in of_task if (r.cell.stage, r.cell.method) == (FINAL, PST)]
+            varied = [row for row in varied if (row.cell.sparsity, row.cell.seed) in places]
+            found.append(_by_method(f"{task}, validation, at the rates chosen for PST", varied + shown, _validation))
+        candidates = [row for row in of_task if row.cell.method in [method.name for method in CANDIDATES]]
+        if candidates:
+            found.append(_by_setting(f"{task}, validation, candidates for a recipe", candidates))
+    return found
 
 
-def _print(title: str, rows: Sequence[Row], value: Score, console: Console) -> None:
-    table = Table(title=f"{title} {rows[0].metric}: mean (worst to best, number of seeds)")
-    table.add_column("method", no_wrap=True)
-    table.add_column("trainable", justify="right")
+def write_validation(path: Path, rows: Mapping[Cell, Row]) -> None:
+    """The tables of `on_validation` as Markdown."""
+    with replacing(path) as temporary:
+        temporary.write_text("\n\n".join(["# On validation", *(t.markdown() for t in on_validation(rows)), ""]))
+
+
+def _by_method(title: str, rows: Sequence[Row], value: Score) -> Shown:
     sparsities = _sparsities(rows)
-    for sparsity in sparsities:
-        table.add_column(f"{100 * sparsity:g} %", justify="right", no_wrap=True)
-    for method in _methods(rows):
-        table.add_row(method, _trainable(rows, method), *_cells(rows, method, sparsities, value))
-    console.print(table)
+    lines = [[name, _trainable(rows, name), *_cells(rows, name, sparsities, value)] for name in _methods(rows)]
+    return Shown(_title(title, rows), ["method", "trainable", *map(_percent, sparsities)], lines)
 
 
-def print_candidates(rows: Mapping[Cell, Row], console: Console) -> None:
-    """What recipes reach on validation, the mean over the tuning seeds: a line a setting."""
-    names = [method.name for method in CANDIDATES]
-    for task in _names(row.cell.task for row in rows.values() if row.cell.method in names):
-        chosen = [row for row in rows.values() if row.cell.method in names and row.cell.task == task]
-        table = Table(title=f"{task}, recipes on validation, {chosen[0].metric}: mean (worst to best, number of seeds)")
-        table.add_column("recipe", no_wrap=True)
-        table.add_column("setting", no_wrap=True)
-        sparsities = _sparsities(chosen)
-        for sparsity in sparsities:
-            table.add_column(f"{100 * sparsity:g} %", justify="right", no_wrap=True)
-        for method in names:
-            for setting in _names(row.cell.setting for row in chosen if row.cell.method == method):
-                of_line = [row for row in chosen if (row.cell.method, row.cell.setting) == (method, setting)]
-                cells = [_cell([r for r in of_line if r.cell.sparsity == s], _validation) for s in sparsities]
-                table.add_row(method, setting, *cells)
-        console.print(table)
+def _by_setting(title: str, rows: Sequence[Row]) -> Shown:
+    sparsities, lines = _sparsities(rows), []
+    for method in [method.name for method in CANDIDATES]:
+        for setting in _names(row.cell.setting for row in rows if row.cell.method == method):
+            of_line = [row for row in rows if (row.cell.method, row.cell.setting) == (method, setting)]
+            cells = [_cell([r for r in of_line if r.cell.sparsity == s], _validation) for s in sparsities]
+            lines.append([method, setting, *cells])
+    return Shown(_title(title, rows), ["recipe", "setting", *map(_percent, sparsities)], lines)
+
+
+def _title(text: str, rows: Sequence[Row]) -> str:
+    return f"{text}: {rows[0].metric}, mean (worst to best, number of seeds)"
+
+
+def _percent(sparsity: float) -> str:
+    return f"{100 * sparsity:g} %"
 
 
 def markdown(rows: Mapping[Cell, Row]) -> str:
