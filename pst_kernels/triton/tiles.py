@@ -194,6 +194,24 @@ SHARE_TOKENS = (
     1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
 )
 
+# Block patterns. Rows are the size of the blocks. In the products columns are tokens, of which FEW_TOKENS have a narrow
+# tile, and depth is what a step takes of a strip of kept blocks. In the gradients columns are of a strip, depth tokens.
+FEW_TOKENS = 32
+FACTOR_PART = {False: 64, True: 16}  # columns of a padded factor that one small product takes; True: fp32 x
+BLOCK_MATMUL: dict[str, dict[int, Tile]] = {
+    "half": {size: Tile(size, 128, 64, 8 if size == 128 else 4, 3) for size in (16, 32, 64, 128)},
+    "mixed": {size: Tile(size, 128, 32, 8 if size == 128 else 4, 3) for size in (16, 32, 64, 128)},
+    "float": {size: Tile(size, 32, 32, 4, 2) for size in (16, 32, 64, 128)},
+}
+BLOCK_GRADIENTS: dict[str, dict[int, Tile]] = {
+    "half": {
+        16: Tile(16, 64, 32, 4, 3), 32: Tile(32, 64, 32, 4, 3), 64: Tile(64, 64, 32, 4, 3), 128: Tile(128, 64, 32, 8, 3)
+    },
+    "float": {
+        16: Tile(16, 32, 32, 4, 2), 32: Tile(32, 32, 32, 4, 2), 64: Tile(64, 32, 32, 8, 2), 128: Tile(128, 32, 16, 8, 2)
+    },
+}  # fmt: skip
+
 
 def dtype_key(x: torch.dtype, weight: torch.dtype) -> str:
     if x == torch.float32:
@@ -229,6 +247,22 @@ def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int,
     most, medium = (0, tile) if key == "float" else MEDIUM.get(architecture, (0, tile))
     fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
     return medium if fits else SMALL[key]
+
+
+def block_matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, size: int, width: int) -> Tile:
+    """The tile of a product with blocks of `size`; `width` is that of the padded factors."""
+    tile = BLOCK_MATMUL[dtype_key(x, weight)][size]
+    if tokens <= FEW_TOKENS:
+        tile = tile._replace(columns=min(tile.columns, 32))
+    if width > FACTOR_PART[x == torch.float32]:
+        return tile._replace(stages=1)  # parts of the factors are loaded within a step
+    # 100 KB of shared memory hold two stages of thick blocks
+    return tile._replace(stages=2) if size == 128 and TARGETS[architecture].shared_block < 1 << 17 else tile
+
+
+def block_gradients(x: torch.dtype, size: int) -> Tile:
+    """The tile of G that a program of the gradient kernel makes for blocks of `size`."""
+    return BLOCK_GRADIENTS["float" if x == torch.float32 else "half"][size]
 
 
 def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:
