@@ -59,7 +59,7 @@ def list_blocks_kernel(
 @triton.jit
 def strip(p_blocks, first, count, SIZE: tl.constexpr, LENGTH: tl.constexpr):
     """Where LENGTH places of a line's strip lie in the matrix, from place `first` on (a multiple of LENGTH), int32, and
-    which of them the strip has. Past its end: garbage that is no index.
+    which of them the strip has. Past its end lies the line's first block again, kept or not.
     """
     d = tl.arange(0, LENGTH)
     RUN: tl.constexpr = min(SIZE, LENGTH)

@@ -194,22 +194,37 @@ SHARE_TOKENS = (
     1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
 )
 
-# Block patterns. Rows are the size of the blocks. In the products columns are tokens, of which FEW_TOKENS have a narrow
-# tile, and depth is what a step takes of a strip of kept blocks. In the gradients columns are of a strip, depth tokens.
+# Block patterns: tiles by the size of the blocks, which is their number of rows. In the products columns are tokens, of
+# which FEW_TOKENS have a narrow tile, and depth is what a step takes of a strip of kept blocks. In the gradients columns
+# are of a strip, and depth is tokens. RAGGED where the matrix is no multiple of the blocks.
 FEW_TOKENS = 32
-FACTOR_PART = {False: 64, True: 16}  # columns of a padded factor that one small product takes; True: fp32 x
-BLOCK_MATMUL: dict[str, dict[int, Tile]] = {
-    "half": {size: Tile(size, 128, 64, 8 if size == 128 else 4, 3) for size in (16, 32, 64, 128)},
+FACTOR_PART = {"half": 64, "mixed": 64, "float": 16}  # columns of the padded factors that one small product takes
+_BLOCKS: dict[str, dict[int, Tile]] = {
+    "half": {
+        16: Tile(16, 256, 64, 4, 3), 32: Tile(32, 256, 64, 4, 3), 64: Tile(64, 128, 64, 4, 3),
+        128: Tile(128, 128, 64, 8, 2),
+    },
     "mixed": {size: Tile(size, 128, 32, 8 if size == 128 else 4, 3) for size in (16, 32, 64, 128)},
     "float": {size: Tile(size, 32, 32, 4, 2) for size in (16, 32, 64, 128)},
-}
-BLOCK_GRADIENTS: dict[str, dict[int, Tile]] = {
-    "half": {
-        16: Tile(16, 64, 32, 4, 3), 32: Tile(32, 64, 32, 4, 3), 64: Tile(64, 64, 32, 4, 3), 128: Tile(128, 64, 32, 8, 3)
-    },
-    "float": {
-        16: Tile(16, 32, 32, 4, 2), 32: Tile(32, 32, 32, 4, 2), 64: Tile(64, 32, 32, 8, 2), 128: Tile(128, 32, 16, 8, 2)
-    },
+}  # fmt: skip
+# The tensor cores of these read registers, or have a memory of their own: twice the tokens for the same work on W'.
+_BLOCKS_WIDE = _BLOCKS | {
+    "half": _BLOCKS["half"] | {64: Tile(64, 256, 64, 4, 3), 128: Tile(128, 256, 64, 8, 3)}
+}  # fmt: skip
+BLOCK_MATMUL = {name: _BLOCKS_WIDE if name in ("sm_90", "sm_100") else _BLOCKS for name in TARGETS}
+_FLOAT_BLOCK_GRADIENTS = {
+    16: Tile(16, 32, 32, 4, 2), 32: Tile(32, 32, 32, 4, 2), 64: Tile(64, 32, 32, 8, 2), 128: Tile(128, 32, 16, 8, 2),
+}  # fmt: skip
+BLOCK_GRADIENTS = {
+    name: {
+        "half": {
+            16: Tile(16, 64, 64, 4, 3), 32: Tile(32, 64, 64, 4, 3),
+            64: Tile(64, 128 if name in ("sm_90", "sm_100") else 64, 64, 4, 3),
+            128: Tile(128, 128 if name in ("sm_90", "sm_100") else 64, 64, 8, 3),
+        },
+        "float": _FLOAT_BLOCK_GRADIENTS,
+    }
+    for name in TARGETS
 }  # fmt: skip
 
 
@@ -249,20 +264,25 @@ def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int,
     return medium if fits else SMALL[key]
 
 
-def block_matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, size: int, width: int) -> Tile:
+def block_matmul(
+    architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, size: int, width: int, ragged: bool
+) -> Tile:
     """The tile of a product with blocks of `size`; `width` is that of the padded factors."""
-    tile = BLOCK_MATMUL[dtype_key(x, weight)][size]
-    if tokens <= FEW_TOKENS:
-        tile = tile._replace(columns=min(tile.columns, 32))
-    if width > FACTOR_PART[x == torch.float32]:
-        return tile._replace(stages=1)  # parts of the factors are loaded within a step
-    # 100 KB of shared memory hold two stages of thick blocks
-    return tile._replace(stages=2) if size == 128 and TARGETS[architecture].shared_block < 1 << 17 else tile
+    key = dtype_key(x, weight)
+    tile = BLOCK_MATMUL[architecture][key][size]
+    if ragged:
+        tile = tile._replace(columns=min(tile.columns, 64), depth=32, stages=2)
+    if width > FACTOR_PART[key]:  # their parts are loaded within a step, which leaves nothing to pipeline
+        tile = tile._replace(columns=min(tile.columns, 64), stages=1)
+    return tile._replace(columns=min(tile.columns, 32)) if tokens <= FEW_TOKENS else tile
 
 
-def block_gradients(x: torch.dtype, size: int) -> Tile:
+def block_gradients(architecture: str, x: torch.dtype, size: int, rank: int, ragged: bool) -> Tile:
     """The tile of G that a program of the gradient kernel makes for blocks of `size`."""
-    return BLOCK_GRADIENTS["float" if x == torch.float32 else "half"][size]
+    tile = BLOCK_GRADIENTS[architecture]["float" if x == torch.float32 else "half"][size]
+    if ragged:
+        tile = tile._replace(depth=min(tile.depth, 32))
+    return tile._replace(columns=min(tile.columns, 64)) if ragged or rank > 16 else tile
 
 
 def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:
