@@ -25,7 +25,7 @@ from ..packing import WORD, packed_width
 from .tiles import Case
 
 BITS = tl.constexpr(WORD)
-CHUNK = 256  # blocks of a line looked at together
+CHUNK = 128  # blocks of a line looked at together, one a thread
 
 
 class Lines(NamedTuple):

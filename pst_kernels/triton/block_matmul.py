@@ -22,6 +22,7 @@ from ..packing import packed_width
 from . import block_lists, tiles
 from .matmul import one_stride, split, split_factors
 from .score import checked
+from .walk import all_registers
 
 ROWS, COLUMNS = False, True  # what a line is
 
@@ -174,7 +175,7 @@ def block_matmul(
         CONSTRAINTS="" if plain else "=r,r,r,r" + ",r" * (weight.dtype == torch.float32),
         WAIT=architecture == "sm_90" and not plain,
         BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
     )  # fmt: skip
     return y
 
