@@ -253,4 +253,4 @@ def _case(
 
     details = [f"{rows} x {columns}"] * (rows % 2) + ["not through |W'|"] * (not through)
     name = ", ".join([f"factor gradients, blocks of {size}", tiles.pair_name(weight, x), f"rank {rank}", *details])
-    return tiles.Case(name, call)
+    return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, rows % size > 0)[1])

@@ -1,4 +1,4 @@
-"""Lists of the kept blocks of a mask, made on the device: nothing waits for it, and no bound of a loop is known outside.
+"""Lists of the kept blocks of a mask, made on the device: nothing waits for it, and loops read their bounds there.
 
 A line is a row of blocks (for the forward product and the factor gradients) or a column of blocks (for the input
 gradient). Its list names the columns, or rows, of its kept blocks in ascending order, in room for all of them, and a

@@ -194,9 +194,9 @@ SHARE_TOKENS = (
     1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
 )
 
-# Block patterns: tiles by the size of the blocks, which is their number of rows. In the products columns are tokens, of
-# which FEW_TOKENS have a narrow tile, and depth is what a step takes of a strip of kept blocks. In the gradients columns
-# are of a strip, and depth is tokens. RAGGED where the matrix is no multiple of the blocks.
+# Block patterns: tiles by the size of the blocks, which is their number of rows. In the products columns are tokens,
+# of which FEW_TOKENS have a narrow tile, and depth is what a step takes of a strip of kept blocks. In the gradients
+# columns are of a strip, and depth is tokens. A ragged matrix is no multiple of the blocks.
 FEW_TOKENS = 32
 FACTOR_PART = {"half": 64, "mixed": 64, "float": 16}  # columns of the padded factors that one small product takes
 _BLOCKS: dict[str, dict[int, Tile]] = {
@@ -226,6 +226,10 @@ BLOCK_GRADIENTS = {
     }
     for name in TARGETS
 }  # fmt: skip
+
+
+# Budgets of the main loops for whole blocks of 64 and 128, 16-bit W and x, rank 8: products, gradients.
+BLOCK_SLOTS = {"sm_80": (0.75, 0.28), "sm_90": (0.55, 0.38), "sm_120": (0.65, 0.26)}
 
 
 def dtype_key(x: torch.dtype, weight: torch.dtype) -> str:
@@ -273,7 +277,7 @@ def block_matmul(
     if ragged:
         tile = tile._replace(columns=min(tile.columns, 64), depth=32, stages=2)
     if width > FACTOR_PART[key]:  # their parts are loaded within a step, which leaves nothing to pipeline
-        tile = tile._replace(columns=min(tile.columns, 32), stages=1)
+        tile = tile._replace(columns=min(tile.columns, 32), depth=16 if key == "float" else 32, stages=1)
     return tile._replace(columns=min(tile.columns, 32)) if tokens <= FEW_TOKENS else tile
 
 
@@ -283,6 +287,15 @@ def block_gradients(architecture: str, x: torch.dtype, size: int, rank: int, rag
     if ragged:
         tile = tile._replace(depth=min(tile.depth, 32))
     return tile._replace(columns=min(tile.columns, 64)) if ragged or rank > 16 else tile
+
+
+def block_slots(
+    weight: torch.dtype, x: torch.dtype, size: int, rank: int, other: bool
+) -> tuple[float | None, float | None]:
+    """The budgets of BLOCK_SLOTS for a case, none where it is an `other` than they are for."""
+    if other or size < 64 or rank != 8 or not weight == x == torch.bfloat16:
+        return None, None
+    return BLOCK_SLOTS.get(architecture(torch.device("meta")), (None, None))
 
 
 def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:

@@ -1,4 +1,4 @@
-"""The shipped configurations of the products with blocks, compiled for sm_80 and sm_90, executed by the PTX emulator."""
+"""The products with blocks as they are shipped, compiled for sm_80 and sm_90, executed by the PTX emulator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ pytest.importorskip("triton")
 
 from block_problem import Problem
 from linear_problem import SCALES
-from torch import Tensor
 
 from pst_kernels import ops
 from pst_kernels.packing import pack_mask
@@ -41,13 +40,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PROBLEMS = [
-    Problem(64, 96, 20, 8, 32, "bfloat16"),
+    Problem(64, 96, 20, 8, 32, "bfloat16", kept=0.6),
     Problem(48, 80, 7, 16, 16, "float16", factors="float16"),
     Problem(64, 96, 3, 8, 16, "float32"),
     Problem(70, 200, 3, 5, 64, "bfloat16"),
     Problem(128, 256, 40, 8, 128, "bfloat16", kept=0.7),
     Problem(64, 128, 33, 8, 64, "bfloat16", weight="float32", transposed=True, through=False),
-    Problem(64, 96, 3, 64, 32, "bfloat16"),
+    Problem(32, 96, 3, 64, 32, "bfloat16", kept=0.8),
 ]
 
 
@@ -73,7 +72,7 @@ def test_scores_learn_from_all_of_the_gradient(emulator, arch: int) -> None:
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one tile of tokens, and the tokens shared among programs."""
     monkeypatch.setattr(tiles, "SHARE_TOKENS", 64)
-    problem = Problem(48, 80, 300, 8, 16, "bfloat16", kept=0.3)
+    problem = Problem(32, 48, 260, 8, 16, "bfloat16", kept=0.5)
     results = []
     for order in ("forward", "reversed", "shuffled"):
         with emulator.emulate(arch, order):
@@ -98,32 +97,58 @@ def test_lists_hold_the_kept_blocks_in_order(emulator, arch: int, shape: tuple[i
     assert lines.order.tolist() == sorted(range(len(flags)), key=lambda line: -counts[line])
 
 
-def run(problem: Problem, flags: Tensor) -> None:
-    """Forward and backward with these blocks kept."""
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_no_pruned_block_is_read(emulator, arch: int, kept: float) -> None:
+    """NaN in every pruned block of W reaches nothing, whatever step of a strip it would lie in."""
+    problem = Problem(64, 112, 3, 8, 16, "bfloat16", kept=kept)
     given = problem.tensors()
     gy, x, weight, U, V = (given[name] for name in ("gy", "x", "weight", "U", "V"))
-    mask = pack_mask(flags.repeat_interleave(problem.size, 0).repeat_interleave(problem.size, 1))
-    block_matmul.block_forward(x, weight, U, V, None, mask, 0.7, problem.size)
-    block_gradients.block_backward(gy, x, weight, U, V, mask, 0.7, True, problem.size, True, True)
+    weight = torch.where(given["kept"], weight, float("nan"))
+    mask = pack_mask(given["kept"])
+    with emulator.emulate(arch):
+        found = (
+            block_matmul.block_forward(x, weight, U, V, None, mask, 0.7, 16),
+            *block_gradients.block_backward(gy, x, weight, U, V, mask, 0.7, True, 16, True, True),
+        )
+    assert all(bool(value.isfinite().all()) and bool(value.any()) == (kept > 0) for value in found)
 
 
 def test_work_is_proportional_to_the_kept_blocks(emulator, arch: int) -> None:
-    """Tensor-core instructions and bytes, of 1, 2 and 3 of the 4 blocks of each line: as many more as blocks are."""
-    problem = Problem(256, 256, 16, 8, 64, "bfloat16")
-    found = []
-    for kept in (1, 2, 3):
-        flags = (torch.arange(4)[:, None] + torch.arange(4)) % 4 < kept  # in every row and in every column
+    """Products and bytes with 0, 1 and 2 of 3 blocks kept in every row and in every column of blocks."""
+    size, tokens, lines = 64, 16, 3
+    problem = Problem(lines * size, lines * size, tokens, 8, size, "bfloat16")
+    given = problem.tensors()
+    gy, x, weight, U, V = (given[name] for name in ("gy", "x", "weight", "U", "V"))
+    stats = []
+    for kept in range(3):
+        flags = (torch.arange(lines)[:, None] + torch.arange(lines)) % lines < kept
+        mask = pack_mask(flags.repeat_interleave(size, 0).repeat_interleave(size, 1))
         with emulator.emulate(arch) as session:
-            run(problem, flags)
-        found.append(session.stats)
-    for kernel, launches in (("block_matmul_kernel", 2), ("block_gradients_kernel", 1)):
-        products = [stats[kernel].ops["mma"] + stats[kernel].ops["wgmma"] for stats in found]
-        loaded = [stats[kernel].load_bytes for stats in found]
-        print(kernel, arch, products, loaded)
-        assert products[0] > 0
+            block_matmul.block_forward(x, weight, U, V, None, mask, 0.7, size)
+            block_gradients.block_backward(gy, x, weight, U, V, mask, 0.7, True, size, True, True)
+        stats.append(session.stats)
+
+    def counted(kernel: str) -> tuple[list[int], list[int]]:
+        of = [of_kernel[kernel] for of_kernel in stats]
+        return [s.ops["mma"] + s.ops["wgmma"] for s in of], [s.load_bytes for s in of]
+
+    products, loaded = counted("block_matmul_kernel")
+    assert products[0] == 0
+    assert products[2] == 2 * products[1] > 0
+    # A block: W, its padded factor (32 columns of bf16), 32 of x's or gy's tokens, and its place in the list.
+    block = 2 * size * size + 64 * size + 64 * size + 4
+    assert loaded[1] - loaded[0] == loaded[2] - loaded[1] == 2 * lines * block
+    products, loaded = counted("block_gradients_kernel")
+    parts = [
+        -(-kept * size // tiles.block_gradients(f"sm_{arch}", x.dtype, size, 8, False).columns) for kept in range(3)
+    ]
+    assert products[0] == 0
+    assert products[2] * parts[1] == products[1] * parts[2] > 0
+    if parts == [0, 1, 2]:
+        assert loaded[2] - loaded[1] == loaded[1] - loaded[0] > 0
 
 
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
 def test_opcheck(emulator, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, bool]) -> None:
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
