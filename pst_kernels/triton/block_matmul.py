@@ -42,24 +42,13 @@ def rounded(b_updated, b_weight, b_x, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.co
 
 
 @triton.jit
-def updated_strip(
-    b_weight, b_left, p_left, p_right, o_left, o_right, m_inner,
-    WIDTH: tl.constexpr, PART: tl.constexpr, ALONG_ROWS: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """W + beta U V of a step, as W lies in memory; `b_left` is the left factor where one part holds all of it."""
-    b_updated = b_weight.to(tl.float32)
-    for part in tl.static_range(0, WIDTH, PART):
-        if MASKED:
-            b_right = tl.load(p_right + part + o_right, mask=m_inner, other=0.0)
-        else:
-            b_right = tl.load(p_right + part + o_right)
-        if WIDTH > PART:
-            b_left = tl.load(p_left + part + o_left)
-        if ALONG_ROWS:
-            b_updated = tl.dot(b_right, b_left, b_updated, input_precision="ieee")
-        else:
-            b_updated = tl.dot(b_left, b_right, b_updated, input_precision="ieee")
-    return b_updated
+def add_product(b_updated, b_left, p_right, o_right, m_inner, ALONG_ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """b_updated + left right^T, as W lies in memory."""
+    b_right = tl.load(p_right + o_right, mask=m_inner, other=0.0) if MASKED else tl.load(p_right + o_right)
+    if ALONG_ROWS:
+        return tl.dot(b_right, b_left, b_updated, input_precision="ieee")
+    else:
+        return tl.dot(b_left, b_right, b_updated, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["tokens", "has_bias", "capacity"])
@@ -123,9 +112,13 @@ def block_matmul_kernel(
             b_x = tl.load(p_x + o_x)
         if UPCAST:
             b_x = b_x.to(tl.float32)
-        b_updated = updated_strip(
-            b_weight, b_left, p_left, p_right, o_left, o_right, m_inner, WIDTH, PART, WEIGHT_ALONG_ROWS, MASKED
-        )
+        b_updated = b_weight.to(tl.float32)
+        if WIDTH == PART:
+            b_updated = add_product(b_updated, b_left, p_right, o_right, m_inner, WEIGHT_ALONG_ROWS, MASKED)
+        else:  # high ranks: not all of the left factor fits the registers
+            for part in tl.range(0, WIDTH, PART, num_stages=1):
+                b_part = tl.load(p_left + part + o_left)
+                b_updated = add_product(b_updated, b_part, p_right + part, o_right, m_inner, WEIGHT_ALONG_ROWS, MASKED)
         if WEIGHT_ALONG_ROWS:
             b_kept = tl.zeros((BLOCK_DEPTH, BLOCK_ROWS), b_x.dtype)
             if tokens > 0:  # always, as in matmul.py: or both warpgroups would make the same rows of W'

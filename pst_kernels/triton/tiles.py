@@ -279,8 +279,8 @@ def block_matmul(
     if ragged:
         tile = tile._replace(columns=min(tile.columns, 64), depth=32, stages=2)
     if width > FACTOR_PART[key]:  # their parts are loaded within a step, which leaves nothing to pipeline
-        tile = tile._replace(columns=min(tile.columns, 32), depth=32 if key == "half" else 16, stages=1)
-        tile = tile._replace(warps=8) if key == "float" else tile
+        warps = 8 if key == "float" else tile.warps
+        tile = tile._replace(columns=min(tile.columns, 32), depth=32, warps=warps, stages=1)
     return tile._replace(columns=min(tile.columns, 32)) if tokens <= FEW_TOKENS else tile
 
 
