@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from block_problem import Problem
-from linear_problem import SCALES
+from block_problem import OUTPUTS, Problem
+from linear_problem import SCALES, relative_error
 
 from pst_kernels import ops
 from pst_kernels.packing import pack_mask
@@ -70,7 +70,7 @@ def test_scores_learn_from_all_of_the_gradient(emulator, arch: int) -> None:
 
 
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than one tile of tokens, and the tokens shared among programs."""
+    """More than one tile of tokens, and the tokens shared among programs: the same bits, and right."""
     monkeypatch.setattr(tiles, "SHARE_TOKENS", 64)
     problem = Problem(32, 48, 260, 8, 16, "bfloat16", kept=0.5)
     results = []
@@ -79,6 +79,7 @@ def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.Mon
             results.append(problem.solve())
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert problem.wrong(dict(zip(OUTPUTS, map(relative_error, results[0], problem.exact()), strict=True))) == {}
 
 
 @pytest.mark.parametrize("of_columns", [False, True])
