@@ -18,8 +18,8 @@ from .packing import WORD
 from .rows import buffers, compute_dtype
 
 THICK = 64  # blocks of at least this size are multiplied one by one
-# Thinner ones too from so many tokens on. Measured on a CPU, 768 -> 3072, blocks of 32 at 90 %, a step against gathering:
-# 1.11 of its time for 16 tokens, 0.91 for 512, 0.78 for 1024.
+# Thinner ones too from so many tokens on. Measured on a CPU, 768 -> 3072, blocks of 32 at 90 %, a step against
+# gathering: 1.11 of its time for 16 tokens, 0.91 for 512, 0.78 for 1024.
 MANY_TOKENS = 512
 
 
