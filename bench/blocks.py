@@ -30,6 +30,7 @@ Key = tuple[str, float] | None  # pattern and sparsity; None is dense
 Run = Callable[[], Any]
 Times = dict[Key, list[float]]  # ms, one a round
 
+SHAPE, TOKENS = cases.BY_NAME["BERT-base up"], 1024
 LAYER = (("block:64", 0.9), ("block:64", 0.95), ("block:32", 0.9))
 MODEL = (("block:32", 0.9),)
 DENSE_STEPS = 4
@@ -94,7 +95,7 @@ def _provider(pattern: str, sparsity: float) -> Provider:
 
 
 def _layer_rows(rounds: int) -> list[Row]:
-    shape, tokens = cases.BY_NAME["BERT-base up"], 1024
+    shape, tokens = SHAPE, TOKENS
     dense = next(p for p in all_providers("cpu") if p.name == DENSE)
     chosen = {key: _provider(*key) for key in LAYER}
 
