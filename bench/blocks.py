@@ -25,6 +25,7 @@ from .cases import Case
 from .check import relative_error
 from .providers import DENSE, Provider, all_providers
 from .report import Report, measured_on
+from .sparse_providers import pattern_provider
 
 Key = tuple[str, float] | None  # pattern and sparsity; None is dense
 Run = Callable[[], Any]
@@ -86,12 +87,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _provider(pattern: str, sparsity: float) -> Provider:
-    config = pst.PSTConfig(sparsity=sparsity, pattern=pattern)
-    ours = next(p for p in all_providers("cpu") if p.ours)
-    return dataclasses.replace(
-        ours, name=f"{pattern} at {sparsity:g}", layer=lambda linear: pst.PSTLinear.from_linear(linear, config),
-        model=lambda model: pst.replace_linear(model, config),
-    )  # fmt: skip
+    provider = pattern_provider(f"{pattern} at {sparsity:g}", pattern, sparsity)
+    return dataclasses.replace(provider, steps=1)  # the rounds below count the steps of an interval
 
 
 def _layer_rows(rounds: int) -> list[Row]:

@@ -88,7 +88,7 @@ class BlockSparseLinear(nn.Module):
                 f"kept must be bool of shape {(rows, width)} for weight {(out, columns)} and block_size={size}, got"
                 f" {kept.dtype} of shape {tuple(kept.shape)}"
             )
-        layer._take(blocks[kept].contiguous(), starts(kept.sum(1)), kept.nonzero()[:, 1].contiguous())
+        layer._take(blocks[kept].contiguous(), starts(kept.sum(1)), kept.nonzero()[:, 1].clone())
         layer.bias = bias
         return layer
 
