@@ -199,7 +199,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     ]  # fmt: skip
 
 
-def merge_and_unload(model: nn.Module, safe_merge: bool = False, format: str = "dense") -> nn.Module:
+def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str = "dense") -> nn.Module:
     """Turn every PST layer into a plain one that holds M * W'.
 
     In place; returns the model (a new module if the model itself is a PST layer). Layers that were merged are taken as
