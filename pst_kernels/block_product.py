@@ -134,7 +134,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
     needs_input, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    # contiguous(): the gradient of a sum has stride 0
+    # contiguous(): the gradient of a sum has stride 0, and each product of a block would copy it
     dx = multiply_transposed(gy.contiguous(), *ctx.saved_tensors, ctx.in_features) if needs_input else None
     dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(gy.dtype) if needs_bias else None
     return dx, None, dbias, None, None, None
