@@ -1,4 +1,4 @@
-"""`python -m bench blocks`: what block patterns cost beside dense training and torch's own block-sparse product.
+"""`python -m bench blocks`: what block and N:M patterns cost beside dense training and torch's own block-sparse product.
 
 A block mask stays for `mask_interval` steps, and the last of them makes all of G, so a step is the mean of a whole
 interval. Rounds are interleaved: in each, one interval of every block pattern and a few dense steps; ratios are of the
@@ -32,7 +32,7 @@ Run = Callable[[], Any]
 Times = dict[Key, list[float]]  # ms, one a round
 
 SHAPE, TOKENS = cases.BY_NAME["BERT-base up"], 1024
-LAYER = (("block:64", 0.9), ("block:64", 0.95), ("block:32", 0.9))
+LAYER = (("block:64", 0.9), ("block:64", 0.95), ("block:32", 0.9), ("2:4", 0.5))
 MODEL = (("block:32", 0.9),)
 DENSE_STEPS = 4
 
@@ -107,7 +107,8 @@ def _layer_rows(rounds: int) -> list[Row]:
     products: dict[Key, Run] = {}
     merged: dict[Key, Run] = {}
     for key, provider in chosen.items():
-        merged[key], products[key] = _checked_products(provider, shape, tokens, int(key[0].partition(":")[2]))
+        if key[0].startswith("block"):
+            merged[key], products[key] = _checked_products(provider, shape, tokens, int(key[0].partition(":")[2]))
         steps[key], forwards[key] = task(provider, "step"), task(provider, "forward")
     times: dict[str, Times] = {"step": {}, "forward": {}, "merged": {}, "bsr": {}}
     for number in range(rounds + 1):
@@ -116,16 +117,15 @@ def _layer_rows(rounds: int) -> list[Row]:
         for name, runs in (("forward", forwards), ("merged", merged), ("bsr", products)):
             for one, run in runs.items():
                 _add(times[name], one, _mean_ms(run, 3), number)
-    forward, after, bsr = times["forward"], times["merged"], times["bsr"]
     case = f"{shape.name} {shape.columns} -> {shape.out}, T = {tokens}"
-    return [
-        _row(
-            case, key, times["step"],
-            _ratio(forward[key], forward[None]), _ratio(forward[key], bsr[key]),
-            _ratio(after[key], forward[None]), _ratio(after[key], bsr[key]),
-        )
-        for key in LAYER
-    ]  # fmt: skip
+    return [_row(case, key, times["step"], *_forward_ratios(key, times)) for key in LAYER]
+
+
+def _forward_ratios(key: tuple[str, float], times: dict[str, Times]) -> list[float | None]:
+    """Of the layer in training and of the merged one, each to dense and to BSR; None for patterns without blocks."""
+    dense, bsr = times["forward"][None], times["bsr"].get(key)
+    ours = [times[name].get(key) for name in ("forward", "merged")]
+    return [None if one is None or other is None else _ratio(one, other) for one in ours for other in (dense, bsr)]
 
 
 def _model_rows(rounds: int) -> list[Row]:
@@ -141,11 +141,11 @@ def _model_rows(rounds: int) -> list[Row]:
 
 
 def _interval(key: Key) -> int:
-    """Steps that make up a fair mean: for a pattern, from one mask to the next."""
-    return DENSE_STEPS if key is None else pst.PSTConfig(pattern=key[0]).mask_interval
+    """Steps that make up a fair mean: for a pattern of blocks, from one mask to the next."""
+    return max(DENSE_STEPS, 1 if key is None else pst.PSTConfig(pattern=key[0]).mask_interval)
 
 
-def _row(case: str, key: tuple[str, float], step: Times, *forwards: float) -> Row:
+def _row(case: str, key: tuple[str, float], step: Times, *forwards: float | None) -> Row:
     ours, dense = statistics.median(step[key]), statistics.median(step[None])
     return Row(case, *key, _ratio(step[key], step[None]), ours, dense, *forwards)
 

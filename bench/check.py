@@ -22,7 +22,7 @@ OK = "ok"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # RMS(error) / RMS
 # of a larger matrix the first rows are checked: all of it in float64 would take longer than the runs
 MOST_WEIGHTS = 1 << 20
-# a larger matrix is checked on its first rows: float64 of all of it would take longer than the runs
+WHOLE_ROWS = 64  # as many as whole blocks have: torch's BSR product takes no others
 TOKENS = 48
 
 
@@ -49,7 +49,8 @@ def fill(module: nn.Module, seed: int = 0) -> None:
 
 def check_layer(provider: Provider, shape: Shape, dtype: torch.dtype, device: str) -> str:
     """ "ok", or what is wrong with the provider's layer of this shape and dtype."""
-    rows = max(1, min(shape.out, MOST_WEIGHTS // shape.columns))
+    rows = max(1, MOST_WEIGHTS // shape.columns)
+    rows = min(shape.out, rows if rows < WHOLE_ROWS else rows // WHOLE_ROWS * WHOLE_ROWS)
     try:
         with provider.active():
             layer = provider.layer(nn.Linear(shape.columns, rows, device=device, dtype=dtype))

@@ -83,7 +83,7 @@ def test_a_file_that_does_not_come_back_is_told(monkeypatch, tmp_path, capsys):
 def small(monkeypatch):
     monkeypatch.setattr(blocks, "SHAPE", cases.Shape("small", 96, 128))
     monkeypatch.setattr(blocks, "TOKENS", 24)
-    monkeypatch.setattr(blocks, "LAYER", (("block:16", 0.5), ("block:32", 0.75)))
+    monkeypatch.setattr(blocks, "LAYER", (("block:16", 0.5), ("block:32", 0.75), ("2:4", 0.5)))
     monkeypatch.setattr(modes, "minilm", functools.partial(modes.minilm, layers=1))
     monkeypatch.setattr(modes, "model_task", functools.partial(modes.model_task, batch=2, length=8))
 
@@ -96,13 +96,16 @@ def test_blocks_writes_a_row_a_pattern(small, tmp_path, capsys):
     assert [(row.case, row.pattern, row.sparsity) for row in rows] == [
         ("small 128 -> 96, T = 24", "block:16", 0.5),
         ("small 128 -> 96, T = 24", "block:32", 0.75),
+        ("small 128 -> 96, T = 24", "2:4", 0.5),
         ("MiniLM-L6, batch 16 x 128", "block:32", 0.9),
     ]
     for row in rows:
         assert row.step > 0
         assert row.step == pytest.approx(row.step_ms / row.dense_step_ms)  # of one round
-        of_layer = [row.forward, row.forward_bsr, row.merged_forward, row.merged_forward_bsr]
-        assert all(ratio > 0 for ratio in of_layer) if row.case.startswith("small") else set(of_layer) == {None}
+        forwards = [row.forward, row.forward_bsr, row.merged_forward, row.merged_forward_bsr]
+        known = 0 if row.case.startswith("MiniLM") else 1 if row.pattern == "2:4" else 4
+        assert [ratio is not None for ratio in forwards] == [True] * known + [False] * (4 - known)
+        assert all(ratio > 0 for ratio in forwards[:known])
     assert under["machine"] == results.machine()
     assert under["date"] == results.today()
     text = readme.read_text()
@@ -114,9 +117,10 @@ def test_a_step_of_blocks_is_the_mean_of_a_whole_interval(small, monkeypatch):
     counted = []
     monkeypatch.setattr(blocks, "_mean_ms", lambda run, times: counted.append(times) or 1.0)
     rows = blocks._layer_rows(1)
-    steps, forwards = [4, 16, 16], [3] * 7  # forwards: dense, and three kinds of two patterns less dense's
+    steps = [4, 16, 16, 4]  # dense, two patterns of blocks, and 2:4, which makes a mask in every step
+    forwards = [3] * (4 + 2 + 2)  # in training; merged and torch's product for blocks
     assert counted == 2 * (steps + forwards)
-    assert [row.step for row in rows] == [1.0, 1.0]
+    assert [row.step for row in rows] == [1.0, 1.0, 1.0]
 
 
 def test_ratios_are_of_the_same_round():
@@ -174,7 +178,7 @@ def test_the_claims_of_the_files():
     assert next(row.ratio for row in rows if row.pattern == "unstructured") <= 0.25
     rows, _ = blocks.REPORT.read(results.RESULTS / "blocks.json")
     layers = [row for row in rows if row.merged_forward is not None]
-    assert len(layers) == len(blocks.LAYER)
+    assert len(layers) == sum(pattern.startswith("block") for pattern, _ in blocks.LAYER)
     assert all(row.merged_forward < 1.0 and row.merged_forward_bsr < 1.0 for row in layers)
 
 

@@ -37,6 +37,12 @@ def test_every_provider_passes_its_check(name, dtype):
         assert check.check_layer(PROVIDERS[name], shape, dtype, "cpu") == check.OK
 
 
+def test_a_matrix_that_is_checked_in_part_is_cut_between_blocks():
+    shape = cases.BY_NAME["BERT-base up"]
+    assert shape.numel > check.MOST_WEIGHTS
+    assert check.check_layer(PROVIDERS[BSR], shape, torch.float32, "cpu") == check.OK
+
+
 @pytest.mark.parametrize("name", [BLOCKS, GROUPS])
 def test_a_whole_model_and_steps_are_checked(name):
     assert run._check_model(PROVIDERS[name], "cpu") == check.OK
