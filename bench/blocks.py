@@ -1,4 +1,4 @@
-"""`python -m bench blocks`: what block and N:M patterns cost beside dense training and torch's own block-sparse product.
+"""`python -m bench blocks`: the cost of block and N:M patterns beside dense training and torch's block-sparse product.
 
 A block mask stays for `mask_interval` steps, and the last of them makes all of G, so a step is the mean of a whole
 interval. Rounds are interleaved: in each, one interval of every block pattern and a few dense steps; ratios are of the

@@ -245,6 +245,7 @@ class PSTLayer(nn.Module):
         return masked_linear(
             masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask,
             config.beta, config.alpha1, config.alpha2, config.through_magnitude, block_size, learn,
+            config.recompute_input,
         )  # fmt: skip
 
     def _merged_forward(self, x: Tensor) -> Tensor:
