@@ -20,7 +20,7 @@ class BlockSparseLinear(nn.Module):
     Parameter `weight` (kept, B, B): the kept blocks in row-major order, each transposed to (in, out), filled up with
     zeros at W's edges; buffers `crow_indices` (rows of blocks + 1,) and `col_indices` (kept,), int64, as in torch's BSR
     layout. A state dict may bring any number of blocks. On a CPU the product visits the blocks one by one; on other
-    devices it is torch's BSR product, which has not been timed there.
+    devices it is torch's BSR product, which has not been run there yet.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
