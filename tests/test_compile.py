@@ -84,11 +84,13 @@ def test_activation_checkpointing_in_eager_mode(recompute):
     assert_same_training(checkpointed, plain, checkpointed)
 
 
-def test_activation_checkpointing_compiled():
+@pytest.mark.parametrize(
+    ("recompute", "dynamic"), [("reentrant", True), ("non-reentrant", True), ("non-reentrant", None)]
+)
+def test_activation_checkpointing_compiled(recompute, dynamic):
     torch.compiler.reset()
     counters.clear()
-    compiled, eager = build("non-reentrant"), build()
-    # not dynamic=True, under which Dynamo also makes every float dynamic, and then fails inside a checkpoint
-    forward = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    compiled, eager = build(recompute), build()
+    forward = torch.compile(compiled, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     assert_same_training(compiled, eager, forward)
     assert not counters["graph_break"]
