@@ -124,6 +124,6 @@ def test_merging(trained, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     stock = type(merged).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(logits(stock), expected, rtol=1e-5, atol=1e-5)
-    for name, layer in pst_layers(trained):
+    for name, _ in pst_layers(trained):
         weight = stock.get_submodule(name).weight
         assert int((weight == 0).sum()) == int(weight.numel() * SPARSITY)

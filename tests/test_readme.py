@@ -20,8 +20,13 @@ import pst_kernels as pst
 ROOT = Path(__file__).parent.parent
 README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
 OTHER_LIBRARIES = (
-    "torch.amp.grad_scaler", "torch.utils.checkpoint", "torch.distributed.tensor.parallel.style", "peft.utils.peft_types",
-)  # fmt: skip
+    "torch.amp.grad_scaler",
+    "torch.utils.checkpoint",
+    "torch.distributed.tensor.parallel.style",
+    "torch.utils._typing_utils",
+    "accelerate.utils.dataclasses",
+    "peft.utils.peft_types",
+)
 
 
 def blocks(kind: str) -> list[str]:
@@ -43,8 +48,11 @@ def test_plain_loop(tmp_path, monkeypatch):
 LAUNCHERS = {
     "alone": [],
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "accelerate_ddp.yaml")],
-}
+    "accelerate": [
+        "-m", "accelerate.commands.launch", "--main_process_port", "0",
+        "--config_file", str(ROOT / "configs" / "accelerate_ddp.yaml"),
+    ],
+}  # fmt: skip
 THREADS = """
 import os, pathlib
 names = [task.joinpath("comm").read_text().strip() for task in pathlib.Path("/proc/self/task").iterdir()]
@@ -96,6 +104,6 @@ def test_troubleshooting_quotes_messages_that_exist():
         if importlib.util.find_spec(name.partition(".")[0]):
             said += messages(Path(importlib.util.find_spec(name).origin).read_text(encoding="utf-8"))
     quoted = re.findall(r"^\| `(.+?)` \|", theirs, re.M)
-    assert len(quoted) == 4
+    assert len(quoted) == 6
     if importlib.util.find_spec("peft"):
         assert not [quote for quote in quoted if not any(quote in message for message in said)]
