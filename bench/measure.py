@@ -123,7 +123,10 @@ def _gpu_timer(run: Callable[[], Any], prepare: Callable[[], Any] | None) -> Tim
 
 
 def kept_bytes(forward: Callable[[], Any], known: Sequence[Tensor]) -> int:
-    """Bytes of memory that autograd keeps from forward to backward, each storage once, beyond those of `known`."""
+    """Bytes of memory that autograd keeps from forward to backward, each storage once, beyond those of `known`.
+
+    Under the hooks that see them our layers keep an input that they would make again otherwise; the peak has it right.
+    """
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ class PSTConfig:
         adapter_dtype: dtype of the factors, whatever the base weight's; a torch dtype or its name.
         pattern: structure of the mask: "unstructured", "block:16", "block:32", "block:64" or "block:128" (whole blocks,
             which CPUs skip), or "N:M" such as "2:4" (at most N of every M neighbouring inputs are kept).
+        recompute_input: do not keep a layer's input for backward where it can be made again from what autograd keeps
+            anyway: after GELU, SiLU, a product of two activations, or an fp32 LayerNorm. Costs one pass over it.
         mask_interval: optimizer steps from one mask to the next, at least 1; the default is 16 for blocks, else 1. With
             blocks A, B, R and C get a gradient only on the last step before the next mask, zeros on the others.
 
@@ -84,6 +86,7 @@ class PSTConfig:
     adapter_dtype: torch.dtype = torch.float32
     pattern: str = "unstructured"
     mask_interval: int = _DefaultCount(1)
+    recompute_input: bool = True
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -104,7 +107,7 @@ class PSTConfig:
             raise ValueError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} add up to more than 1; lower one of them"
             )
-        for name in ("through_magnitude", "train_bias"):
+        for name in ("through_magnitude", "train_bias", "recompute_input"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self.adapter_dtype = _dtype(self.adapter_dtype)

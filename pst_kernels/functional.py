@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .packing import packed_width, unpack_mask
+from .recompute import make_again, producer_of
 from .rows import compute_dtype
 
 __all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
@@ -106,7 +107,7 @@ def masked_linear(
     masked: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
     U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, mask: Tensor,
     beta: float, alpha1: float, alpha2: float, through_magnitude: bool,
-    block_size: int | None = None, learn: Tensor | None = None,
+    block_size: int | None = None, learn: Tensor | None = None, recompute_input: bool = False,
 ) -> Tensor:  # fmt: skip
     """`pst_linear` for a layer.
 
@@ -114,6 +115,7 @@ def masked_linear(
     If its mask consists of blocks, it passes their size, and as `learn` (bool, 0-d, on the CPU) whether A, B, R and C
     shall get their gradients, which need the whole of G, or zeros. U and V then learn from kept blocks alone:
     Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M.
+    With `recompute_input` it lets x not be kept where that can be made again (recompute.py).
     """
     _check_factors(weight, U, V, A, B, R, C)
     if not x.is_floating_point():
@@ -141,11 +143,12 @@ def masked_linear(
         raise TypeError(
             f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast"
         )
+    producer = producer_of(x) if recompute_input else None
     x = x.to(operand_dtype(x))
     with _without_autocast(x.device.type):
         y = _PSTLinear.apply(
             x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
-            (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked, block_size, learn,
+            (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked, block_size, learn, producer,
         )  # fmt: skip
     # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
@@ -157,11 +160,14 @@ class _PSTLinear(torch.autograd.Function):
     # not setup_context(), for which torch binds the arguments by inspection: 0.1 ms a call
     @staticmethod
     def forward(
-        ctx: Any, x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude, masked, block_size, learn
+        ctx: Any, x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude, masked, block_size, learn,
+        producer,
     ) -> Tensor:  # fmt: skip
         ctx.scales, ctx.through_magnitude, ctx.block_size = scales, through_magnitude, block_size
         ctx.dtypes = [None if t is None else t.dtype for t in (bias, U, V, A, B, R, C)]
-        ctx.save_for_backward(x, weight, U, V, A, B, mask, learn)
+        make, taken = (None, (x,)) if producer is None else producer
+        ctx.make = make
+        ctx.save_for_backward(weight, U, V, A, B, mask, learn, *taken)
         if block_size is not None:
             return ops.block_forward(x.contiguous(), weight, U, V, bias, mask, scales[0], block_size)
         if masked is not None and masked.dtype == x.dtype:
@@ -170,10 +176,11 @@ class _PSTLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, U, V, A, B, mask, learn = ctx.saved_tensors
+        weight, U, V, A, B, mask, learn, *taken = ctx.saved_tensors
         needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
         with _without_autocast(gy.device.type):
+            x = taken[0] if ctx.make is None else make_again(ctx.make, taken).to(gy.dtype).reshape(-1, weight.shape[1])
             tensors = gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask
             needs = needs_input, any(needs_factors)
             if ctx.block_size is None:
@@ -185,7 +192,7 @@ class _PSTLinear(torch.autograd.Function):
         bias_dtype, *dtypes = ctx.dtypes
         dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
         gradients = [g.to(t) if need else None for g, t, need in zip(factors, dtypes, needs_factors, strict=True)]
-        return dx if needs_input else None, None, dbias, *gradients, *[None] * 6
+        return dx if needs_input else None, None, dbias, *gradients, *[None] * 7
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

@@ -251,7 +251,7 @@ class PSTLayer(nn.Module):
             block_size, learn = self.pattern.size, ops.is_last_before_refresh(self._seen, config.mask_interval)
         return masked_linear(
             masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask, *self._scales,
-            config.through_magnitude, block_size, learn,
+            config.through_magnitude, block_size, learn, config.recompute_input,
         )  # fmt: skip
 
     def _merged_forward(self, x: Tensor) -> Tensor:

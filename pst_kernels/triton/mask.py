@@ -187,6 +187,5 @@ def cases() -> Iterator[Case]:
         masked = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         arguments: list[Any] = [state, *tensors, 1.0, 1.0, 1.0]
         yield Case(name, partial(mask_from, *arguments))
-        if weight.dtype == torch.bfloat16:
-            yield Case(f"{name}, with the masked weight", partial(mask_from, *[*arguments, masked]))
+        yield Case(f"{name}, with the masked weight", partial(mask_from, *[*arguments, masked]))
         yield Case(name, partial(masked_weight, weight, U, V, mask, 1.0, weight.dtype))

@@ -175,6 +175,8 @@ SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float
 # and sm_120, and with fp16 factors on sm_90, that spills: there U and V are loaded twice.
 STACKED = ("sm_80", "sm_86", "sm_89", "sm_90")
 
+MATMUL_COLUMNS, GRADIENT_COLUMNS = 16, 32  # the fewest of a tile: what a tensor core takes, and a word of the mask
+
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
 # 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is.
 # Inside the loop it costs, for each token, SLOTS of that token's tensor-core time, taken as not overlapping at all.
@@ -277,7 +279,7 @@ def _read_tuning(path: Path, _modified: int) -> tuple[str, dict[str, dict[str, A
         matmul = {key: tuple((int(most), _tile(tile)) for most, tile in rows) for key, rows in data["matmul"].items()}
         if any(not rows or rows[-1][0] < 1 << 30 for rows in matmul.values()):
             raise ValueError("the last row of each matmul table must go up to at least 1073741824 tokens")
-        gradients = {key: _tile(tile) for key, tile in data["gradients"].items()}
+        gradients = {key: _tile(tile, GRADIENT_COLUMNS) for key, tile in data["gradients"].items()}
         tokens = {key: int(most) for key, most in data["in_loop_tokens"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(
@@ -287,12 +289,12 @@ def _read_tuning(path: Path, _modified: int) -> tuple[str, dict[str, dict[str, A
     return data["architecture"], {"matmul": matmul, "gradients": gradients, "in_loop_tokens": tokens}
 
 
-def _tile(numbers: list[int]) -> Tile:
+def _tile(numbers: list[int], columns: int = MATMUL_COLUMNS) -> Tile:
     tile = Tile(*(int(n) for n in numbers))
     powers = all(n > 0 and n & (n - 1) == 0 for n in tile[:4])
-    if len(numbers) != 5 or not powers or tile.stages < 1 or min(tile.rows, tile.depth) < 32 or tile.columns < 16:
+    if len(numbers) != 5 or not powers or tile.stages < 1 or min(tile.rows, tile.depth) < 32 or tile.columns < columns:
         raise ValueError(
             f"tile {numbers}: need [rows, columns, depth, warps, stages], powers of two but for stages,"
-            " rows and depth from 32, columns from 16"
+            f" rows and depth from 32, columns from {columns}"
         )
     return tile

@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ DTYPES = {
 }  # fmt: skip
 SCALES = (1.0, 1.0, 1.0)
 TOLERANCE = {"half": 2e-2, "mixed": 2e-2, "float": 1e-4}  # RMS error over RMS value: a wrong tile is off by about one
+SWITCH_TOKENS = tuple(1 << n for n in range(4, 14))  # where the switch between the two ways is looked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +55,12 @@ def main(args: argparse.Namespace) -> int:
     }  # fmt: skip
     for key in DTYPES:
         problem = _problem(key, args, device)
-        found["matmul"][key] = [
-            [most, list(_best(_matmul_runs(problem, tile, min(most, 1024)), TOLERANCE[key])[:5])]
+        rows = [
+            (most, _best(_matmul_runs(problem, tile, min(most, 1024)), TOLERANCE[key]))
             for most, tile in tiles.MATMUL[architecture][key]
         ]
+        found["matmul"][key] = [[most, list(tile[:5])] for most, tile in rows]
+        found["in_loop_tokens"][key] = _switch(problem, rows)
         tile = tiles.GRADIENTS[architecture][key]
         found["gradients"][key] = list(_best(_gradient_runs(problem, tile, args.tokens, key), TOLERANCE[key])[:5])
     write(args.output, found)
@@ -64,10 +68,13 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def neighbours(tile: tiles.Tile) -> list[tiles.Tile]:
-    """The tile itself, and those with one side doubled or halved, or with other warps or stages."""
+def neighbours(tile: tiles.Tile, columns: int = tiles.MATMUL_COLUMNS) -> list[tiles.Tile]:
+    """The tile itself, and those with one side doubled or halved, or with other warps or stages.
+
+    None has fewer than so many columns.
+    """
     found = [tile]
-    for name, smallest in (("rows", 32), ("columns", 16), ("depth", 32), ("warps", 4)):
+    for name, smallest in (("rows", 32), ("columns", columns), ("depth", 32), ("warps", 4)):
         value = getattr(tile, name)
         found += [tile._replace(**{name: v}) for v in (value // 2, value * 2) if v >= smallest]
     found += [tile._replace(stages=stages) for stages in (tile.stages - 1, tile.stages + 1) if stages >= 1]
@@ -102,21 +109,54 @@ def _problem(key: str, args: argparse.Namespace, device: torch.device) -> dict[s
     return {
         "x": lambda tokens, width: normal(tokens, width, dtype=x), "weight": normal(out, columns, dtype=weight) * 0.02,
         "U": normal(out, rank), "V": normal(rank, columns) * 0.01, "A": normal(out, rank), "B": normal(rank, columns),
-        "mask": mask, "split": x != torch.float32,
+        "mask": mask, "split": x != torch.float32 and not tiles.interpreted(),
     }  # fmt: skip
 
 
 def _matmul_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int) -> Iterator[Run]:
-    weight, U, V, mask = (problem[name] for name in ("weight", "U", "V", "mask"))
-    x = problem["x"](tokens, weight.shape[1])
-    expected = fallback.linear_forward(x, weight, U, V, None, mask, SCALES[0])
-    factors = matmul.split_factors(U, V, SCALES[0], problem["split"])
+    """Forward and input gradient, which share a table."""
+    weight, U, V, A, B, mask = (problem[name] for name in ("weight", "U", "V", "A", "B", "mask"))
+    x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
+    y = fallback.linear_forward(x, weight, U, V, None, mask, SCALES[0])
+    dx = fallback.linear_backward(gy, x, weight, U, V, A, B, mask, *SCALES, True, True, False)[0]
     for other in neighbours(tile):
 
         def launch(tile: tiles.Tile = other) -> list[Tensor]:
-            return [matmul.masked_matmul(x, weight, *factors, None, mask, tile, False)]
+            return _in_loop(problem, x, gy, tile)
 
-        yield other, launch, [expected]
+        yield other, launch, [y, dx]
+
+
+def _in_loop(problem: dict[str, Any], x: Tensor, gy: Tensor, tile: tiles.Tile) -> list[Tensor]:
+    weight, mask = problem["weight"], problem["mask"]
+    factors = matmul.split_factors(problem["U"], problem["V"], SCALES[0], problem["split"])
+    return [
+        matmul.masked_matmul(operand, weight, *factors, None, mask, tile, transposed)
+        for operand, transposed in ((x, False), (gy, True))
+    ]
+
+
+def _made_first(problem: dict[str, Any], x: Tensor, gy: Tensor) -> list[Tensor]:
+    weight, U, V, mask = (problem[name] for name in ("weight", "U", "V", "mask"))
+    y = x @ matmul.masked_in_scratch(weight, U, V, mask, SCALES[0], x.dtype).T
+    return [y, gy @ matmul.masked_in_scratch(weight, U, V, mask, SCALES[0], x.dtype)]
+
+
+def _switch(problem: dict[str, Any], rows: Sequence[tuple[int, tiles.Tile]]) -> int:
+    """The most tokens, of SWITCH_TOKENS, up to which masking in the loop is the faster way; 0 if it never is."""
+    most, (out, columns) = 0, problem["weight"].shape
+    for tokens in SWITCH_TOKENS:
+        tile = next(tile for limit, tile in rows if tokens <= limit)
+        x, gy = problem["x"](tokens, columns), problem["x"](tokens, out)
+        in_loop, made_first = (
+            triton.testing.do_bench(launch)
+            for launch in (partial(_in_loop, problem, x, gy, tile), partial(_made_first, problem, x, gy))
+        )
+        print(f"{tokens} tokens: {in_loop:.3f} ms masked in the loop, {made_first:.3f} ms with the weight made first")
+        if in_loop > made_first:
+            break
+        most = tokens
+    return most
 
 
 def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: str) -> Iterator[Run]:
@@ -124,7 +164,7 @@ def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: 
     x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
     expected = fallback.linear_backward(gy, x, weight, U, V, A, B, mask, *SCALES, True, False, True)[1:]
     table = tiles.GRADIENTS[tiles.architecture(x.device)]
-    for other in neighbours(tile):
+    for other in neighbours(tile, tiles.GRADIENT_COLUMNS):
 
         def launch(tile: tiles.Tile = other) -> tuple[Tensor, ...]:
             shipped, table[key] = table[key], tile

@@ -9,6 +9,7 @@ import pytest
 import torch
 from dyadic import no_guess, problem
 
+from pst_kernels import fallback
 from pst_kernels.packing import pack_mask
 
 kernels = pytest.importorskip("pst_kernels.triton", reason="triton is not installed")
@@ -34,14 +35,18 @@ LINEAR = {
 }
 
 
-# On sm_90 the masks of odd shapes add pairs of 16-bit integers (add.s16x2), which the emulator does not know.
-ARCHITECTURE = 80
+ARCHITECTURE = 80  # where it is not a test's parameter
+
+
+@pytest.fixture
+def architecture() -> int:
+    return ARCHITECTURE
 
 
 @pytest.fixture(autouse=True)
-def triton_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def triton_backend(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
-    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{ARCHITECTURE}")
+    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{architecture}")
 
 
 def run_selection(rows: int, columns: int, transposed: bool = False) -> None:
@@ -53,6 +58,7 @@ def run_selection(rows: int, columns: int, transposed: bool = False) -> None:
     guess, num_pruned = torch.tensor([9.0, 0.1, 0.5, 0.01]), torch.tensor(rows * columns // 2)
     masked = torch.empty(rows, columns, dtype=torch.bfloat16)
     bits = kernels.prune_mask(*tensors, num_pruned, guess, 1.0, 1.0, 1.0, masked)
+    assert torch.equal(bits, fallback.prune_mask(*tensors, num_pruned, no_guess(), 1.0, 1.0, 1.0))
     kernels.masked_weight(*tensors[:3], bits, 1.0, torch.float32)
 
 
@@ -81,12 +87,15 @@ def outside(kernel: str) -> str:
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (33, 65)])
-def test_every_kernel_stays_inside(emulator, monkeypatch, shape: tuple[int, int], transposed: bool) -> None:
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_kernel_stays_inside(
+    emulator, monkeypatch, architecture: int, shape: tuple[int, int], transposed: bool
+) -> None:
     monkeypatch.setattr(select, "capacity_of", lambda numel: max(1, numel // 16))
-    with emulator.emulate(ARCHITECTURE) as session:
+    with emulator.emulate(architecture) as session:
         run_selection(*shape, transposed)
         run_linear(*shape, transposed=transposed)
-    every = {binary.kernel.__name__ for binary in shipping.shipped("sm_80", shipping.KERNEL_FILES)}
+    every = {binary.kernel.__name__ for binary in shipping.shipped(f"sm_{architecture}", shipping.KERNEL_FILES)}
     assert set(session.stats) == every - ({"digits_kernel"} if shape == (1, 1) else set())
     assert {*SELECTION, *LINEAR, "bracket_kernel", "refine_kernel"} == every
 
@@ -135,8 +144,9 @@ def test_a_sample_stays_inside(emulator, monkeypatch) -> None:
         select.threshold(*arguments)
 
 
-def test_the_widest_tile_stays_inside(emulator) -> None:
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_widest_tile_stays_inside(emulator, architecture: int) -> None:
     """More than one tile either way, the last of them part empty."""
-    assert tiles.GRADIENTS["sm_80"]["half"].rows < 160
-    with emulator.emulate(ARCHITECTURE):
+    assert tiles.GRADIENTS[f"sm_{architecture}"]["half"].rows < 160
+    with emulator.emulate(architecture):
         run_linear(160, 192, tokens=131)

@@ -47,6 +47,7 @@ def test_the_file_overrides_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (json.dumps(GOOD | {"gradients": {"int8": [64, 64, 64, 4, 2]}}), "int8"),
         (json.dumps(GOOD | {"gradients": {"half": [64, 48, 64, 4, 2]}}), "powers of two"),
         (json.dumps(GOOD | {"gradients": {"half": [64, 64]}}), "TypeError"),
+        (json.dumps(GOOD | {"gradients": {"half": [64, 16, 64, 4, 2]}}), "columns from 32"),
         (json.dumps(GOOD | {"matmul": {"half": [[16, [64, 16, 64, 4, 2]]]}}), "1073741824"),
     ],
 )  # fmt: skip
