@@ -12,6 +12,7 @@ JOBS = {
     "table": ("bench.table_job", "print the tables of a CSV again, or write the README's first table from it"),
     "plots": ("bench.plots", "draw the plots of a CSV again"),
     "blocks": ("bench.blocks", "what block patterns cost beside dense training and torch's block-sparse product"),
+    "export": ("bench.export", "how large the files of a sparse model are, and that they load back bit for bit"),
     "profile": ("bench.profile", "where the time of one PST step goes, pass by pass"),
     "accuracy": ("bench.accuracy", "how good the sparse models are: methods x sparsities x seeds, resumable"),
     "roofline": ("bench.roofline", "bytes, operations and floor times of a GPU, computed, not measured"),

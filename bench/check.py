@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_kernels import reference
+from pst_kernels import patterns, reference
 
 from .cases import Shape
 from .providers import SPARSITY, Provider
@@ -22,7 +22,7 @@ OK = "ok"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # RMS(error) / RMS
 # of a larger matrix the first rows are checked: all of it in float64 would take longer than the runs
 MOST_WEIGHTS = 1 << 20
-# a larger matrix is checked on its first rows: float64 of all of it would take longer than the runs
+WHOLE_ROWS = 64  # as many as whole blocks have: torch's BSR product takes no others
 TOKENS = 48
 
 
@@ -49,7 +49,8 @@ def fill(module: nn.Module, seed: int = 0) -> None:
 
 def check_layer(provider: Provider, shape: Shape, dtype: torch.dtype, device: str) -> str:
     """ "ok", or what is wrong with the provider's layer of this shape and dtype."""
-    rows = max(1, min(shape.out, MOST_WEIGHTS // shape.columns))
+    rows = max(1, MOST_WEIGHTS // shape.columns)
+    rows = min(shape.out, rows if rows < WHOLE_ROWS else rows // WHOLE_ROWS * WHOLE_ROWS)
     try:
         with provider.active():
             layer = provider.layer(nn.Linear(shape.columns, rows, device=device, dtype=dtype))
@@ -69,21 +70,22 @@ def check_steps(provider: Provider, optimizer_of: Callable[[nn.Module], torch.op
     if provider.mask is None or provider.recomputed_mask is None:
         return OK
     with provider.active():
-        layer = provider.layer(nn.Linear(96, 64, device=device))
+        blocks = 8 if isinstance(patterns.parse(provider.pattern), patterns.Blocks) else 1  # enough of them to change
+        layer = provider.layer(nn.Linear(96 * blocks, 64 * blocks, device=device))
         optimizer = optimizer_of(layer)
         for group in optimizer.param_groups:
             group["lr"] = 0.1
-        x = _normal((TOKENS, 96), 1).to(device)
+        x = _normal((TOKENS, 96 * blocks), 1).to(device)
         layer(x)
         first = provider.mask(layer).clone()
-        for _ in range(3):
+        for _ in range(3 * provider.steps):
             optimizer.zero_grad()
             layer(x).square().sum().backward()
             optimizer.step()
         used = provider.mask(layer).clone()
         expected = provider.recomputed_mask(layer)
     if torch.equal(expected, first):
-        return "three large optimizer steps left the mask as it was"
+        return f"{3 * provider.steps} large optimizer steps left the mask as it was"
     stale = int((used != expected).sum())
     name = f"{type(optimizer).__name__} (fused={optimizer.defaults.get('fused')})"
     return f"after steps of {name} the mask is stale at {stale} of {used.numel()} weights" if stale else OK
@@ -99,15 +101,16 @@ def check_module(provider: Provider, module: nn.Module, call: Callable[[Any, Any
         exact_inputs = inputs.detach().double().requires_grad_()
     y, expected = call(module, inputs), call(exact, exact_inputs)
     gradient = _normal(y.shape, 2).to(y.device, y.dtype)
-    y.backward(gradient)
-    expected.backward(gradient.double())
     tolerance = TOLERANCE[y.dtype]
     pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {"y": (y, expected)}
-    if inputs.is_floating_point():
-        pairs["the gradient of x"] = inputs.grad, exact_inputs.grad
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            pairs[f"the gradient of {name}"] = parameter.grad, parameters[name].grad
+    if provider.trains:
+        y.backward(gradient)
+        expected.backward(gradient.double())
+        if inputs.is_floating_point():
+            pairs["the gradient of x"] = inputs.grad, exact_inputs.grad
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                pairs[f"the gradient of {name}"] = parameter.grad, parameters[name].grad
     # some gradients are zero by nature, such as that of an attention's key bias: rounding is no error there
     floor = 1e-3 * max(exact_value.norm().item() for _, exact_value in pairs.values() if exact_value is not None)
     for what, (value, exact_value) in pairs.items():
@@ -146,11 +149,19 @@ def _check_mask(provider: Provider, layer: nn.Module, dtype: torch.dtype) -> str
         return ""
     mask = provider.mask(layer)
     scores = provider.exact_scores(copy.deepcopy(layer).double()).detach()
-    num_pruned = int(scores.numel() * SPARSITY)
-    if int((~mask).sum()) != num_pruned:
-        return f"the mask prunes {int((~mask).sum())} weights instead of {num_pruned}"
+    pattern = patterns.parse(provider.pattern)
+    shape = (scores.shape[0], scores.shape[1])
+    num_pruned = pattern.num_pruned_at(shape, SPARSITY if pattern.sparsity is None else pattern.sparsity)
+    if not pattern.fits(mask, num_pruned):
+        wanted = pattern.weights_pruned(shape, num_pruned)
+        wanted_text = f"{num_pruned} blocks" if wanted is None else str(wanted)
+        return f"the mask prunes {int((~mask).sum())} weights instead of {wanted_text}"
     if provider.exact_ties:
-        wrong = int((mask != reference.prune_mask(scores, num_pruned)).sum())
+        if type(pattern) is patterns.Unstructured:
+            kept = reference.prune_mask(scores, num_pruned)
+        else:  # compared with sorts in tests/test_patterns.py
+            kept = pattern.keep(scores.float(), num_pruned)
+        wrong = int((mask != kept).sum())
         return f"the mask differs from that of a stable sort at {wrong} weights" if wrong else ""
     excess = (scores[~mask].max() - scores[mask].min()).item()
     return "" if excess <= TOLERANCE[dtype] * scores.abs().max() else f"a pruned score is {excess:.1e} above a kept one"

@@ -26,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", metavar="TEXT", help="shapes whose name holds one of these")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="T", help="these token counts alone")
     parser.add_argument("--dtypes", nargs="+", choices=[cases.short(d) for d in cases.DTYPES], metavar="DTYPE")
-    parser.add_argument("--providers", nargs="+", default=(), metavar="NAME", help="these beside dense")
+    parser.add_argument(
+        "--providers", nargs="+", default=(), metavar="NAME", help="these beside dense, such as 'PST block:64'"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--adamw", choices=("fused", "default"), default="fused", help="for every provider")
@@ -74,7 +76,7 @@ def main(options: argparse.Namespace) -> int:
     with base_version(options.base, options.device) as base, Progress(*columns, console=out) as progress:
         settings = run.Options(
             device=options.device, adamw=options.adamw, only=options.providers, base=base, say=progress.console.print,
-            seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
+            everyone=not options.quick, seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
             warmup=0 if options.quick else 1,  # the run that counts bytes comes first in any case
         )  # fmt: skip
         bar = progress.add_task("", total=len(wanted))

@@ -87,8 +87,14 @@ def interleaved(
     return {name: Timing(values) for name, values in times.items()}
 
 
-def timer(run: Callable[[], Any], prepare: Callable[[], Any] | None, device: str) -> Timer:
-    """Time `run`, after an untimed `prepare`; on a GPU by events, with the caches emptied as triton.testing does."""
+def timer(run: Callable[[], Any], prepare: Callable[[], Any] | None, device: str, steps: int = 1) -> Timer:
+    """Time `run`, after an untimed `prepare`; on a GPU by events, with the caches emptied as triton.testing does.
+
+    Of a run that takes several steps, the time is that of one.
+    """
+    if steps > 1:
+        whole = timer(run, prepare, device)
+        return lambda: whole() / steps
     if device == "cuda":
         return _gpu_timer(run, prepare)
 

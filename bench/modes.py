@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,7 @@ class Task:
     clear: Callable[[], Any] | None = None  # drops gradients, so that the peak counts them as the run's own
     optimizer: torch.optim.Optimizer | None = None
     module: nn.Module | None = None
+    steps: int = 1  # optimizer steps that a run takes
 
     def parameter_bytes(self) -> int | None:
         """Of parameters and buffers, trained or not, each storage once."""
@@ -74,9 +77,14 @@ def base_linear(shape: Shape, dtype: torch.dtype, device: str) -> nn.Linear:
 
 def layer_task(provider: Provider, case: Case, device: str, adamw_kind: str) -> Task | None:
     """The task of a provider in a layer mode, None where it has no part in it."""
+    if not provider.trains and case.mode != "forward":
+        return None
     with provider.active():
         layer = settled(provider.layer(base_linear(case.shape, case.dtype, device)))
-        task = _mask_task(provider, layer, case.shape) if case.mode == "mask" else _run_task(layer, case, adamw_kind)
+        if case.mode == "mask":
+            task = _mask_task(provider, layer, case.shape)
+        else:
+            task = _run_task(layer, case, adamw_kind, provider.steps)
     return None if task is None else _under(provider, task)
 
 
@@ -92,22 +100,21 @@ def _under(provider: Provider, task: Task) -> Task:
 
     if provider.backend is None:
         return task
-    run = active(task.run)
-    return Task(
-        run or task.run, active(task.prepare), active(task.forward), task.known, task.clear, task.optimizer, task.module
+    return dataclasses.replace(
+        task, run=active(task.run) or task.run, prepare=active(task.prepare), forward=active(task.forward)
     )  # fmt: skip
 
 
-def _run_task(layer: nn.Module, case: Case, adamw_kind: str) -> Task:
+def _run_task(layer: nn.Module, case: Case, adamw_kind: str, steps: int) -> Task:
     like: Tensor = layer.weight  # type: ignore[assignment]
     x = torch.randn(case.tokens, case.shape.columns).to(like).requires_grad_()  # as in the middle of a model
     gy = torch.randn(case.tokens, case.shape.out).to(like) / case.tokens
-    optimizer = adamw(layer, adamw_kind)
+    optimizer = adamw(layer, adamw_kind) if case.mode == "step" else None
     kept: list[Tensor] = []
 
     def clear() -> None:
         x.grad = None
-        optimizer.zero_grad()
+        layer.zero_grad()
 
     def forward() -> Tensor:
         return layer(x)
@@ -120,23 +127,26 @@ def _run_task(layer: nn.Module, case: Case, adamw_kind: str) -> Task:
         kept.pop().backward(gy)
 
     def step() -> None:
-        clear()
-        layer(x).backward(gy)
-        optimizer.step()
+        for _ in range(steps):
+            clear()
+            layer(x).backward(gy)
+            if optimizer is not None:
+                optimizer.step()
 
     runs = {"forward": (forward, None), "backward": (backward, before_backward), "step": (step, None)}
     run, prepare = runs[case.mode]
     forward()  # the first mask, outside of all timing
     task = Task(run, prepare, known=lambda: [x, *layer.parameters()], clear=clear, module=layer)
     if case.mode == "step":
-        task.forward, task.optimizer = forward, optimizer
+        task.forward, task.optimizer, task.steps = forward, optimizer, steps
     return task
 
 
 def _mask_task(provider: Provider, layer: Any, shape: Shape) -> Task | None:
     if provider.mask is None:
         return None
-    refresh = layer.mask if provider.name == RELEASED else layer.refresh_mask
+    # force: with a mask interval it would not be due
+    refresh = layer.mask if provider.name == RELEASED else functools.partial(layer.refresh_mask, provider.steps > 1)
     refresh()
     return Task(refresh, prepare=_nudge(layer), module=layer)
 
@@ -232,11 +242,13 @@ def model_task(provider: Provider, device: str, adamw_kind: str, batch: int = 16
         return model(input_ids=tokens, labels=labels).loss
 
     def step() -> None:
-        optimizer.zero_grad()
-        forward().backward()
-        optimizer.step()
+        for _ in range(provider.steps):
+            optimizer.zero_grad()
+            forward().backward()
+            optimizer.step()
 
     task = Task(
-        step, None, forward, lambda: [tokens, labels, *model.parameters()], optimizer.zero_grad, optimizer, model
+        step, None, forward, lambda: [tokens, labels, *model.parameters()], optimizer.zero_grad, optimizer, model,
+        provider.steps,
     )  # fmt: skip
     return _under(provider, task)

@@ -33,7 +33,7 @@ class Provider:
     `layer` makes a trainable layer of an nn.Linear, `model` converts a whole model in place. `expected(layer, x, mask)`
     is y as a differentiable function, `mask` and `exact_scores` are the learned mask (bool) and the scores that decide
     it, None for a method without one. `exact_ties`: equal scores must be pruned by the rule of pst_kernels, not in any
-    order.
+    order. `trains` is False for one that has a forward alone.
     """
 
     name: str
@@ -47,6 +47,9 @@ class Provider:
     exact_ties: bool = False
     backend: str | None = None  # value of PST_KERNELS_BACKEND it runs under
     sort_seconds_per_weight: float = 0.0  # rough, on a CPU: cases where it would take minutes are cut
+    pattern: str = "unstructured"  # of the mask
+    steps: int = 1  # optimizer steps from one mask to the next
+    trains: bool = True
 
     @property
     def ours(self) -> bool:
@@ -88,19 +91,11 @@ def _dense_model(model: nn.Module) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _pst_layer(linear: nn.Linear) -> nn.Module:
-    return pst.PSTLinear.from_linear(linear, pst.PSTConfig(sparsity=SPARSITY))
-
-
-def _pst_model(model: nn.Module) -> nn.Module:
-    return pst.replace_linear(model, pst.PSTConfig(sparsity=SPARSITY))
-
-
 def _pst_scales(layer: Any) -> dict[str, Any]:
     return {"beta": layer.config.beta, "alpha1": layer.config.alpha1, "alpha2": layer.config.alpha2}
 
 
-def _pst_expected(layer: Any, x: Tensor, mask: Tensor) -> Tensor:
+def pst_expected(layer: Any, x: Tensor, mask: Tensor) -> Tensor:
     U, V, A, B, R, C = layer.factors
     return reference.pst_linear(
         x, layer.oriented_weight, layer.bias, U, V, A, B, R, C, mask, **_pst_scales(layer),
@@ -117,15 +112,20 @@ def _recomputed_mask(layer: Any) -> Tensor:
     return layer.mask
 
 
-def _ours(name: str, backend: str) -> Provider:
+def ours(
+    name: str, backend: str, config: pst.PSTConfig, expected: Callable[[Any, Tensor, Any], Tensor] = pst_expected
+) -> Provider:
+    """PST with these settings."""
     return Provider(
-        name, _pst_layer, _pst_model, pst.PSTLinear, _pst_expected, lambda layer: layer.mask, _recomputed_mask,
-        _pst_exact_scores, exact_ties=True, backend=backend,
+        name, lambda linear: pst.PSTLinear.from_linear(linear, config), lambda model: pst.replace_linear(model, config),
+        pst.PSTLinear, expected, lambda layer: layer.mask, _recomputed_mask, _pst_exact_scores, exact_ties=True,
+        backend=backend, pattern=config.pattern, steps=config.mask_interval,
     )  # fmt: skip
 
 
 def all_providers(device: str) -> list[Provider]:
-    """Those that can run on a device, dense first."""
+    """Those that can run on a device, dense first; sparse_providers.py has more."""
+    config = pst.PSTConfig(sparsity=SPARSITY)
     providers = [
         Provider(DENSE, Dense.from_linear, _dense_model, nn.Linear, lambda layer, x, _: Dense.expected(layer, x)),
         Provider("LoRA", LoRA.from_linear, _replace(LoRA.from_linear), LoRA, lambda layer, x, _: layer.expected(x)),
@@ -134,8 +134,8 @@ def all_providers(device: str) -> list[Provider]:
             lambda layer, x, mask: layer.expected(x, mask), lambda layer: layer.mask(), lambda layer: layer.mask(),
             lambda layer: layer.exact_scores(), sort_seconds_per_weight=2.5e-7,
         ),
-        _ours(f"{OURS} (torch)", "torch"),
+        ours(f"{OURS} (torch)", "torch", config),
     ]  # fmt: skip
     if device == "cuda" and env.has_triton():
-        providers.append(_ours(f"{OURS} (triton)", "triton"))
+        providers.append(ours(f"{OURS} (triton)", "triton", config))
     return providers

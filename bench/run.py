@@ -19,6 +19,7 @@ from .check import OK, check_layer, check_module, check_steps
 from .compare import BaseVersion
 from .modes import Task
 from .providers import DENSE, RELEASED, Provider, all_providers
+from .sparse_providers import sparse_providers
 
 REFERENCES = {"threshold": modes.KTHVALUE, "mask": RELEASED}  # what a ratio is over; dense in every other mode
 LONGEST_SORT = 4.0  # seconds; released PST sorts every forward
@@ -31,16 +32,19 @@ class Options:
     min_rounds: int = 3
     warmup: int = 1
     adamw: str = "fused"
-    only: Sequence[str] = ()  # names of providers beside dense; all if empty
+    only: Sequence[str] = ()  # names of providers beside dense; if empty, all but those of sparse_providers.py,
+    everyone: bool = False  # or, with this, those too
     base: BaseVersion | None = None
     say: Callable[[str], None] = print
     providers: list[Provider] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        everyone = self.providers or all_providers(self.device)
-        wanted = [p for p in everyone if not self.only or p.name in self.only or p.name == DENSE]
-        if unknown := set(self.only) - {p.name for p in everyone}:
-            known = ", ".join(provider.name for provider in everyone)
+        usual = self.providers or all_providers(self.device)
+        known_ones = usual if self.providers else [*usual, *sparse_providers()]
+        chosen = known_ones if self.everyone or self.only else usual
+        wanted = [p for p in chosen if not self.only or p.name in self.only or p.name == DENSE]
+        if unknown := set(self.only) - {p.name for p in known_ones}:
+            known = ", ".join(provider.name for provider in known_ones)
             raise ValueError(f"--providers {', '.join(unknown)}: not known; there are {known}")
         self.providers = wanted
 
@@ -92,14 +96,15 @@ def _contestants(case: Case, options: Options) -> Iterator[Contestant]:
             one = task_of(provider, case, options)
             if one is not None:
                 check = checked(provider, case, options.device, options.adamw)
-                yield Contestant(provider.name, check, measure.timer(one.run, one.prepare, options.device), one)
+                timer = measure.timer(one.run, one.prepare, options.device, one.steps)
+                yield Contestant(provider.name, check, timer, one)
     if options.base is not None:
         yield from (Contestant(name, check, timer, None) for name, check, timer in options.base.timers(case, options))
 
 
 def task_of(provider: Provider, case: Case, options: Options) -> Task | None:
     if case.mode == "model":
-        return modes.model_task(provider, options.device, options.adamw)
+        return modes.model_task(provider, options.device, options.adamw) if provider.trains else None
     return modes.layer_task(provider, case, options.device, options.adamw)
 
 

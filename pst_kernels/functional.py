@@ -139,13 +139,13 @@ def masked_linear(
     for name, tensor in (("weight", weight), ("mask", mask), ("bias", bias)):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move the layer or the input")
-    if x.dtype != weight.dtype and not _autocasts(x):
+    if x.dtype != weight.dtype and not autocasts(x):
         raise TypeError(
             f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast"
         )
     producer = producer_of(x) if recompute_input else None
     x = x.to(operand_dtype(x))
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         y = _PSTLinear.apply(
             x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
             (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked, block_size, learn, producer,
@@ -179,7 +179,7 @@ class _PSTLinear(torch.autograd.Function):
         weight, U, V, A, B, mask, learn, *taken = ctx.saved_tensors
         needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
-        with _without_autocast(gy.device.type):
+        with without_autocast(gy.device.type):
             x = taken[0] if ctx.make is None else make_again(ctx.make, taken).to(gy.dtype).reshape(-1, weight.shape[1])
             tensors = gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask
             needs = needs_input, any(needs_factors)
@@ -197,10 +197,10 @@ class _PSTLinear(torch.autograd.Function):
 
 def operand_dtype(x: Tensor) -> torch.dtype:
     """What the product is computed in: x's own dtype, or autocast's."""
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
     return x.dtype != torch.float64 and _autocast(x.device.type)
 
 
@@ -208,7 +208,7 @@ def _autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to answer for meta
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     if _autocast(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()  # entering autocast costs as much as a small layer's forward

@@ -53,6 +53,8 @@ class PSTLayer(nn.Module):
             )
         out, columns = self.oriented_weight.shape
         self.config = config
+        # as text: torch.compile(dynamic=True) makes symbols of floats, and cannot pass a symbol into a checkpoint
+        self._scales_as_text = tuple(float(scale).hex() for scale in (config.beta, config.alpha1, config.alpha2))
         self.pattern = patterns.parse(config.pattern)
         self.merged = False
         shapes = (
@@ -168,9 +170,14 @@ class PSTLayer(nn.Module):
         config = self.config
         return [
             *map(whole, (self.oriented_weight, *self.factors)), self.pst_num_pruned, self.pst_mask,
-            self.pst_guess.view(torch.float32), self._seen, config.mask_interval,
-            float(config.beta), float(config.alpha1), float(config.alpha2),
+            self.pst_guess.view(torch.float32), self._seen, config.mask_interval, *self._scales,
         ]  # fmt: skip
+
+    @property
+    def _scales(self) -> tuple[float, float, float]:
+        """beta, alpha1, alpha2."""
+        beta, alpha1, alpha2 = self._scales_as_text
+        return float.fromhex(beta), float.fromhex(alpha1), float.fromhex(alpha2)
 
     def mark_stale(self) -> None:
         """Let the next forward compute the mask anew."""
@@ -194,7 +201,7 @@ class PSTLayer(nn.Module):
         self.refresh_mask()
         weight, U, V = map(whole, (self.oriented_weight, *self.factors[:2]))
         with torch.no_grad():
-            return ops.masked_weight(weight, U, V, self.pst_mask, float(self.config.beta), self.weight.dtype)
+            return ops.masked_weight(weight, U, V, self.pst_mask, self._scales[0], self.weight.dtype)
 
     def _refuse_sharded(self) -> None:
         raise RuntimeError(
@@ -243,9 +250,8 @@ class PSTLayer(nn.Module):
         if isinstance(self.pattern, patterns.Blocks):
             block_size, learn = self.pattern.size, ops.is_last_before_refresh(self._seen, config.mask_interval)
         return masked_linear(
-            masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask,
-            config.beta, config.alpha1, config.alpha2, config.through_magnitude, block_size, learn,
-            config.recompute_input,
+            masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask, *self._scales,
+            config.through_magnitude, block_size, learn, config.recompute_input,
         )  # fmt: skip
 
     def _merged_forward(self, x: Tensor) -> Tensor:

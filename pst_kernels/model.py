@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ops
+from . import formats, ops
 from .config import PSTConfig, matches
 from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d, refuse_meta
 from .targets import find_targets, head_modules, parameter_uses
@@ -199,15 +199,22 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     ]  # fmt: skip
 
 
-def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
-    """Turn every PST layer into a plain `nn.Linear` or `Conv1D` that holds M * W'; the state dict has a dense model's
-    keys.
+def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str = "dense") -> nn.Module:
+    """Turn every PST layer into a plain one that holds M * W'.
 
     In place; returns the model (a new module if the model itself is a PST layer). Layers that were merged are taken as
-    they are. With `safe_merge`, raises ValueError if any merged weight has NaN or infinite values. Raises RuntimeError
-    when a converted weight is shared with another module, which the merge would change too. Raises before anything is
-    changed.
+    they are. By `format` the layers become
+
+    - "dense": `nn.Linear` or `Conv1D`; the state dict has a dense model's keys;
+    - "bsr": `BlockSparseLinear`, which stores the kept blocks and multiplies by them alone, for `pattern="block:B"`;
+    - "semi_structured": `nn.Linear` whose weight is torch's semi-structured tensor, for `pattern="2:4"` on CUDA, in
+      fp16 or bf16.
+
+    Raises before anything is changed: ValueError for a format that does not fit a layer's pattern, device, dtype or
+    shape, and with `safe_merge` if any merged weight has NaN or infinite values; RuntimeError when a converted weight
+    is shared with another module, which the merge would change too.
     """
+    formats.check_name(format)
     get_config(model)
     uses = parameter_uses(model)
     for name, layer in pst_layers(model):
@@ -217,28 +224,13 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
                 " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
             )
         refuse_meta(f"the weight of {name}", layer.weight)
+        formats.refuse(format, name, layer)
         if safe_merge:
             remedy = "lower the learning rate, or merge an earlier checkpoint"
             check_finite(layer.masked_weight(), f"the merged weight of {name}", remedy)
-    plain: dict[int, nn.Module] = {}
+    # all of them first: what fails in between leaves the model as it was
+    plain = {id(layer): formats.plain(format, layer) for _, layer in pst_layers(model)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, PSTLayer):
-            if id(module) not in plain:
-                plain[id(module)] = _plain(module)
             model = _set_submodule(model, name, plain[id(module)])
     return model
-
-
-def _plain(layer: PSTLayer) -> nn.Module:
-    layer.merge()
-    plain: Any
-    if isinstance(layer, PSTConv1D):
-        from transformers.pytorch_utils import Conv1D
-
-        plain = Conv1D(0, 0)
-        plain.nx, plain.nf = layer.nx, layer.nf
-    else:
-        out, columns = layer.oriented_weight.shape
-        plain = nn.Linear(columns, out, layer.bias is not None, device="meta")
-    plain.weight, plain.bias = layer.weight, layer.bias
-    return plain.train(layer.training)

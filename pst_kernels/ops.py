@@ -140,31 +140,20 @@ def _refresh_pattern_mask(
         mask.copy_(_pattern_mask(*factors, num_pruned, pattern, beta, alpha1, alpha2))
 
 
-def _check_blocks(device_type: str) -> None:
-    if backend_for(device_type)[0] != "triton":
-        return
-    if env.backend() == "triton":
-        raise RuntimeError(
-            "PST_KERNELS_BACKEND=triton, but block patterns have no Triton kernels yet; unset the variable, or use"
-            " pattern='unstructured'"
-        )
-    _say_once("pst_kernels runs block patterns in plain PyTorch on the GPU: they have no Triton kernels yet")
-
-
 @torch.no_grad()
 def _block_forward(x, weight, U, V, bias, mask, beta, size) -> Tensor:
-    _check_blocks(x.device.type)
-    return blocks.linear_forward(x, weight, U, V, bias, mask, beta, size)
+    kernels = _implementation(x.device.type)
+    forward = blocks.linear_forward if kernels is fallback else kernels.block_forward
+    return forward(x, weight, U, V, bias, mask, beta, size)
 
 
 @torch.no_grad()
 def _block_backward(
     gy, x, weight, U, V, A, B, mask, learn, beta, alpha1, alpha2, through_magnitude, size, needs_input, needs_factors
 ):  # fmt: skip
-    _check_blocks(gy.device.type)
-    by_blocks = blocks.linear_backward(
-        gy, x, weight, U, V, mask, beta, through_magnitude, size, needs_input, needs_factors
-    )
+    kernels = _implementation(gy.device.type)
+    backward = blocks.linear_backward if kernels is fallback else kernels.block_backward
+    by_blocks = backward(gy, x, weight, U, V, mask, beta, through_magnitude, size, needs_input, needs_factors)
     if needs_factors and bool(learn):
         scales = (beta, alpha1, alpha2)
         whole = linear_backward(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude, False, True)

@@ -158,10 +158,14 @@ def cut(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return parallelize_module(layer, mesh, ColwiseParallel())
 
 
+def pruning(pattern: str) -> pst.PSTLinear:
+    return pst.PSTLinear(32, 32, config=pst.PSTConfig(pattern=pattern))
+
+
 def refused(call) -> str:
     try:
         call()
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:  # NotImplementedError is a RuntimeError
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -187,6 +191,9 @@ def run(rank: int, folder: str) -> None:
         "too few rows": refused(lambda: cut(pst.PSTLinear(8, 5), four).mask),
         "two meshes": refused(twice.state_dict),
         "converted late": refused(lambda: pst.replace_linear(late)),
+        "block pattern": refused(lambda: cut(pruning("block:16"), four)(torch.ones(2, 32))),
+        "N:M pattern": refused(lambda: cut(pruning("2:4"), four).mask),
+        "Conv1D": refused(lambda: cut(pst.PSTConv1D(8, 8), four)),
     }
 
     # 2 -> 4 processes here, and 4 -> 1 in the test

@@ -140,6 +140,12 @@ def test_what_sharded_layers_refuse(results):
     assert "over a mesh of 2 dimensions; cut PST layers with ColwiseParallel" in found["errors"]["two meshes"]
     assert found["errors"]["converted late"].startswith("TypeError: 0 has a weight of type DTensor, sharded over proc")
     assert "call replace_linear before fully_shard" in found["errors"]["converted late"]
+    for name, pattern in (("block pattern", "block:16"), ("N:M pattern", "2:4")):
+        assert found["errors"][name] == (
+            f"RuntimeError: pattern='{pattern}' does not run under tensor parallelism; use pattern='unstructured'"
+        )
+    # torch's own, for GPT-2's layers with and without PST; quoted in docs/troubleshooting.md
+    assert "currently only support nn.Linear and nn.Embedding!" in found["errors"]["Conv1D"]
 
 
 def test_keys_order_as_scores_do():

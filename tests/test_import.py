@@ -115,7 +115,7 @@ SIGNATURES = {
         "mask_interval=1", "recompute_input=True",
     ]),
     "replace_linear": (pst.replace_linear, ["model", "config=None"]),
-    "merge_and_unload": (pst.merge_and_unload, ["model", "safe_merge=False"]),
+    "merge_and_unload": (pst.merge_and_unload, ["model", "safe_merge=False", "*", "format=dense"]),
     "save_pretrained": (pst.save_pretrained, ["model", "directory"]),
     "load_pretrained": (pst.load_pretrained, ["model", "directory"]),
     "print_trainable_parameters": (pst.print_trainable_parameters, ["model"]),

@@ -120,7 +120,7 @@ def test_merge_keeps_exactly_the_unpruned_weights(dtype, sparsity):
         assert int((~mask).sum()) == int(mask.numel() * sparsity)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", toys.FAMILIES)
 def test_merge_is_idempotent_and_unmerge_is_exact(family):
     model = converted(family)
     before, output = toys.snapshot(model), toys.logits(model, family)
@@ -199,7 +199,7 @@ def test_merge_and_unload_of_a_root():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", toys.FAMILIES)
 def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing(family, value):
     model = converted(family)
     name, layer = list(pst_layers(model))[-1]

@@ -100,8 +100,8 @@ def test_gradient_scaling_over_an_fp16_head_is_refused_by_torch_by_name():
 
 
 @pytest.mark.parametrize("family", toys.FAMILIES)
-@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16], ids=str)
-def test_models_in_half_precision_train_and_stay_exactly_sparse(family, base):
+@pytest.mark.parametrize("base", HALF, ids=str)
+def test_models_in_any_precision_train_and_stay_exactly_sparse(family, base):
     model = toys.perturb(pst.replace_linear(toys.seeded(family).to(base), pst.PSTConfig(sparsity=0.8))).train()
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     schedule = pst.SparsitySchedule(model, 3)

@@ -179,7 +179,7 @@ def test_exclude_modules(exclude):
     assert not any(name.endswith(("query", "key")) for name in names)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", toys.FAMILIES)
 def test_same_parameter_objects(family):
     model = toys.FAMILIES[family]()
     before = {name: id(p) for name, p in model.named_parameters()}
@@ -189,7 +189,7 @@ def test_same_parameter_objects(family):
     assert set(after) - set(before) == factor_names(model)
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("family", toys.FAMILIES)
 def test_second_call_keeps_learned_factors(family):
     model = toys.perturb(pst.replace_linear(toys.FAMILIES[family](), pst.PSTConfig(sparsity=0.5)))
     before, modules, trains = toys.snapshot(model), dict(model.named_modules()), trainable(model)
@@ -284,19 +284,20 @@ def test_adapter_dtype_over_a_bf16_base(dtype):
     assert layer.pst_V.grad.abs().sum() > 0
 
 
-def test_conversion_on_the_meta_device_and_loading_into_it():
-    dense = toys.bert()
+@pytest.mark.parametrize("family", toys.FAMILIES)
+def test_conversion_on_the_meta_device_and_loading_into_it(family):
+    dense = toys.FAMILIES[family]()
     with torch.device("meta"):
-        model = pst.replace_linear(toys.bert(), pst.PSTConfig(sparsity=0.5))
+        model = pst.replace_linear(toys.FAMILIES[family](), pst.PSTConfig(sparsity=0.5))
     assert {p.device.type for p in model.parameters()} == {"meta"}
-    assert len(converted(model)) == 12
+    assert len(converted(model)) == toys.LINEARS[family]
     reference = toys.perturb(pst.replace_linear(dense, pst.PSTConfig(sparsity=0.5)))
     model.load_state_dict(toys.snapshot(reference), assign=True)
-    for name in ("position_ids", "token_type_ids"):  # BERT's own, which no state dict holds
-        setattr(model.bert.embeddings, name, getattr(reference.bert.embeddings, name))
+    model.tie_weights()
+    toys.copy_unsaved_buffers(reference, model)
     for one in (model, reference):
         torch.manual_seed(0)
-        toys.train_step(one, toys.inputs("bert"))
+        toys.train_step(one, toys.inputs(family))
     assert not toys.differences(toys.snapshot(model), toys.snapshot(reference))
 
 

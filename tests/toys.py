@@ -143,6 +143,15 @@ def released_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def copy_unsaved_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Give a model loaded from the meta device the buffers that no state dict holds: positions, rotary frequencies."""
+    saved = source.state_dict()
+    for name, buffer in source.named_buffers():
+        if name not in saved and not name.endswith("pst_guess"):
+            owner, _, entry = name.rpartition(".")
+            setattr(target.get_submodule(owner), entry, buffer.clone())
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict, to compare with later."""
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -34,7 +34,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from .. import env
 from .tiles import TARGETS, Case, Target, compiling_for
 
-KERNEL_FILES = ("score", "select", "mask", "matmul", "gradients")  # each has cases() -> Iterator[tiles.Case]
+# each has cases() -> Iterator[tiles.Case]
+KERNEL_FILES = ("score", "select", "mask", "matmul", "gradients", "block_lists", "block_matmul", "block_gradients")
 TENSOR_CORE = re.compile(r"[HQI]?G?MMA$|UTC\w*MMA$")
 TILE = ("BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_DEPTH")
 

@@ -196,6 +196,43 @@ SHARE_TOKENS = (
     1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
 )
 
+# Block patterns: tiles by the size of the blocks, which is their number of rows. In the products columns are tokens,
+# of which FEW_TOKENS have a narrow tile, and depth is what a step takes of a strip of kept blocks. In the gradients
+# columns are of a strip, and depth is tokens. A ragged matrix is no multiple of the blocks.
+FEW_TOKENS = 32
+FACTOR_PART = {"half": 64, "mixed": 64, "float": 16}  # columns of the padded factors that one small product takes
+_BLOCKS: dict[str, dict[int, Tile]] = {
+    "half": {
+        16: Tile(16, 256, 64, 4, 3), 32: Tile(32, 256, 64, 4, 3), 64: Tile(64, 128, 64, 4, 3),
+        128: Tile(128, 128, 64, 8, 2),
+    },
+    "mixed": {size: Tile(size, 128, 32, 8 if size == 128 else 4, 3) for size in (16, 32, 64, 128)},
+    "float": {size: Tile(size, 32, 32, 4, 2) for size in (16, 32, 64, 128)},
+}  # fmt: skip
+# The tensor cores of these read registers, or have a memory of their own: twice the tokens for the same work on W'.
+_BLOCKS_WIDE = _BLOCKS | {
+    "half": _BLOCKS["half"] | {64: Tile(64, 256, 64, 4, 3), 128: Tile(128, 256, 64, 8, 3)}
+}  # fmt: skip
+BLOCK_MATMUL = {name: _BLOCKS_WIDE if name in ("sm_90", "sm_100") else _BLOCKS for name in TARGETS}
+_FLOAT_BLOCK_GRADIENTS = {
+    16: Tile(16, 32, 32, 4, 2), 32: Tile(32, 32, 32, 4, 2), 64: Tile(64, 32, 32, 8, 2), 128: Tile(128, 32, 16, 8, 2),
+}  # fmt: skip
+BLOCK_GRADIENTS = {
+    name: {
+        "half": {
+            16: Tile(16, 64, 64, 4, 3), 32: Tile(32, 64, 64, 4, 3),
+            64: Tile(64, 128 if name in ("sm_90", "sm_100") else 64, 64, 4, 3),
+            128: Tile(128, 128 if name in ("sm_90", "sm_100") else 64, 64, 8, 3),
+        },
+        "float": _FLOAT_BLOCK_GRADIENTS,
+    }
+    for name in TARGETS
+}  # fmt: skip
+
+
+# Budgets of the main loops for whole blocks of 64 and 128, 16-bit W and x, rank 8: products, gradients.
+BLOCK_SLOTS = {"sm_80": (0.75, 0.28), "sm_90": (0.55, 0.38), "sm_120": (0.65, 0.26)}
+
 
 def dtype_key(x: torch.dtype, weight: torch.dtype) -> str:
     if x == torch.float32:
@@ -231,6 +268,37 @@ def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int,
     most, medium = (0, tile) if key == "float" else MEDIUM.get(architecture, (0, tile))
     fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
     return medium if fits else SMALL[key]
+
+
+def block_matmul(
+    architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, size: int, width: int, ragged: bool
+) -> Tile:
+    """The tile of a product with blocks of `size`; `width` is that of the padded factors."""
+    key = dtype_key(x, weight)
+    tile = BLOCK_MATMUL[architecture][key][size]
+    if ragged:
+        tile = tile._replace(columns=min(tile.columns, 64), depth=32, stages=2)
+    if width > FACTOR_PART[key]:  # their parts are loaded within a step, which leaves nothing to pipeline
+        warps = 8 if key == "float" else tile.warps
+        tile = tile._replace(columns=min(tile.columns, 32), depth=32, warps=warps, stages=1)
+    return tile._replace(columns=min(tile.columns, 32)) if tokens <= FEW_TOKENS else tile
+
+
+def block_gradients(architecture: str, x: torch.dtype, size: int, rank: int, ragged: bool) -> Tile:
+    """The tile of G that a program of the gradient kernel makes for blocks of `size`."""
+    tile = BLOCK_GRADIENTS[architecture]["float" if x == torch.float32 else "half"][size]
+    if ragged:
+        tile = tile._replace(depth=min(tile.depth, 32))
+    return tile._replace(columns=min(tile.columns, 64)) if ragged or rank > 16 else tile
+
+
+def block_slots(
+    weight: torch.dtype, x: torch.dtype, size: int, rank: int, other: bool
+) -> tuple[float | None, float | None]:
+    """The budgets of BLOCK_SLOTS for a case, none where it is an `other` than they are for."""
+    if other or size < 64 or rank != 8 or not weight == x == torch.bfloat16:
+        return None, None
+    return BLOCK_SLOTS.get(architecture(torch.device("meta")), (None, None))
 
 
 def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:

@@ -15,10 +15,11 @@ from pst_kernels.packing import pack_mask
 kernels = pytest.importorskip("pst_kernels.triton", reason="triton is not installed")
 select = pytest.importorskip("pst_kernels.triton.select")
 
+from block_problem import Problem as BlockProblem  # noqa: E402
 from linear_problem import SCALES, Problem  # noqa: E402
 
+from pst_kernels.triton import block_gradients, block_matmul, gradients, matmul, tiles  # noqa: E402
 from pst_kernels.triton import compile as shipping  # noqa: E402
-from pst_kernels.triton import gradients, matmul, tiles  # noqa: E402
 
 SELECTION = {
     "scores_kernel": ("rows", "columns"),
@@ -32,6 +33,12 @@ LINEAR = {
     "masked_matmul_kernel": ("tokens", "rows", "depth"),
     "factor_gradients_kernel": ("tokens", "rows", "columns"),
     "add_shares_kernel": ("rows", "columns", "row_shares", "column_shares"),
+}
+BLOCKS = {
+    "list_blocks_kernel": ("capacity",),
+    "block_matmul_kernel": ("tokens", "rows", "depth"),
+    "block_gradients_kernel": ("tokens", "rows", "columns"),
+    "add_block_shares_kernel": ("rows", "columns", "shares"),
 }
 
 
@@ -70,6 +77,19 @@ def run_linear(rows: int, columns: int, tokens: int = 3, transposed: bool = Fals
     gradients.linear_backward(gy, x, weight, U, V, A, B, bits, *SCALES.values(), True, True, True)
 
 
+def run_blocks(rows: int, columns: int, size: int, tokens: int = 3, transposed: bool = False) -> None:
+    """With the last row and the last column of blocks kept, where there is an outside to reach."""
+    problem = BlockProblem(rows, columns, tokens, 5, size, "bfloat16", kept=0.5, transposed=transposed)
+    flags = problem.flags()
+    flags[-1] = True
+    flags[:, -1] = True
+    bits = pack_mask(flags.repeat_interleave(size, 0).repeat_interleave(size, 1)[:rows, :columns])
+    given = problem.tensors()
+    gy, x, weight, U, V = (given[name] for name in ("gy", "x", "weight", "U", "V"))
+    block_matmul.block_forward(x, weight, U, V, given["bias"], bits, 0.7, size)
+    block_gradients.block_backward(gy, x, weight, U, V, bits, 0.7, True, size, True, True)
+
+
 def change_arguments(emulator, monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[dict], None]) -> None:
     original = emulator.launch
 
@@ -95,9 +115,10 @@ def test_every_kernel_stays_inside(
     with emulator.emulate(architecture) as session:
         run_selection(*shape, transposed)
         run_linear(*shape, transposed=transposed)
+        run_blocks(*shape, 16, transposed=transposed)
     every = {binary.kernel.__name__ for binary in shipping.shipped(f"sm_{architecture}", shipping.KERNEL_FILES)}
     assert set(session.stats) == every - ({"digits_kernel"} if shape == (1, 1) else set())
-    assert {*SELECTION, *LINEAR, "bracket_kernel", "refine_kernel"} == every
+    assert {*SELECTION, *LINEAR, *BLOCKS, "bracket_kernel", "refine_kernel"} == every
 
 
 @pytest.mark.parametrize(("kernel", "extent"), [(name, extent) for name in SELECTION for extent in SELECTION[name]])
@@ -113,6 +134,14 @@ def test_one_more_is_noticed_in_the_linear(emulator, monkeypatch, kernel: str, e
     change_arguments(emulator, monkeypatch, kernel, lambda args: args.update({extent: args[extent] + 1}))
     with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=outside(kernel)):
         run_linear(33, 65)
+
+
+@pytest.mark.parametrize("size", [16, 64])
+@pytest.mark.parametrize(("kernel", "extent"), [(name, extent) for name in BLOCKS for extent in BLOCKS[name]])
+def test_one_more_is_noticed_with_blocks(emulator, monkeypatch, kernel: str, extent: str, size: int) -> None:
+    change_arguments(emulator, monkeypatch, kernel, lambda args: args.update({extent: args[extent] + 1}))
+    with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=outside(kernel)):
+        run_blocks(65, 65, size)
 
 
 def test_one_candidate_more_is_noticed(emulator, monkeypatch) -> None:

@@ -13,9 +13,10 @@ import pst_kernels as pst
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-def layer(dtype: torch.dtype = torch.bfloat16) -> pst.PSTLinear:
+def layer(dtype: torch.dtype = torch.bfloat16, **settings) -> pst.PSTLinear:
     torch.manual_seed(0)
-    made = pst.PSTLinear(70, 40, dtype=dtype, config=pst.PSTConfig(sparsity=0.7, weight_rank=3, score_rank=2))
+    config = pst.PSTConfig(sparsity=0.7, weight_rank=3, score_rank=2, **settings)
+    made = pst.PSTLinear(70, 40, dtype=dtype, config=config)
     with torch.no_grad():
         made.weight.copy_(grid(40, 70, unit=256, reach=200))
         for factor in made.factors:
@@ -77,3 +78,34 @@ def test_mask_and_masked_weight_come_from_one_pass_for_many_tokens(emulator, mon
         assert torch.equal(ours(x), y)  # not due: by way of the op
         assert made_again == [1]
     torch.testing.assert_close(y, expected[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_steps_of_a_block_pattern_equal_those_of_the_cpu(emulator, monkeypatch, arch: int) -> None:
+    """A step with a fixed mask, one that also learns the scores, and the mask after it."""
+    ours, plain = (layer(pattern="block:32", mask_interval=2) for _ in range(2))
+    for made in (ours, plain):
+        made.sparsity = 0.5  # three of six blocks
+    x = torch.randn(2, 3, 70).to(torch.bfloat16)
+    expected, states = [], []
+    for _ in range(2):
+        expected.append(step(plain, x))
+        states.append({name: value.clone() for name, value in plain.named_parameters()})
+    next_mask = plain.mask
+    assert bool(expected[1][4].any())
+    assert not bool(expected[0][4].any())  # dA
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{arch}")
+    with emulator.emulate(arch) as session:
+        for values, state in zip(expected, states, strict=True):
+            for value, reference in zip(step(ours, x), values, strict=True):
+                error = (value.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30)
+                assert error < 6e-3, error
+            with torch.no_grad():  # signs of gradients near zero may differ
+                for name, value in ours.named_parameters():
+                    value.copy_(state[name])
+        assert torch.equal(ours.mask, next_mask)
+    assert session.stats["block_matmul_kernel"].launches == 4
+    assert session.stats["block_gradients_kernel"].launches == 2
+    assert session.stats["factor_gradients_kernel"].launches == 1
+    assert "masked_matmul_kernel" not in session.stats

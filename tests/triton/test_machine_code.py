@@ -14,6 +14,7 @@ kernels = pytest.importorskip("pst_kernels.triton.compile")
 tiles = pytest.importorskip("pst_kernels.triton.tiles")
 
 FILES = ("matmul", "gradients")
+BLOCK_FILES = ("block_lists", "block_matmul", "block_gradients")
 TARGETS = ["sm_80", "sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_100", "sm_120"))]
 
 
@@ -86,6 +87,24 @@ def test_gradient_loop_is_that_of_a_plain_product(report: list[kernels.Row]) -> 
 @pytest.mark.parametrize("report", ["sm_90"], indirect=True)
 def test_compiling_takes_part_of_the_minute_and_a_half(report: list[kernels.Row]) -> None:
     assert sum(row.seconds for row in report) / 2 < 90
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_block_kernels_keep_their_budgets(target: str) -> None:
+    rows = kernels.report(target, files=BLOCK_FILES)
+    assert {row.case: row.problems for row in rows if row.problems} == {}
+    assert {row.kernel for row in rows} == {
+        "list_blocks_kernel", "split_factors_kernel", "block_matmul_kernel", "block_gradients_kernel",
+        "add_block_shares_kernel",
+    }  # fmt: skip
+    products = [row for row in rows if row.kernel in ("block_matmul_kernel", "block_gradients_kernel")]
+    assert all(row.tensor_core or "float32, rank" in row.case for row in products)
+    assert min(row.registers for row in products) > 32  # sm_100 compiled a tile that was too wide to nothing
+    if target in tiles.BLOCK_SLOTS:
+        assert sum(row.budget is not None for row in products) == 7  # 64 and 128; one also not through |W|
+    if target == "sm_90":
+        thick = [row for row in products if row.kernel == "block_matmul_kernel" and row.budget is not None]
+        assert all("left operand in registers" in row.tensor_core for row in thick)
 
 
 def test_a_row_names_what_exceeds_its_budget() -> None:

@@ -1,0 +1,256 @@
+"""dU and dV for a mask of blocks, from the kept blocks of G = gy^T x alone, which stay in the accumulator.
+
+    Q = G * M * (1 + |W'|), or G * M            dU = beta Q V^T         dV = beta U^T Q
+
+A program makes the blocks of a part of one strip (see block_lists.py: several thin blocks, or a part of a thick one)
+over its share of the tokens, and stores its share of the sums in a place of its own; programs past the end of their
+strip end at once. A second kernel adds the shares that exist, along the same lists, in a fixed order: no atomics, the
+same bits every time.
+
+The sums of a row of G lie part by part of its strip, those of a column under its row of blocks. The places for all
+blocks are allocated, 4 r (1 / size + 1 / tile columns) bytes a weight for r ranks, and those of kept blocks used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..packing import packed_width
+from . import block_lists, tiles
+from .block_matmul import COLUMNS, ROWS, block_input_gradient
+from .gradients import _SPLIT, product, split
+from .matmul import one_stride
+from .score import checked
+from .walk import all_registers
+
+RANKS = tl.constexpr(16)  # reduced at a time, as tensor cores take them
+
+
+@triton.jit
+def load_factors(
+    p_u, p_v, first, r, i, m_rows, m, columns, beta, RANK: tl.constexpr
+):  # fmt: skip
+    """RANKS columns of beta U (rows, RANKS) and rows of V (RANKS, columns) from rank `first` on, fp32, 0 outside."""
+    k = first + tl.arange(0, RANKS)
+    b_u = tl.load(p_u + (r[:, None] * RANK + k[None, :]), mask=m_rows[:, None] & (k < RANK)[None, :], other=0.0)
+    o_v = k[:, None].to(tl.int64) * columns + i[None, :]
+    b_v = tl.load(p_v + o_v, mask=(k < RANK)[:, None] & m[None, :], other=0.0)
+    return b_u.to(tl.float32) * beta, b_v.to(tl.float32)
+
+
+@triton.jit
+def product_strip(
+    p_gy, p_x, tokens, share, rows, columns, r_in, i_in,
+    UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """gy^T x of a part of a strip, over this program's share of the tokens. Nothing is masked in the loop."""
+    t = tl.arange(0, DEPTH)
+    first = tl.program_id(2) * share
+    count = tl.minimum(tokens - first, share)
+    p_gy += first.to(tl.int64) * rows
+    p_x += first.to(tl.int64) * columns
+    o_gy = t[None, :] * rows + r_in[:, None]
+    o_x = t[:, None] * columns + i_in[None, :]
+    b_g = tl.zeros((ROWS, COLUMNS), tl.float32)
+    tail = count % DEPTH
+    p_gy_tail = p_gy + (count - tail).to(tl.int64) * rows
+    p_x_tail = p_x + (count - tail).to(tl.int64) * columns
+    for _ in range(count // DEPTH):
+        b_gy = tl.load(p_gy + o_gy)
+        b_x = tl.load(p_x + o_x)
+        if UPCAST:
+            b_gy, b_x = b_gy.to(tl.float32), b_x.to(tl.float32)
+        b_g = tl.dot(b_gy, b_x, b_g, input_precision="ieee")
+        p_gy += tl.full([], DEPTH, tl.int64) * rows
+        p_x += tl.full([], DEPTH, tl.int64) * columns
+    if tail > 0:
+        b_gy = tl.load(p_gy_tail + o_gy, mask=(t < tail)[None, :], other=0.0)
+        b_x = tl.load(p_x_tail + o_x, mask=(t < tail)[:, None], other=0.0)
+        if UPCAST:
+            b_gy, b_x = b_gy.to(tl.float32), b_x.to(tl.float32)
+        b_g = tl.dot(b_gy, b_x, b_g, input_precision="ieee")
+    return b_g
+
+
+@triton.jit(do_not_specialize=["tokens", "share", "capacity"])
+def block_gradients_kernel(
+    p_gy, p_x, p_weight, p_u, p_v, p_row_sums, p_column_sums, p_blocks, p_counts, p_order,
+    tokens, share, rows, columns, stride, capacity, beta,
+    RANK: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
+    FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
+):  # fmt: skip
+    """The sums of a part of a strip; the grid is (parts of the longest strip, rows of blocks, shares of the tokens).
+
+    row_sums is fp32 (shares, parts, rows, RANK): Q V^T; column_sums (shares, rows of blocks, RANK, columns):
+    (beta U)^T Q.
+    """
+    line = tl.load(p_order + tl.program_id(1))
+    count = tl.load(p_counts + line)
+    first = tl.program_id(0) * BLOCK_COLUMNS
+    if first < count * BLOCK_ROWS:
+        i, m = block_lists.strip(p_blocks + line * capacity, first, count, BLOCK_ROWS, BLOCK_COLUMNS)
+        i_rows = line * BLOCK_ROWS
+        r = tl.arange(0, BLOCK_ROWS)
+        m_rows = i_rows + r < rows
+        r_in = r
+        # Nothing is masked until Q is: rows and columns past the end of W are copies of its last ones.
+        if not EVEN:
+            m = m & (i < columns)
+            i = tl.minimum(i, columns - 1)
+            r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
+        b_q = product_strip(
+            p_gy + i_rows, p_x, tokens, share, rows, columns, r_in, i, UPCAST, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH
+        )
+        p_u += i_rows * RANK
+        if THROUGH:
+            if WEIGHT_ALONG_ROWS:
+                o_weight = i_rows + r_in[:, None] + i[None, :].to(tl.int64) * stride
+            else:
+                o_weight = i_rows * stride + (r_in[:, None] * stride + i[None, :])
+            b_updated = tl.load(p_weight + o_weight).to(tl.float32)
+            for rank in tl.range(0, RANK, RANKS, num_stages=1):
+                b_u, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
+                b_u_high, b_u_low = split(b_u, FAST, SPLIT)
+                b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
+            b_q += b_q * tl.abs(b_updated)
+        b_q = tl.where(m_rows[:, None] & m[None, :], b_q, 0.0)
+        z = tl.program_id(2).to(tl.int64)
+        p_row_sums += ((z * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANK
+        p_column_sums += (z * tl.num_programs(1) + line) * RANK * columns
+        b_high, b_low = split(b_q, FAST, SPLIT)
+        for rank in tl.range(0, RANK, RANKS, num_stages=1):
+            b_u, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
+            k = rank + tl.arange(0, RANKS)
+            b_du = product(b_high, b_low, tl.trans(b_v), tl.zeros((BLOCK_ROWS, RANKS), tl.float32), FAST, SPLIT)
+            o_row = r[:, None] * RANK + k[None, :]
+            tl.store(p_row_sums + o_row, b_du, mask=m_rows[:, None] & (k < RANK)[None, :])
+            b_zero = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
+            b_dv = product(tl.trans(b_high), tl.trans(b_low), b_u, b_zero, FAST, SPLIT)
+            o_column = k[None, :].to(tl.int64) * columns + i[:, None]
+            tl.store(p_column_sums + o_column, b_dv, mask=m[:, None] & (k < RANK)[None, :])
+
+
+@triton.jit(do_not_specialize=["shares", "parts", "part", "rows", "columns", "down", "size", "rank"])
+def add_block_shares_kernel(
+    p_row_sums, p_column_sums, p_du, p_dv, p_row_counts, p_column_blocks, p_column_counts,
+    shares, parts, part, rows, columns, down, size, rank, beta, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK numbers of dU in one row of blocks, or of dV in one column of blocks: the shares that exist, one after
+    another. There are `down` rows of blocks; `part` is what a program of the gradients took of a strip.
+    """
+    line = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = e < size * rank
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    if line < down:
+        i_row = line * size
+        m = exists & (i_row + e // rank < rows)
+        used = tl.cdiv(tl.load(p_row_counts + line) * size, part)
+        for z in range(shares):
+            p_share = p_row_sums + (tl.full([], z, tl.int64) * parts * rows + i_row) * rank
+            for _ in range(used):
+                b_sum += tl.load(p_share + e, mask=m, other=0.0)
+                p_share += tl.full([], rank, tl.int64) * rows
+        tl.store(p_du + i_row * rank + e, b_sum * beta, mask=m)
+    else:
+        line -= down
+        i_column = line * size + e % size
+        m = exists & (i_column < columns)
+        o = (e // size).to(tl.int64) * columns + i_column
+        count = tl.load(p_column_counts + line)
+        p_column_blocks += line * down
+        for z in range(shares):
+            for n in range(count):
+                row = tl.load(p_column_blocks + n) + tl.full([], z, tl.int64) * down
+                b_sum += tl.load(p_column_sums + row * rank * columns + o, mask=m, other=0.0)
+        tl.store(p_dv + o, b_sum, mask=m)  # U came with its beta
+
+
+def block_factor_gradients(
+    gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, beta: float, through_magnitude: bool,
+    row_lines: block_lists.Lines, column_lines: block_lists.Lines, size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dU and dV in fp32; weight and factors as `checked` leaves them."""
+    (rows, columns), rank, tokens = weight.shape, V.shape[0], x.shape[0]
+    if not tokens or not weight.numel():
+        dU, dV = (torch.zeros(factor.shape, dtype=torch.float32, device=x.device) for factor in (U, V))
+        return dU, dV
+    dU, dV = (torch.empty(factor.shape, dtype=torch.float32, device=x.device) for factor in (U, V))
+    weight, stride, along_columns = one_stride(weight)
+    architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
+    ragged = rows % size != 0 or columns % size != 0
+    tile = tiles.block_gradients(architecture, x.dtype, size, rank, ragged)
+    down, across = block_lists.grid_of(weight.shape, size)
+    parts = triton.cdiv(across * size, tile.columns)
+    # How many blocks are kept is not known here; at the sparsity of 0.9 that blocks are for, a tenth.
+    share = tiles.token_share(architecture, max(1, down * parts // 10), tokens, tile.depth)
+    shares = triton.cdiv(tokens, share)
+    row_sums = torch.empty((shares, parts, rows, rank), dtype=torch.float32, device=x.device)
+    column_sums = torch.empty((shares, down, rank, columns), dtype=torch.float32, device=x.device)
+    block_gradients_kernel[parts, down, shares](
+        gy, x, weight, U, V, row_sums, column_sums, *row_lines, tokens, share, rows, columns, stride, across, beta,
+        RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
+        FAST=x.dtype != torch.float32 and not interpreted, SPLIT="" if architecture.startswith("gfx") else _SPLIT,
+        UPCAST=interpreted, EVEN=not ragged, BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
+    )  # fmt: skip
+    block = 256
+    add_block_shares_kernel[down + across, triton.cdiv(size * rank, block)](
+        row_sums, column_sums, dU, dV, row_lines.counts, column_lines.blocks, column_lines.counts,
+        shares, parts, tile.columns, rows, columns, down, size, rank, beta, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return dU, dV
+
+
+def block_backward(
+    gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, through_magnitude: bool,
+    size: int, needs_input: bool, needs_factors: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dU and dV from kept blocks of G."""
+    weight, (U, V) = checked(weight, U, V)
+    mask = mask.contiguous()
+    by_columns = block_lists.lines(mask, weight.shape, size, COLUMNS)
+    dx = block_input_gradient(gy, weight, U, V, beta, by_columns, size) if needs_input else gy.new_empty(0)
+    if not needs_factors:
+        dU, dV = (U.new_empty(0, dtype=torch.float32) for _ in range(2))
+        return dx, dU, dV
+    by_rows = block_lists.lines(mask, weight.shape, size, ROWS)
+    return dx, *block_factor_gradients(gy, x, weight, U, V, beta, through_magnitude, by_rows, by_columns, size)
+
+
+def cases() -> Iterator[tiles.Case]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for size in (16, 32, 64, 128):
+        yield _case(bf16, bf16, size)
+    yield _case(fp16, fp16, 128)
+    yield _case(fp32, bf16, 128)
+    yield _case(fp32, fp32, 128)
+    yield _case(bf16, bf16, 128, rank=64)
+    yield _case(bf16, bf16, 128, rows=1003, columns=1001)
+    yield _case(bf16, bf16, 128, through=False)
+
+
+def _case(
+    weight: torch.dtype, x: torch.dtype, size: int, rows: int = 1024, columns: int = 1024, rank: int = 8,
+    through: bool = True,
+) -> tiles.Case:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def call() -> None:
+        W = empty(rows, columns, dtype=weight)
+        mask = empty(rows, packed_width(columns), dtype=torch.int32)
+        by_rows, by_columns = (block_lists.lines(mask, W.shape, size, of_columns) for of_columns in (ROWS, COLUMNS))
+        gy, x_ = empty(64, rows, dtype=x), empty(64, columns, dtype=x)
+        factors = empty(rows, rank), empty(rank, columns)
+        block_factor_gradients(gy, x_, W, *factors, 1.0, through, by_rows, by_columns, size)
+
+    details = [f"{rows} x {columns}"] * (rows % 2) + ["not through |W'|"] * (not through)
+    name = ", ".join([f"factor gradients, blocks of {size}", tiles.pair_name(weight, x), f"rank {rank}", *details])
+    return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, rows % size > 0)[1])

@@ -1,0 +1,163 @@
+"""The products with blocks as they are shipped, compiled for sm_80 and sm_90, executed by the PTX emulator."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from block_problem import OUTPUTS, Problem
+from linear_problem import SCALES, relative_error
+
+from pst_kernels import ops
+from pst_kernels.packing import pack_mask
+from pst_kernels.triton import block_gradients, block_lists, block_matmul, tiles
+
+
+@pytest.fixture(params=[80, 90])
+def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{request.param}")
+    return request.param
+
+
+POISONED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a launcher allocates is NaN until a kernel writes it, or no index."""
+    empty = torch.empty
+
+    def poison(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.device.type != "cpu" or tensor.dtype not in (torch.int32, *POISONED):
+            return tensor
+        return tensor.fill_(1 << 30 if tensor.dtype == torch.int32 else float("nan"))
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+PROBLEMS = [
+    Problem(64, 96, 20, 8, 32, "bfloat16", kept=0.6),
+    Problem(48, 80, 7, 16, 16, "float16", factors="float16"),
+    Problem(64, 96, 3, 8, 16, "float32"),
+    Problem(70, 200, 3, 5, 64, "bfloat16"),
+    Problem(128, 256, 40, 8, 128, "bfloat16", kept=0.7),
+    Problem(64, 128, 33, 8, 64, "bfloat16", weight="float32", transposed=True, through=False),
+    Problem(32, 96, 3, 64, 32, "bfloat16", kept=0.8),
+]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
+    with emulator.emulate(arch) as session:
+        errors = problem.errors()
+    assert problem.wrong(errors) == {}
+    assert {name: stats.launches for name, stats in session.stats.items()} == {
+        "list_blocks_kernel": 3, "split_factors_kernel": 2, "block_matmul_kernel": 2, "block_gradients_kernel": 1,
+        "add_block_shares_kernel": 1,
+    }  # fmt: skip
+
+
+def test_scores_learn_from_all_of_the_gradient(emulator, arch: int) -> None:
+    problem = Problem(32, 64, 5, 3, 16, "bfloat16", learn=True)
+    with emulator.emulate(arch) as session:
+        errors = problem.errors()
+    assert problem.wrong(errors) == {}
+    assert session.stats["factor_gradients_kernel"].launches == 1
+
+
+def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one tile of tokens, and the tokens shared among programs: the same bits, and right."""
+    monkeypatch.setattr(tiles, "SHARE_TOKENS", 64)
+    problem = Problem(32, 48, 260, 8, 16, "bfloat16", kept=0.5)
+    results = []
+    for order in ("forward", "reversed", "shuffled"):
+        with emulator.emulate(arch, order):
+            results.append(problem.solve())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert problem.wrong(dict(zip(OUTPUTS, map(relative_error, results[0], problem.exact()), strict=True))) == {}
+
+
+@pytest.mark.parametrize("of_columns", [False, True])
+@pytest.mark.parametrize(("shape", "size"), [((50, 5000), 16), ((5000, 50), 16), ((130, 300), 128)], ids=str)
+def test_lists_hold_the_kept_blocks_in_order(emulator, arch: int, shape: tuple[int, int], size: int, of_columns: bool):
+    problem = Problem(*shape, 1, 1, size, kept=0.3)
+    flags = problem.flags()
+    with emulator.emulate(arch):
+        lines = block_lists.lines(pack_mask(problem.mask()), torch.Size(shape), size, of_columns)
+    flags = flags.T if of_columns else flags
+    counts = flags.sum(1)
+    assert torch.equal(lines.counts, counts.to(torch.int32))
+    for line, count in enumerate(counts.tolist()):
+        assert lines.blocks[line, :count].tolist() == flags[line].nonzero().flatten().tolist()
+        assert (lines.blocks[line, count:] == 1 << 30).all()  # left as it was
+    assert lines.order.tolist() == sorted(range(len(flags)), key=lambda line: -counts[line])
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_no_pruned_block_is_read(emulator, arch: int, kept: float) -> None:
+    """NaN in every pruned block of W reaches nothing, whatever step of a strip it would lie in."""
+    problem = Problem(64, 112, 3, 8, 16, "bfloat16", kept=kept)
+    given = problem.tensors()
+    gy, x, weight, U, V = (given[name] for name in ("gy", "x", "weight", "U", "V"))
+    weight = torch.where(given["kept"], weight, float("nan"))
+    mask = pack_mask(given["kept"])
+    with emulator.emulate(arch):
+        found = (
+            block_matmul.block_forward(x, weight, U, V, None, mask, 0.7, 16),
+            *block_gradients.block_backward(gy, x, weight, U, V, mask, 0.7, True, 16, True, True),
+        )
+    assert all(bool(value.isfinite().all()) and bool(value.any()) == (kept > 0) for value in found)
+
+
+def test_work_is_proportional_to_the_kept_blocks(emulator, arch: int) -> None:
+    """Products and bytes with 0, 1 and 2 of 3 blocks kept in every row and in every column of blocks."""
+    size, tokens, lines = 64, 16, 3
+    problem = Problem(lines * size, lines * size, tokens, 8, size, "bfloat16")
+    given = problem.tensors()
+    gy, x, weight, U, V = (given[name] for name in ("gy", "x", "weight", "U", "V"))
+    stats = []
+    for kept in range(3):
+        flags = (torch.arange(lines)[:, None] + torch.arange(lines)) % lines < kept
+        mask = pack_mask(flags.repeat_interleave(size, 0).repeat_interleave(size, 1))
+        with emulator.emulate(arch) as session:
+            block_matmul.block_forward(x, weight, U, V, None, mask, 0.7, size)
+            block_gradients.block_backward(gy, x, weight, U, V, mask, 0.7, True, size, True, True)
+        stats.append(session.stats)
+
+    def counted(kernel: str) -> tuple[list[int], list[int]]:
+        of = [of_kernel[kernel] for of_kernel in stats]
+        return [s.ops["mma"] + s.ops["wgmma"] for s in of], [s.load_bytes for s in of]
+
+    products, loaded = counted("block_matmul_kernel")
+    assert products[0] == 0
+    assert products[2] == 2 * products[1] > 0
+    # A block: W, its padded factor (32 columns of bf16), 32 of x's or gy's tokens, and its place in the list.
+    block = 2 * size * size + 64 * size + 64 * size + 4
+    assert loaded[1] - loaded[0] == loaded[2] - loaded[1] == 2 * lines * block
+    products, loaded = counted("block_gradients_kernel")
+    parts = [
+        -(-kept * size // tiles.block_gradients(f"sm_{arch}", x.dtype, size, 8, False).columns) for kept in range(3)
+    ]
+    assert products[0] == 0
+    assert products[2] * parts[1] == products[1] * parts[2] > 0
+    if parts == [0, 1, 2]:
+        assert loaded[2] - loaded[1] == loaded[1] - loaded[0] > 0
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_opcheck(emulator, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, bool]) -> None:
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
+    given = Problem(32, 64, 3, 8, 16).tensors()
+    x, gy, weight, U, V, A, B = (given[name] for name in ("x", "gy", "weight", "U", "V", "A", "B"))
+    mask = pack_mask(given["kept"])
+    tests = ("test_schema", "test_faketensor")
+    with emulator.emulate(90):
+        torch.library.opcheck(ops.block_forward, (x, weight, U, V, None, mask, 0.7, 16), test_utils=tests)
+        arguments = (gy, x, weight, U, V, A, B, mask, torch.tensor(False), *SCALES.values(), True, 16, *needs)
+        torch.library.opcheck(ops.block_backward, arguments, test_utils=tests)
