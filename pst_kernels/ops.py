@@ -125,8 +125,8 @@ def _refresh_mask(weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, inter
 
 
 def _pattern_mask(weight, U, V, A, B, R, C, num_pruned, pattern, beta, alpha1, alpha2) -> Tensor:
-    count = int(num_pruned)
-    if count == 0:
+    count = int(num_pruned) if num_pruned.device.type == "cpu" else num_pruned
+    if isinstance(count, int) and count == 0:
         return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
     return pack_mask(patterns.parse(pattern).keep(scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2), count))
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 Shape = tuple[int, int]  # (out, in) of a weight
+Count = int | Tensor  # a 0-d tensor on the scores' device is not looked at: looking would wait for a GPU
 
 BLOCK_SIZES = (16, 32, 64, 128)
 COMPARED = 16  # groups up to this size are ranked by comparing pairs, larger ones by sorting
@@ -48,7 +50,7 @@ class Unstructured:
         """How many weights that is; None when it depends on the mask."""
         return num_pruned
 
-    def keep(self, scores: Tensor, num_pruned: int) -> Tensor:
+    def keep(self, scores: Tensor, num_pruned: Count) -> Tensor:
         """The mask of fp32 scores (out, in): bool (out, in), False for what is pruned."""
         return _without_smallest(scores.flatten(), num_pruned).view(scores.shape)
 
@@ -82,10 +84,11 @@ class Blocks(Unstructured):
             scores = pad(scores, (0, width * self.size - columns, 0, rows * self.size - out))
         # float64: the order of the additions must not decide which block is pruned
         sums = scores.view(rows, self.size, width, self.size).sum(3, dtype=torch.float64).sum(1)
-        heights, widths = ([min(self.size, n - i) for i in range(0, n, self.size)] for n in (out, columns))
-        return sums / sums.new_tensor(heights)[:, None] / sums.new_tensor(widths)
+        starts = (torch.arange(0, n, self.size, device=scores.device) for n in (out, columns))
+        heights, widths = ((n - start).clamp(max=self.size) for n, start in zip((out, columns), starts, strict=True))
+        return sums / heights[:, None] / widths
 
-    def keep(self, scores: Tensor, num_pruned: int) -> Tensor:
+    def keep(self, scores: Tensor, num_pruned: Count) -> Tensor:
         means = self.scores(scores)
         return self._spread(_without_smallest(means.flatten(), num_pruned).view(means.shape), scores.shape)
 
@@ -116,11 +119,10 @@ class Groups(Unstructured):
         # 1 - N/M is rounded: M times it may lie just below M - N
         return self._count(shape, int(self.group * sparsity + 1e-9))
 
-    def keep(self, scores: Tensor, num_pruned: int) -> Tensor:
+    def keep(self, scores: Tensor, num_pruned: Count) -> Tensor:
         out, columns = scores.shape
         of_group, whole = self._of_group((out, columns), num_pruned), columns // self.group * self.group
-        last = columns - whole
-        of_last = max(0, of_group - (self.group - last))
+        of_last = self._of_last(columns - whole, of_group)
         return torch.cat(
             [
                 _without_smallest_of(scores[:, :whole].reshape(-1, self.group), of_group).reshape(out, whole),
@@ -135,15 +137,24 @@ class Groups(Unstructured):
             return False
         whole = shape[1] // self.group * self.group
         of_group = self._of_group(shape, num_pruned)
-        of_last = max(0, of_group - (self.group - (shape[1] - whole)))
+        of_last = self._of_last(shape[1] - whole, of_group)
         groups = (~kept[:, :whole]).reshape(-1, self.group).sum(1)
         return bool((groups == of_group).all()) and bool(((~kept[:, whole:]).sum(1) == of_last).all())
 
-    def _count(self, shape: Shape, of_group: int) -> int:
-        whole, last = divmod(shape[1], self.group)
-        return shape[0] * (whole * of_group + (max(0, of_group - (self.group - last)) if last else 0))
+    def _of_last(self, last: int, of_group: Any) -> Any:
+        """How many are pruned of a last group of `last` weights, which may be 0."""
+        more = of_group - (self.group - last)
+        return more.clamp(min=0) if isinstance(more, Tensor) else max(0, more)
 
-    def _of_group(self, shape: Shape, num_pruned: int) -> int:
+    def _count(self, shape: Shape, of_group: Any) -> Any:
+        whole, last = divmod(shape[1], self.group)
+        return shape[0] * (whole * of_group + (self._of_last(last, of_group) if last else 0))
+
+    def _of_group(self, shape: Shape, num_pruned: Count) -> Any:
+        """How many of a group that is: a number for a number, a tensor for a tensor, which is trusted."""
+        if isinstance(num_pruned, Tensor):
+            counts = self._count(shape, torch.arange(self.group, device=num_pruned.device))
+            return (counts == num_pruned).to(torch.int32).argmax()
         for of_group in range(self.group):
             if self._count(shape, of_group) == num_pruned:
                 return of_group
@@ -173,20 +184,19 @@ def parse(text: str) -> Pattern:
     )
 
 
-def _without_smallest(scores: Tensor, count: int) -> Tensor:
-    kept = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    kept[torch.sort(scores, stable=True).indices[:count]] = False
-    return kept
+def _without_smallest(scores: Tensor, count: Count) -> Tensor:
+    return _without_smallest_by_sorting(scores[None], count)[0]
 
 
-def _without_smallest_of(scores: Tensor, count: int) -> Tensor:
+def _without_smallest_of(scores: Tensor, count: Count) -> Tensor:
     """bool (groups, size): False for the `count` smallest of each row."""
     size = scores.shape[1]
+    if isinstance(count, Tensor):
+        return _without_smallest_by_sorting(scores, count)
     if count == 0 or not scores.numel():
         return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     if size > COMPARED or bool(scores.isnan().any()):
-        kept = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-        return kept.scatter_(1, torch.sort(scores, dim=1, stable=True).indices[:, :count], False)
+        return _without_smallest_by_sorting(scores, count)
     # Sorting rows of four takes four times as long as comparing their pairs, a column of all rows with another.
     columns = scores.t().contiguous()
     rank = torch.zeros(columns.shape, dtype=torch.int8, device=scores.device)
@@ -196,3 +206,9 @@ def _without_smallest_of(scores: Tensor, count: int) -> Tensor:
             rank[later] += first
             rank[earlier] += ~first
     return (rank >= count).t()
+
+
+def _without_smallest_by_sorting(scores: Tensor, count: Count) -> Tensor:
+    order = torch.sort(scores, dim=1, stable=True).indices
+    kept = torch.arange(scores.shape[1], device=scores.device) >= count
+    return torch.empty(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, order, kept.expand_as(order))

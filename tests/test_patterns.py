@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import SCALES, make_problem
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pst_kernels as pst
 from pst_kernels import functional, ops, patterns
@@ -49,6 +50,33 @@ def test_masks_equal_the_definition(name, shape, dyadic):
         assert torch.equal(mask, by_hand(scores, pattern, num_pruned))
         assert pattern.fits(mask, num_pruned)
         assert pattern.weights_pruned(shape, num_pruned) in (None, int((~mask).sum()))
+
+
+class NothingIsLookedAt(TorchDispatchMode):
+    """What reads a tensor's value or a size that depends on it waits for a GPU."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "index.Tensor")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not any(name in str(function) for name in self.WAITS), f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["unstructured", *PATTERNS])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_count_on_the_device_is_not_looked_at(name, shape):
+    pattern, scores = patterns.parse(name), torch.randn(shape, generator=torch.Generator().manual_seed(0)).round()
+    for sparsity in (0.0, 0.3, 0.5, 0.9):
+        num_pruned = pattern.num_pruned_at(shape, sparsity)
+        count = torch.tensor(num_pruned)
+        with NothingIsLookedAt():
+            kept = pattern.keep(scores, count)
+        assert torch.equal(kept, pattern.keep(scores, num_pruned))
+
+
+def test_looking_is_noticed():
+    with NothingIsLookedAt(), pytest.raises(AssertionError, match="waits for the device"):
+        int(torch.tensor(3))
 
 
 def test_ties_go_by_index():
