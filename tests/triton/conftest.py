@@ -10,6 +10,9 @@ ask for the `emulator` fixture skip where it is not at hand.
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -59,3 +62,23 @@ def many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands as short as on a GPU with many multiprocessors, so that small problems have many programs."""
     walk = pytest.importorskip("pst_kernels.triton.walk", reason="triton is not installed")
     monkeypatch.setattr(walk, "programs_wanted", lambda device: 264)
+
+
+@pytest.fixture(params=[80, 90])
+def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The kernels, as they are shipped for sm_80 and for sm_90."""
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{request.param}")
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest) -> dict[Any, dict[str, float]]:
+    """The relative errors of a module's interpreted problems: its Problem's own file solves them in the interpreter."""
+    script = Path(sys.modules[request.module.Problem.__module__].__file__ or "")
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1", "PST_KERNELS_BACKEND": "triton", "PYTHONPATH": str(REPOSITORY),
+    }  # fmt: skip
+    run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return {request.module.Problem(**problem): errors for problem, errors in json.loads(run.stdout)}

@@ -14,14 +14,6 @@ from pst_kernels import ops
 from pst_kernels.packing import pack_mask
 from pst_kernels.triton import block_gradients, block_lists, block_matmul, tiles
 
-
-@pytest.fixture(params=[80, 90])
-def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
-    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{request.param}")
-    return request.param
-
-
 POISONED = (torch.float32, torch.float16, torch.bfloat16)
 
 

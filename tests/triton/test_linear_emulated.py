@@ -14,13 +14,6 @@ from pst_kernels.packing import pack_mask
 from pst_kernels.triton import gradients, matmul, tiles
 
 
-@pytest.fixture(params=[80, 90])
-def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
-    monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{request.param}")
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a launcher allocates is NaN until a kernel writes it."""

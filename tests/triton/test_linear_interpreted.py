@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 
 from linear_problem import INTERPRETED, OUTPUTS, Problem
-
-
-@pytest.fixture(scope="module")
-def found() -> dict[Problem, dict[str, float]]:
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "TRITON_INTERPRET": "1", "PST_KERNELS_BACKEND": "triton", "PYTHONPATH": str(here.parents[1]),
-    }  # fmt: skip
-    run = subprocess.run(
-        [sys.executable, str(here / "linear_problem.py")], env=environment, capture_output=True, text=True, timeout=500
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return {Problem(**problem): errors for problem, errors in json.loads(run.stdout)}
 
 
 @pytest.mark.parametrize("problem", INTERPRETED, ids=str)
