@@ -96,6 +96,12 @@ class Scores(Protocol):
     def gather(self, bracket: Bracket) -> Candidates:
         """One pass: what lies below the bracket is pruned, the rest kept for now, NaN with it."""
 
+    def prune(self, found: Candidates, value: float, count: int) -> int:
+        """Prune the first `count` candidates by (score, index) as well, of which the last has this value.
+
+        Returns the flat index of the last.
+        """
+
     def drop(self, places: np.ndarray) -> None:
         """Prune the scores at these flat indices as well."""
 
@@ -125,6 +131,14 @@ class BlockScores:
 
     def gather(self, bracket: Bracket) -> Candidates:
         return _gather(self.blocks, bracket, self.kept)
+
+    def prune(self, found: Candidates, value: float, count: int) -> int:
+        pruned = found.scores <= value
+        ties = np.flatnonzero(found.scores == value)
+        surplus = int(np.count_nonzero(pruned)) - count  # ties behind the last, which are kept
+        pruned[ties[ties.size - surplus :]] = False
+        self.drop(found.index[pruned])
+        return int(found.index[ties[ties.size - surplus - 1]])
 
     def drop(self, places: np.ndarray) -> None:
         for flat in (self.kept, self.masked):
@@ -159,18 +173,13 @@ def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candid
 
 def _refine(scores: Scores, found: Candidates, bracket: Bracket, k: int, numel: int) -> Selection:
     rank, n = k - found.below - 1, found.scores.size
-    value = np.partition(found.scores, rank)[rank]
-    pruned = found.scores <= value
-    ties = np.flatnonzero(found.scores == value)
-    surplus = int(np.count_nonzero(pruned)) - rank - 1  # ties behind the k-th, which are kept
-    last = ties[ties.size - surplus - 1]
-    pruned[ties[ties.size - surplus :]] = False
-    scores.drop(found.index[pruned])
+    value = float(np.partition(found.scores, rank)[rank])
+    last = scores.prune(found, value, rank + 1)
     # an end at infinity says nothing of the density; the candidates' own spread does
     width = bracket.upper - bracket.lower
     if not math.isfinite(width):
         width = float(found.scores.max()) - float(found.scores.min())
-    return Selection(float(value), int(found.index[last]), width * numel / n)
+    return Selection(value, last, width * numel / n)
 
 
 def _sort(scores: Scores, k: int) -> Selection:

@@ -42,7 +42,7 @@ class CompiledScores:
         return self._gather(bracket, in_a_share + ROOM)[0] if most > in_a_share // MOST_CANDIDATES else found
 
     def _gather(self, bracket: Bracket, capacity: int) -> tuple[Candidates, int]:
-        """The candidates, and how many the share with most has; some are missing if `capacity` is too small for that."""
+        """The candidates, and how many the share with most has; more than `capacity` are not all there."""
         shares = -(-self.shape[0] // self.share)
         device = self.packed.device
         scores = buffers.get("candidates", (shares, capacity), torch.float32, device)
@@ -60,13 +60,20 @@ class CompiledScores:
         )
         return candidates, int(found.max())
 
+    def prune(self, found: Candidates, value: float, count: int) -> int:
+        return passes.drop_first(found.scores, found.index, np.float32(value), count, *self._results())
+
     def drop(self, places: np.ndarray) -> None:
+        passes.drop(places, *self._results())
+
+    def _results(self) -> tuple[np.ndarray, int, np.ndarray, np.ndarray]:
+        """The packed mask, its columns, and M * W', flat, as fp32 and as bf16: what there is of them."""
         floats, halves = np.empty(0, np.float32), np.empty(0, np.uint16)
         if self.masked is not None and self.masked.dtype == torch.float32:
             floats = self.masked.view(-1).numpy()
         elif self.masked is not None:
             halves = self.masked.view(torch.uint16).view(-1).numpy()
-        passes.drop(places, self.packed.view(torch.uint32).numpy(), self.shape[1], floats, halves)
+        return self.packed.view(torch.uint32).numpy(), self.shape[1], floats, halves
 
     def all(self) -> np.ndarray:
         self._gather(Bracket(-np.inf, -np.inf), 0)  # keeps every weight; how many are at -inf is of no interest

@@ -239,14 +239,36 @@ def gradients(address):
 
 
 @_part
+def _drop_one(place, packed, columns, masked, masked_bits):
+    i, j = place // columns, place % columns
+    bit = np.uint32(j % WORD // 2 + WORD // 2 * (j % 2))
+    packed[i, j // WORD] &= ~(np.uint32(1) << bit)
+    if masked.size:
+        masked[place] = 0.0
+    if masked_bits.size:
+        masked_bits[place] = 0
+
+
+@_part
 def drop(places, packed, columns, masked, masked_bits):
-    """Clear the bits of some weights, given by flat index, and their places in M * W', fp32 or bf16 or neither."""
+    """Clear the bits of weights at flat indices, and their places in M * W', fp32 or bf16, both one or both empty."""
     for p in range(places.size):
-        place = places[p]
-        i, j = place // columns, place % columns
-        bit = np.uint32(j % WORD // 2 + WORD // 2 * (j % 2))
-        packed[i, j // WORD] &= ~(np.uint32(1) << bit)
-        if masked.size:
-            masked[place] = 0.0
-        if masked_bits.size:
-            masked_bits[place] = 0
+        _drop_one(places[p], packed, columns, masked, masked_bits)
+
+
+@_part
+def drop_first(scores, places, value, count, packed, columns, masked, masked_bits):
+    """`drop` the first `count` candidates by (score, index), the last of which has this value; returns its index."""
+    smaller = 0
+    for p in range(scores.size):
+        smaller += scores[p] < value
+    ties, last = count - smaller, np.int64(-1)
+    for p in range(scores.size):
+        if scores[p] <= value:
+            if scores[p] == value:
+                if ties == 0:
+                    continue
+                ties -= 1
+                last = places[p]
+            _drop_one(places[p], packed, columns, masked, masked_bits)
+    return last
