@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from numba import types
 
 from . import rows
+from .compile import part, whole_pass
 from .team import pointer_to, take_share
 
 _ADDRESSES = (
@@ -26,37 +26,33 @@ FRAME = np.dtype(
 )
 WORD = 32  # columns of a packed word
 
-_options = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "cache": True}
-_pass = numba.cfunc(types.void(types.int64), **_options)
-_part = numba.njit(nogil=True, **_options)
 
-
-@_part
+@part
 def _floats(address, height, width):
     return numba.carray(pointer_to(address), (height, width), np.float32)
 
 
-@_part
+@part
 def _halves(address, height, width):
     return numba.carray(pointer_to(address), (height, width), np.uint16)
 
 
-@_part
+@part
 def _words(address, height, width):
     return numba.carray(pointer_to(address), (height, width), np.uint32)
 
 
-@_part
+@part
 def _integers(address, size):
     return numba.carray(pointer_to(address), (size,), np.int64)
 
 
-@_part
+@part
 def _frame(address):
     return numba.carray(pointer_to(address), (1,), FRAME)[0]
 
 
-@_part
+@part
 def _next_rows(address, f):
     """The next share, its first row, and the row behind its last; no rows where no share is left."""
     share = take_share(address)  # the frame's first number
@@ -64,24 +60,24 @@ def _next_rows(address, f):
     return share, start, min(start + f.share_rows, f.last)
 
 
-@_part
+@part
 def _width(f):
     """Words of a packed row."""
     return (f.columns + WORD - 1) // WORD
 
 
-@_part
+@part
 def _flag_buffer(f):
     """A byte for each bit of a packed row; those of its padding stay 0."""
     return np.zeros(_width(f) * WORD, np.uint8)
 
 
-@_part
+@part
 def _pair_buffer(f):
     return np.empty((2, f.columns), np.float32)
 
 
-@_part
+@part
 def _update(f, i, i2, out):
     """out (2, columns) = W' of two rows, which may be the same."""
     weight, bits = _floats(f.weight, f.out, f.columns), _halves(f.weight, f.out, f.columns)
@@ -95,7 +91,7 @@ def _update(f, i, i2, out):
     rows.add_products(U[i], U[i2], V, out[0], out[1])
 
 
-@_part
+@part
 def _score(f, i, i2, updated, out, out2):
     """The scores of two rows, from their W'."""
     A, B = _floats(f.A, f.out, f.score_rank), _floats(f.B, f.score_rank, f.columns)
@@ -105,14 +101,14 @@ def _score(f, i, i2, updated, out, out2):
     rows.add_products(A[i], A[i2], B, out, out2)
 
 
-@_part
+@part
 def _store_masked(f, i, flags, updated, work):
     """Row i of M * W'."""
     floats, halves = _floats(f.masked, f.out, f.columns), _halves(f.masked, f.out, f.columns)
     rows.store_masked(flags, updated, work, floats[i], halves[i], f.masked_is_bf16 != 0)
 
 
-@_pass
+@whole_pass
 def scores(address):
     """S, fp32 (out, columns)."""
     f = _frame(address)
@@ -127,7 +123,7 @@ def scores(address):
             _score(f, i, i2, updated, out[i], out[i2] if i2 != i else spare)
 
 
-@_pass
+@whole_pass
 def masked_weight(address):
     """M * W' from the packed mask."""
     f = _frame(address)
@@ -144,7 +140,7 @@ def masked_weight(address):
                 _store_masked(f, i, flags, updated[i - pair], work)
 
 
-@_part
+@part
 def _gather(f, i, share, found, scored, flags):
     """Row i's scores inside the bracket behind the `found` earlier ones of its share; what does not fit is counted."""
     candidates, places = _floats(f.candidates, f.shares, f.capacity)[share], _integers(f.places, f.shares * f.capacity)
@@ -164,7 +160,7 @@ def _gather(f, i, share, found, scored, flags):
     return found
 
 
-@_pass
+@whole_pass
 def prune(address):
     """The packed mask and, where it is wanted, M * W', as if all scores from `lower` on were kept.
 
@@ -196,7 +192,7 @@ def prune(address):
         below_of[share], found_of[share] = below, found
 
 
-@_pass
+@whole_pass
 def gradients(address):
     """From rows of G: dU, dA and dR of these rows, each share's part of dV, dB and dC, and rows of M * W' for dx.
 
@@ -252,7 +248,7 @@ def gradients(address):
             rows.add_rows(D, sums[parts - 1])
 
 
-@_part
+@part
 def _drop_one(place, packed, columns, masked, masked_bits):
     i, j = place // columns, place % columns
     bit = np.uint32(j % WORD // 2 + WORD // 2 * (j % 2))
@@ -263,14 +259,14 @@ def _drop_one(place, packed, columns, masked, masked_bits):
         masked_bits[place] = 0
 
 
-@_part
+@part
 def drop(places, packed, columns, masked, masked_bits):
     """Clear the bits of weights at flat indices, and their places in M * W', fp32 or bf16, both one or both empty."""
     for p in range(places.size):
         _drop_one(places[p], packed, columns, masked, masked_bits)
 
 
-@_part
+@part
 def drop_first(scores, places, value, count, packed, columns, masked, masked_bits):
     """`drop` the first `count` candidates by (score, index), the last of which has this value; returns its index."""
     smaller = 0

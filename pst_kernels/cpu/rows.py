@@ -5,29 +5,9 @@ All arithmetic is fp32; bf16 lies in uint16, its bits being the upper half of an
 
 from __future__ import annotations
 
-import numba
 import numpy as np
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
 
-
-class _NoAlias(CompilerBase):
-    """Numba's compiler, told that no array of a call overlaps one that the call writes to.
-
-    Without that each loop starts by comparing the addresses, and with more than a few arrays it stays scalar.
-    """
-
-    def define_pipelines(self):
-        self.state.flags.noalias = True
-        return [DefaultPassBuilder.define_nopython_pipeline(self.state)]
-
-
-# A product and a sum may become one fused instruction; sums keep their order, so that all passes see the same W' and S.
-_options = {
-    "fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": True, "cache": True, "pipeline_class": _NoAlias
-}  # fmt: skip
-row = numba.njit(**_options)
-# A sum along a row may be split over vector lanes.
-reduction = numba.njit(**{**_options, "fastmath": {"contract", "nsz", "reassoc"}})
+from .compile import reduction, row
 
 RANKS = 8  # columns of the factors that one loop takes: fewer would load and store the row more often
 GROUP = 4  # rows that a sum down the columns takes at once
@@ -173,16 +153,16 @@ def multiply_through(gradient, flags, updated, through_magnitude, out):
 
 
 @reduction
-def dots(row, row2, right, out, out2):
-    """out (r,) = right (r, n) @ row (n,), and out2 likewise, r a multiple of RANKS."""
+def dots(values, values2, right, out, out2):
+    """out (r,) = right (r, n) @ values (n,), and out2 likewise, r a multiple of RANKS."""
     z = np.float32(0)
     for k in range(0, right.shape[0], RANKS):
         r0, r1, r2, r3 = right[k], right[k + 1], right[k + 2], right[k + 3]
         r4, r5, r6, r7 = right[k + 4], right[k + 5], right[k + 6], right[k + 7]
         a, b, c, d, e, f, g, h = z, z, z, z, z, z, z, z
         a2, b2, c2, d2, e2, f2, g2, h2 = z, z, z, z, z, z, z, z
-        for j in range(row.size):
-            x, y = row[j], row2[j]
+        for j in range(values.size):
+            x, y = values[j], values2[j]
             a += x * r0[j]
             b += x * r1[j]
             c += x * r2[j]
@@ -206,10 +186,10 @@ def dots(row, row2, right, out, out2):
 
 
 @reduction
-def total(row):
+def total(values):
     result = np.float32(0)
-    for j in range(row.size):
-        result += row[j]
+    for j in range(values.size):
+        result += values[j]
     return result
 
 
