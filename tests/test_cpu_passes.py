@@ -186,7 +186,7 @@ def test_machine_code_is_kept_by_the_sources_of_the_whole_folder():
     """Numba alone would go by the file of a function, and use what was compiled before another file changed."""
     for function in (rows.pack, passes.drop):
         assert compile.cache_folder() in Path(function.stats.cache_path).parents
-    assert numba.config.CACHE_DIR != str(compile.cache_folder())  # other users of Numba keep theirs
+    assert str(compile.cache_folder()) != numba.config.CACHE_DIR  # other users of Numba keep theirs
 
 
 @pytest.mark.parametrize(
