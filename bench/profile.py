@@ -130,6 +130,8 @@ def kind_of(name: str, shapes: list, case: Case) -> str:
         return ELEMENTWISE
     left, right = (shapes[place] for place in _OPERANDS[product])
     rows, depth, columns = left[0], left[1], right[1]
+    if depth == case.tokens and min(rows, columns) > RANK_AT_MOST and columns == case.shape.columns:
+        return G_GEMM
     if rows == case.tokens and max(depth, columns) > RANK_AT_MOST:
         return OTHER_GEMM
     if min(rows, columns) > RANK_AT_MOST:

@@ -494,6 +494,7 @@ def test_profile_tells_products_apart():
         ("aten::addmm", [[3072], [1024, 768], [768, 3072]], OTHER_GEMM),
         ("aten::mm", [[1024, 3072], [3072, 768]], OTHER_GEMM),
         ("aten::mm", [[341, 1024], [1024, 768], [341, 768]], G_GEMM),
+        ("aten::mm", [[1024, 1024], [1024, 768], [1024, 768]], G_GEMM),  # as many rows of G as tokens
         ("aten::addmm", [[341, 768], [341, 8], [8, 768], [], [], [341, 768]], RANK_PRODUCTS),
         ("aten::mm", [[341, 768], [768, 16], [341, 16]], REDUCTIONS),
         ("aten::addmm_", [[9, 768], [9, 341], [341, 768], [], []], REDUCTIONS),
