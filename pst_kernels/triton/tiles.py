@@ -153,27 +153,27 @@ MATMUL: dict[str, Table] = {
 }  # fmt: skip
 
 # Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
-# More than MOST_SUMS sums a row (ranks, and one for R), or a matrix that is no multiple of the tile, need more
-# registers: they get the MEDIUM tile where a target has one and the matrix is a multiple of it, else SMALL.
+# Where the registers cannot hold U beside A and V beside B (STACKED), and where a matrix is no multiple of the tile, it is
+# the MEDIUM tile for as many sums a row (ranks, and one for R) as it has room for, where the matrix is a multiple of it,
+# else the SMALL one.
 _FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
     for name, half in {
-        "sm_80": Tile(128, 64, 32, 8, 3, 0.40), "sm_86": Tile(128, 64, 32, 8, 3, 0.23),
-        "sm_89": Tile(128, 64, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.32),
-        "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
+        "sm_80": Tile(128, 128, 32, 8, 3, 0.40), "sm_86": Tile(128, 128, 32, 8, 3, 0.23),
+        "sm_89": Tile(128, 128, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.32),
+        "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 128, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
     }.items()
 }  # fmt: skip
-MOST_SUMS = {"sm_80": 9, "sm_90": 9, "sm_100": 9}  # others: 16
+_MEDIUM = 16, Tile(128, 64, 32, 8, 3)
 MEDIUM = {  # with the most sums that it is used for
-    "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_90": (1 << 30, Tile(64, 64, 64, 4, 3)),
-    "sm_100": (1 << 30, Tile(64, 64, 64, 4, 3)),
+    "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_86": _MEDIUM, "sm_89": _MEDIUM, "sm_90": (1 << 30, Tile(64, 64, 64, 4, 3)),
+    "sm_100": (1 << 30, Tile(64, 64, 64, 4, 3)), "sm_120": _MEDIUM, "gfx942": (16, Tile(64, 64, 32, 4, 2)),
 }  # fmt: skip
 SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
-# Where the registers hold U beside A and V beside B, up to 16 ranks in all, so that a tile loads each once. On sm_100
-# and sm_120, and with fp16 factors on sm_90, that spills: there U and V are loaded twice.
-STACKED = ("sm_80", "sm_86", "sm_89", "sm_90")
+STACKED = tuple(name for name in TARGETS if name != "gfx942")  # for up to 16 ranks of both kinds together
+GRADIENT_PART = {"sm_100": 64}  # columns of a tile that are reduced at a time, others: 32
 
 MATMUL_COLUMNS, GRADIENT_COLUMNS = 16, 32  # the fewest of a tile: what a tensor core takes, and a word of the mask
 
@@ -195,6 +195,10 @@ GIVEN_TOKENS = {"half": 8192, "mixed": 8192, "float": 64}
 SHARE_TOKENS = (
     1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
 )
+
+# Reducing a tile of 128 x 128 takes about 3,700 instructions of 8 warps on sm_90, as many cycles as the tensor cores take
+# for so many tokens.
+REDUCTION_TOKENS = 900
 
 # Block patterns: tiles by the size of the blocks, which is their number of rows. In the products columns are tokens,
 # of which FEW_TOKENS have a narrow tile, and depth is what a step takes of a strip of kept blocks. In the gradients
@@ -258,14 +262,16 @@ def matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, 
     return ODD[key] if odd else tile
 
 
-def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int) -> Tile:
+def gradients(
+    architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int, stacked: bool
+) -> Tile:
     """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
     tile = _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
-    most = 16 if key == "float" else MOST_SUMS.get(architecture, 16)
-    if ranks <= most and rows % tile.rows == 0 and columns % tile.columns == 0:
+    whole = rows % tile.rows == 0 and columns % tile.columns == 0
+    if whole and (stacked or key == "float" and ranks <= 16):
         return tile
-    most, medium = (0, tile) if key == "float" else MEDIUM.get(architecture, (0, tile))
+    most, medium = (0, tile) if key == "float" else MEDIUM[architecture]
     fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
     return medium if fits else SMALL[key]
 
@@ -301,9 +307,35 @@ def block_slots(
     return BLOCK_SLOTS.get(architecture(torch.device("meta")), (None, None))
 
 
-def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:
+def stacked(architecture: str, ranks: int) -> bool:
     """Whether a program holds the factors of W' and of S side by side; `ranks` is the number of both together."""
-    return architecture in STACKED and ranks <= 16 and torch.float16 not in factors
+    return architecture in STACKED and ranks <= 16
+
+
+def gradient_parts(architecture: str, columns: int) -> int:
+    """In how many parts of its columns a tile is reduced."""
+    return max(1, columns // GRADIENT_PART.get(architecture, 32))
+
+
+@functools.lru_cache(maxsize=256)
+def walk(architecture: str, tile: Tile, across: int, down: int, tokens: int, ranks: int) -> int:
+    """How many of the `across` tiles of each of `down` rows a program of the gradient kernel makes one after another.
+
+    A longer walk reads the strips of two factors and stores and reads the sums of `ranks` columns less often, but may
+    leave multiprocessors idle: the walk with the least time for both is taken, each number of programs that the device
+    runs at a time being one round.
+    """
+    target = TARGETS[architecture]
+    resident = target.multiprocessors * max(1, 8 // tile.warps)  # each has the registers of 8 warps
+    a_tile = (tokens + REDUCTION_TOKENS) * tile.rows * tile.columns * resident / target.multiprocessors
+    a_walk = 3 * 4 * ranks * tile.rows * down  # bytes: strips read, sums stored, sums read
+
+    def time(steps: int) -> float:
+        walks = triton.cdiv(across, steps)
+        rounds = triton.cdiv(walks * down, resident)
+        return rounds * steps * a_tile * target.multiprocessors / target.rate + walks * a_walk / target.bandwidth
+
+    return min(range(1, across + 1), key=time)
 
 
 def token_share(architecture: str, tiles: int, tokens: int, depth: int) -> int:

@@ -26,6 +26,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", nan)
 
 
+GRADIENT_KERNELS = {"factor_gradients_kernel", "many_ranks_kernel"}  # for up to 16 ranks in all, and for more
 PROBLEMS = [
     Problem(128, 128, 40, 8, "bfloat16"),
     Problem(128, 128, 7, 16, "float16", factors="float16"),
@@ -42,7 +43,7 @@ def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
         errors = problem.errors()
     assert {name: errors[name] for name in OUTPUTS if not errors[name] <= problem.allowed(name)} == {}
     assert session.stats["masked_matmul_kernel"].launches == 2
-    assert session.stats["factor_gradients_kernel"].launches == 1
+    assert sum(session.stats[name].launches for name in GRADIENT_KERNELS & session.stats.keys()) == 1
 
 
 def test_block_order_changes_no_bit(emulator, arch: int) -> None:
