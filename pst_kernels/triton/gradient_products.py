@@ -126,10 +126,9 @@ def product_tile(
 
 
 @triton.jit
-def gate(b_updated, p_mask, words, r_in, w_in, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """M, or with THROUGH M + |W'|, in fp32."""
+def gate(b_updated, b_words, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """M, or with THROUGH M + |W'|, in fp32, from the words of the mask (ROWS, COLUMNS // 32)."""
     c = tl.arange(0, COLUMNS)
-    b_words = tl.load(p_mask + (r_in[:, None] * words + w_in[None, :]))
     b_word = tl.broadcast_to(b_words[:, :, None], (ROWS, COLUMNS // 32, 32))
     b_word = tl.reshape(b_word, (ROWS, COLUMNS))
     b_gate = ((b_word >> (c % 32 // 2 + c % 2 * 16)[None, :]) & 1).to(tl.float32)

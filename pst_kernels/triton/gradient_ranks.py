@@ -133,7 +133,8 @@ def many_ranks_kernel(
                 0, b_high, b_low, p_a, p_b + i_columns, p_sums, 1.0, m_rows, m_columns, columns,
                 RANK_S, True, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
             )  # fmt: skip
-    b_gate = gate(b_updated, p_mask + i_columns // 32, words, r_in, w_in, THROUGH, BLOCK_ROWS, BLOCK_COLUMNS)
+    b_words = tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w_in[None, :]))
+    b_gate = gate(b_updated, b_words, THROUGH, BLOCK_ROWS, BLOCK_COLUMNS)
     b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
     if MANY:
         reduce_tile(

@@ -5,20 +5,22 @@ With D = G * W' and Q = G * (M + |W'|), or G * M, all six are low-rank reduction
     dA = alpha1 D B^T   dB = alpha1 A^T D   dR = alpha2 D.sum(1)   dC = alpha2 D.sum(0)   dU = beta Q V^T   dV = beta
     U^T Q
 
-A program makes one (out, in) tile of G over its share of the tokens, gates it, and stores its share of the sums in a
-place of its own; a second kernel adds the shares in a fixed order. No atomics: the same bits every time. D and Q are
-products in fp32, reduced by tensor cores as pairs of bf16 that hold 16 bits of each number (fp32 x: multiply-add in
-fp32).
+A program makes (out, in) tiles of G over its share of the tokens, one after another along a row of tiles. It gates each
+and reduces it, adds up the sums of its rows, and stores its share of all sums in a place of its own; a second kernel
+adds the shares in a fixed order. No atomics: the same bits every time. D and Q are products in fp32, reduced by tensor
+cores as pairs of bf16 that hold 16 bits of each number (fp32 x: multiply-add in fp32).
 
 For very many tokens the library makes G in the shared scratch buffer, and the same kernel reads it instead.
 
-Bytes a weight beyond x and gy, with tiles of R x C, 16-bit W, r ranks of each kind in fp32: 2 + 1/8 for W and mask,
-8 r (1/R + 1/C) for the factors, 4 (2 r + 1) (1/R + 1/C) for the sums and as much to add them up, and the gradients
-themselves. R = C = 128 and r = 8: 2.125 + 1 + 2 * 1.0625 = 5.25, and 0.2 for the gradients of a 512 x 1024 matrix. If
-one program walked all its tiles, only the factors and gradients would be left, 2.51. But 512 x 1024 has 32 tiles for
-the 132 multiprocessors of an H100: a walk over n of them takes n times as long, which with 1,024 tokens is 7 us a tile,
-and the 2.9 bytes that are saved at most are 0.5 us of the device's bandwidth. With many more tiles than multiprocessors
-a walk would cost nothing; but every form of it that was tried with the 128 x 128 tile spilled hundreds of bytes.
+Bytes a weight beyond x and gy, with tiles of 128 x 128, a walk over n of them, 16-bit W, and r ranks of each kind in
+fp32: 2 + 1/8 for W and mask, 8 r (1 + 1/n) / 128 for the factors, 4 (2 r + 1) (1 + 1/n) / 128 for the sums and as much
+to add them up, and the gradients themselves. That is 5.25 for r = 8 and n = 1, 3.9 for n = 8, and 0.2 more for the
+gradients of a 512 x 1024 matrix. All but W, mask, factors and gradients, 2.51 in all on that matrix, is what programs
+share through memory, or what lies in the cache when it is read again.
+
+`tiles.walk` weighs what a walk saves against multiprocessors that it leaves idle. 4,096 x 4,096 has 1,024 tiles for the
+132 of an H100, and 128 walks of eight take no longer than 1,024 of one. 512 x 1024 has only 32: there a walk of eight
+would take eight times as long, 60 us with 1,024 tokens, and would save 0.7 MB of traffic, 0.2 us.
 """
 
 from __future__ import annotations
@@ -104,7 +106,6 @@ def factor_gradients_kernel(
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     r = tl.arange(0, BLOCK_ROWS)
     c = tl.arange(0, COLUMNS)
-    w = tl.arange(0, COLUMNS // 32)
     k = tl.arange(0, 16)
     m_rows = i_rows + r < rows
     r_in = r
@@ -136,15 +137,18 @@ def factor_gradients_kernel(
             p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
         )  # fmt: skip
+        w = tl.arange(0, BLOCK_COLUMNS // 32)
+        if not EVEN:
+            w = tl.minimum(w, (words - 1 - i_columns // 32).to(tl.int32))
+        b_words = tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w[None, :]))
         for part in tl.static_range(PARTS):
             # Always, here and below: a branch keeps the compiler from holding operands of several products at once.
             if columns > part:
                 i = i_columns + part * COLUMNS
                 m_columns = i + c < columns
-                c_in, w_in = c, w
+                c_in = c
                 if not EVEN:
                     c_in = tl.minimum(c, (columns - 1 - i).to(tl.int32))
-                    w_in = tl.minimum(w, (words - 1 - i // 32).to(tl.int32))
                 if WEIGHT_ALONG_ROWS:
                     o_weight = r_in[:, None] + c_in[None, :] * stride
                     p_part = p_weight + i * stride
@@ -170,7 +174,7 @@ def factor_gradients_kernel(
                 b_sum = tl.zeros((COLUMNS, 16), tl.float32)
                 b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_a_high, b_a_low, b_sum, FAST)
                 if rows > part:
-                    b_gate = gate(b_updated, p_mask + i // 32, words, r_in, w_in, THROUGH, BLOCK_ROWS, COLUMNS)
+                    b_gate = gate(b_updated, columns_of(b_words, part, PARTS), THROUGH, BLOCK_ROWS, COLUMNS)
                     b_high, b_low = split(b_part * b_gate, FAST, SPLIT)
                     b_row_sum = product_of_pairs(
                         b_high, b_low, tl.trans(b_v_high), tl.trans(b_v_low), b_row_sum, FAST, EXACT
@@ -255,7 +259,7 @@ def factor_gradients(
     }  # fmt: skip
     if stacked:
         factor_gradients_kernel[walks, down, shares](
-            *tensors, tokens, share, walk, *sizes, PARTS=tiles.gradient_parts(architecture, tile.columns), **constants,
+            *tensors, tokens, share, walk, *sizes, PARTS=tiles.gradient_parts(architecture, tile.columns, given), **constants,
             **all_registers(x.device),
         )  # fmt: skip
     else:

@@ -312,9 +312,9 @@ def stacked(architecture: str, ranks: int) -> bool:
     return architecture in STACKED and ranks <= 16
 
 
-def gradient_parts(architecture: str, columns: int) -> int:
-    """In how many parts of its columns a tile is reduced."""
-    return max(1, columns // GRADIENT_PART.get(architecture, 32))
+def gradient_parts(architecture: str, columns: int, given: bool) -> int:
+    """In how many parts of its columns a tile is reduced; where G is given, its own offsets take registers."""
+    return max(1, columns // (32 if given else GRADIENT_PART.get(architecture, 32)))
 
 
 @functools.lru_cache(maxsize=256)

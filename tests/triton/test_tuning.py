@@ -34,7 +34,7 @@ def test_the_file_overrides_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert chosen(16) == tiles.Tile(64, 16, 64, 4, 2)
     assert chosen(17) == tiles.Tile(64, 32, 64, 4, 2)
     assert chosen(101) is None
-    assert tiles.gradients("sm_90", BF16, BF16, 128, 128, 9) == tiles.Tile(64, 64, 64, 4, 2)
+    assert tiles.gradients("sm_90", BF16, BF16, 128, 128, 9, stacked=True) == tiles.Tile(64, 64, 64, 4, 2)
     assert chosen(17, "sm_80") == tiles.MATMUL["sm_80"]["half"][1][1]
     assert tiles.matmul("sm_90", FP32, FP32, 17, 1024, 8) == tiles.MATMUL["sm_90"]["float"][1][1]
 
@@ -67,6 +67,27 @@ def test_switch_follows_the_arithmetic() -> None:
     assert chosen(most + 1) is None
     assert chosen(16, depth=1001) == tiles.ODD["half"]
     assert chosen(16, rank=22) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "steps"),
+    [
+        ((512, 1024), 1024, 1),  # 32 tiles, 132 multiprocessors
+        ((2048, 2048), 1024, 2),  # 256 tiles: two rounds either way
+        ((4096, 4096), 1024, 8),  # 1,024: eight rounds
+        ((4096, 11008), 1024, 22),  # 21 rounds of one tile, or one of 22: the traffic is worth a round
+        ((4096, 11008), 8192, 1),  # but not a round of so many tokens
+    ],
+)
+def test_a_walk_leaves_no_multiprocessor_idle(shape: tuple[int, int], tokens: int, steps: int) -> None:
+    tile = tiles.GRADIENTS["sm_90"]["half"]
+    down, across = shape[0] // tile.rows, shape[1] // tile.columns
+    assert tiles.walk("sm_90", tile, across, down, tokens, 17) == steps
+
+
+def test_walks_of_small_tiles_leave_as_many_warps() -> None:
+    tile = tiles.GRADIENTS["sm_90"]["half"]._replace(warps=4)
+    assert tiles.walk("sm_90", tile, 32, 32, 1024, 17) == 4
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
