@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import packed_width
 from . import block_lists, tiles
 from .block_matmul import COLUMNS, ROWS, block_input_gradient
 from .gradient_products import product, product_over_tokens, split, splitting
@@ -162,7 +161,8 @@ def block_factor_gradients(
     block_gradients_kernel[parts, down, shares](
         gy, x, weight, U, V, row_sums, column_sums, *row_lines, tokens, share, rows, columns, stride, across, beta,
         RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
-        **splitting(x.dtype, architecture), UPCAST=tiles.interpreted(), EVEN=not ragged, BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
+        **splitting(x.dtype, architecture), UPCAST=tiles.interpreted(), EVEN=not ragged,
+        BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
     )  # fmt: skip
     block = 256
@@ -205,17 +205,11 @@ def _case(
     weight: torch.dtype, x: torch.dtype, size: int, rows: int = 1024, columns: int = 1024, rank: int = 8,
     through: bool = True,
 ) -> tiles.Case:  # fmt: skip
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     def call() -> None:
-        W = empty(rows, columns, dtype=weight)
-        mask = empty(rows, packed_width(columns), dtype=torch.int32)
-        by_rows, by_columns = (block_lists.lines(mask, W.shape, size, of_columns) for of_columns in (ROWS, COLUMNS))
-        gy, x_ = empty(64, rows, dtype=x), empty(64, columns, dtype=x)
-        factors = empty(rows, rank), empty(rank, columns)
-        block_factor_gradients(gy, x_, W, *factors, 1.0, through, by_rows, by_columns, size)
+        given = block_lists.example(weight, rows, columns, rank, size)
+        gy, x_ = (torch.empty((64, width), dtype=x, device="meta") for width in (rows, columns))
+        block_factor_gradients(gy, x_, given.weight, given.U, given.V, 1.0, through, given.rows, given.columns, size)
 
-    details = [f"{rows} x {columns}"] * (rows % 2) + ["not through |W'|"] * (not through)
-    name = ", ".join([f"factor gradients, blocks of {size}", tiles.pair_name(weight, x), f"rank {rank}", *details])
+    shape, note = f"{rows} x {columns}" * (rows % 2), "not through |W'|" * (not through)
+    name = block_lists.case_name("factor gradients", size, weight, x, rank, shape, note)
     return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, rows % size > 0)[1])

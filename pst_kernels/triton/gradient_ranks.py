@@ -1,7 +1,7 @@
 """The gradient kernel for more ranks than fit side by side: 16 at a time, each factor strip loaded where it is needed.
 
-It does the work of `gradients.factor_gradients_kernel` on one tile of G, U and V apart from A and B: D is reduced with A
-and B, then Q with U and V.
+It does the work of `gradients.factor_gradients_kernel` on one tile of G, U and V apart from A and B: D is reduced with
+A and B, then Q with U and V.
 """
 
 from __future__ import annotations

@@ -41,7 +41,6 @@ from .score import checked
 from .walk import all_registers
 
 
-
 @triton.jit
 def stacked_left(p_u, p_a, beta, m_rows, RANK_W: tl.constexpr, RANK_S: tl.constexpr, ROWS: tl.constexpr):
     """[beta U, A] of a tile's rows, fp32 (ROWS, 16), zero past the last rank."""
@@ -132,7 +131,7 @@ def factor_gradients_kernel(
     last = tl.minimum(first + walk, tl.cdiv(columns, BLOCK_COLUMNS))
     # What does not change from tile to tile must not be held in registers through the products over tokens.
     for step in tl.range(first, last, num_stages=1, disable_licm=True):
-        i_columns = step.to(tl.int64) * BLOCK_COLUMNS
+        i_columns = tl.full([], step, tl.int64) * BLOCK_COLUMNS
         b_g = product_tile(
             p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
@@ -259,8 +258,8 @@ def factor_gradients(
     }  # fmt: skip
     if stacked:
         factor_gradients_kernel[walks, down, shares](
-            *tensors, tokens, share, walk, *sizes, PARTS=tiles.gradient_parts(architecture, tile.columns, given), **constants,
-            **all_registers(x.device),
+            *tensors, tokens, share, walk, *sizes, PARTS=tiles.gradient_parts(architecture, tile.columns, given),
+            **constants, **all_registers(x.device),
         )  # fmt: skip
     else:
         many_ranks_kernel[across, down, shares](*tensors, tokens, share, *sizes, WIDTH=16, **constants)

@@ -153,9 +153,9 @@ MATMUL: dict[str, Table] = {
 }  # fmt: skip
 
 # Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
-# Where the registers cannot hold U beside A and V beside B (STACKED), and where a matrix is no multiple of the tile, it is
-# the MEDIUM tile for as many sums a row (ranks, and one for R) as it has room for, where the matrix is a multiple of it,
-# else the SMALL one.
+# Where the registers cannot hold U beside A and V beside B (STACKED), and where a matrix is no multiple of the tile, it
+# is the MEDIUM tile for as many sums a row (ranks, and one for R) as it has room for, where the matrix is a multiple of
+# it, else the SMALL one.
 _FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
@@ -167,8 +167,9 @@ GRADIENTS: dict[str, dict[str, Tile]] = {
 }  # fmt: skip
 _MEDIUM = 16, Tile(128, 64, 32, 8, 3)
 MEDIUM = {  # with the most sums that it is used for
-    "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_86": _MEDIUM, "sm_89": _MEDIUM, "sm_90": (1 << 30, Tile(64, 64, 64, 4, 3)),
-    "sm_100": (1 << 30, Tile(64, 64, 64, 4, 3)), "sm_120": _MEDIUM, "gfx942": (16, Tile(64, 64, 32, 4, 2)),
+    "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_86": _MEDIUM, "sm_89": _MEDIUM,
+    "sm_90": (1 << 30, Tile(64, 64, 64, 4, 3)), "sm_100": (1 << 30, Tile(64, 64, 64, 4, 3)), "sm_120": _MEDIUM,
+    "gfx942": (16, Tile(64, 64, 32, 4, 2)),
 }  # fmt: skip
 SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
@@ -196,13 +197,14 @@ SHARE_TOKENS = (
     1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
 )
 
-# Reducing a tile of 128 x 128 takes about 3,700 instructions of 8 warps on sm_90, as many cycles as the tensor cores take
-# for so many tokens.
+# Reducing a tile of 128 x 128 takes about 3,700 instructions of 8 warps on sm_90, as many cycles as the tensor cores
+# take for so many tokens.
 REDUCTION_TOKENS = 900
 
 # Block patterns: tiles by the size of the blocks, which is their number of rows. In the products columns are tokens,
 # of which FEW_TOKENS have a narrow tile, and depth is what a step takes of a strip of kept blocks. In the gradients
 # columns are of a strip, and depth is tokens. A ragged matrix is no multiple of the blocks.
+BLOCK_SIZES = (16, 32, 64, 128)
 FEW_TOKENS = 32
 FACTOR_PART = {"half": 64, "mixed": 64, "float": 16}  # columns of the padded factors that one small product takes
 _BLOCKS: dict[str, dict[int, Tile]] = {
@@ -210,8 +212,8 @@ _BLOCKS: dict[str, dict[int, Tile]] = {
         16: Tile(16, 256, 64, 4, 3), 32: Tile(32, 256, 64, 4, 3), 64: Tile(64, 128, 64, 4, 3),
         128: Tile(128, 128, 64, 8, 2),
     },
-    "mixed": {size: Tile(size, 128, 32, 8 if size == 128 else 4, 3) for size in (16, 32, 64, 128)},
-    "float": {size: Tile(size, 32, 32, 4, 2) for size in (16, 32, 64, 128)},
+    "mixed": {size: Tile(size, 128, 32, 8 if size == 128 else 4, 3) for size in BLOCK_SIZES},
+    "float": {size: Tile(size, 32, 32, 4, 2) for size in BLOCK_SIZES},
 }  # fmt: skip
 # The tensor cores of these read registers, or have a memory of their own: twice the tokens for the same work on W'.
 _BLOCKS_WIDE = _BLOCKS | {
@@ -269,7 +271,7 @@ def gradients(
     key = dtype_key(x, weight)
     tile = _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
     whole = rows % tile.rows == 0 and columns % tile.columns == 0
-    if whole and (stacked or key == "float" and ranks <= 16):
+    if whole and (stacked or (key == "float" and ranks <= 16)):
         return tile
     most, medium = (0, tile) if key == "float" else MEDIUM[architecture]
     fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
@@ -281,7 +283,7 @@ def block_matmul(
 ) -> Tile:
     """The tile of a product with blocks of `size`; `width` is that of the padded factors."""
     key = dtype_key(x, weight)
-    tile = BLOCK_MATMUL[architecture][key][size]
+    tile = _tuning(architecture)["block_matmul"].get(key, {}).get(size) or BLOCK_MATMUL[architecture][key][size]
     if ragged:
         tile = tile._replace(columns=min(tile.columns, 64), depth=32, stages=2)
     if width > FACTOR_PART[key]:  # their parts are loaded within a step, which leaves nothing to pipeline
@@ -292,7 +294,8 @@ def block_matmul(
 
 def block_gradients(architecture: str, x: torch.dtype, size: int, rank: int, ragged: bool) -> Tile:
     """The tile of G that a program of the gradient kernel makes for blocks of `size`."""
-    tile = BLOCK_GRADIENTS[architecture]["float" if x == torch.float32 else "half"][size]
+    key = "float" if x == torch.float32 else "half"
+    tile = _tuning(architecture)["block_gradients"].get(key, {}).get(size) or BLOCK_GRADIENTS[architecture][key][size]
     if ragged:
         tile = tile._replace(depth=min(tile.depth, 32))
     return tile._replace(columns=min(tile.columns, 64)) if ragged or rank > 16 else tile
@@ -364,7 +367,8 @@ def _tuning(architecture: str) -> dict[str, dict[str, Any]]:
     return tables if found == architecture else _NOT_TUNED
 
 
-_NOT_TUNED: dict[str, dict[str, Any]] = {"matmul": {}, "gradients": {}, "in_loop_tokens": {}}
+_TUNED = ("matmul", "gradients", "in_loop_tokens", "block_matmul", "block_gradients")
+_NOT_TUNED: dict[str, dict[str, Any]] = {name: {} for name in _TUNED}
 
 
 @functools.lru_cache(maxsize=8)
@@ -373,7 +377,7 @@ def _read_tuning(path: Path, _modified: int) -> tuple[str, dict[str, dict[str, A
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["architecture"] not in TARGETS:
             raise ValueError(f"architecture is {data['architecture']!r}, not one of {', '.join(TARGETS)}")
-        keys = data["matmul"].keys() | data["gradients"].keys() | data["in_loop_tokens"].keys()
+        keys = set[str]().union(*(data[name].keys() for name in _TUNED))
         if keys - ODD.keys():
             raise ValueError(f"dtypes are {sorted(keys)}, but only {', '.join(ODD)} are known")
         matmul = {key: tuple((int(most), _tile(tile)) for most, tile in rows) for key, rows in data["matmul"].items()}
@@ -381,20 +385,35 @@ def _read_tuning(path: Path, _modified: int) -> tuple[str, dict[str, dict[str, A
             raise ValueError("the last row of each matmul table must go up to at least 1073741824 tokens")
         gradients = {key: _tile(tile, GRADIENT_COLUMNS) for key, tile in data["gradients"].items()}
         tokens = {key: int(most) for key, most in data["in_loop_tokens"].items()}
+        of_blocks = {
+            name: {
+                key: {int(size): _block_tile(size, tile) for size, tile in sizes.items()}
+                for key, sizes in data[name].items()
+            }
+            for name in ("block_matmul", "block_gradients")
+        }
     except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"PST_KERNELS_TUNING={str(path)!r} is not a tuning file ({type(error).__name__}: {error});"
             " write one with `pst-kernels tune`, or unset the variable"
         ) from error
-    return data["architecture"], {"matmul": matmul, "gradients": gradients, "in_loop_tokens": tokens}
+    return data["architecture"], {"matmul": matmul, "gradients": gradients, "in_loop_tokens": tokens, **of_blocks}
 
 
-def _tile(numbers: list[int], columns: int = MATMUL_COLUMNS) -> Tile:
+def _tile(numbers: list[int], columns: int = MATMUL_COLUMNS, fewest: int = 32) -> Tile:
     tile = Tile(*(int(n) for n in numbers))
     powers = all(n > 0 and n & (n - 1) == 0 for n in tile[:4])
-    if len(numbers) != 5 or not powers or tile.stages < 1 or min(tile.rows, tile.depth) < 32 or tile.columns < columns:
+    small = min(tile.rows, tile.depth) < fewest or tile.columns < columns
+    if len(numbers) != 5 or not powers or tile.stages < 1 or small:
         raise ValueError(
             f"tile {numbers}: need [rows, columns, depth, warps, stages], powers of two but for stages,"
-            f" rows and depth from 32, columns from {columns}"
+            f" rows and depth from {fewest}, columns from {columns}"
         )
+    return tile
+
+
+def _block_tile(size: str, numbers: list[int]) -> Tile:
+    tile = _tile(numbers, fewest=16)
+    if int(size) not in BLOCK_SIZES or tile.rows != int(size):
+        raise ValueError(f"tile {numbers} for blocks of {size}: blocks are of {BLOCK_SIZES}, and rows are their size")
     return tile
