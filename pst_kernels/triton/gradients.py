@@ -81,6 +81,15 @@ def columns_of(b, PART: tl.constexpr, PARTS: tl.constexpr):
             return columns_of(b_second, PART - PARTS // 2, PARTS // 2)
 
 
+@triton.jit
+def mask_words(p_mask, words, r_in, i_columns, EVEN: tl.constexpr, COLUMNS: tl.constexpr):
+    """The words of the mask for so many columns of a tile, (rows, COLUMNS // 32)."""
+    w = tl.arange(0, COLUMNS // 32)
+    if not EVEN:
+        w = tl.minimum(w, (words - 1 - i_columns // 32).to(tl.int32))
+    return tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w[None, :]))
+
+
 @triton.jit(do_not_specialize=["tokens", "share", "walk"])
 def factor_gradients_kernel(
     p_gy, p_x, p_g, p_weight, p_u, p_v, p_a, p_b, p_mask, p_row_sums, p_column_sums,
@@ -88,6 +97,7 @@ def factor_gradients_kernel(
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     GIVEN: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PARTS: tl.constexpr,
+    WORDS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The shares of all six sums of `walk` tiles side by side; the grid is (walks of a row of tiles, row tiles, shares
     of the tokens).
@@ -136,10 +146,8 @@ def factor_gradients_kernel(
             p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
         )  # fmt: skip
-        w = tl.arange(0, BLOCK_COLUMNS // 32)
-        if not EVEN:
-            w = tl.minimum(w, (words - 1 - i_columns // 32).to(tl.int32))
-        b_words = tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w[None, :]))
+        if WORDS_AT_ONCE:
+            b_words = mask_words(p_mask, words, r_in, i_columns, EVEN, BLOCK_COLUMNS)
         for part in tl.static_range(PARTS):
             # Always, here and below: a branch keeps the compiler from holding operands of several products at once.
             if columns > part:
@@ -173,7 +181,11 @@ def factor_gradients_kernel(
                 b_sum = tl.zeros((COLUMNS, 16), tl.float32)
                 b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_a_high, b_a_low, b_sum, FAST)
                 if rows > part:
-                    b_gate = gate(b_updated, columns_of(b_words, part, PARTS), THROUGH, BLOCK_ROWS, COLUMNS)
+                    if WORDS_AT_ONCE:
+                        b_part_words = columns_of(b_words, part, PARTS)
+                    else:
+                        b_part_words = mask_words(p_mask, words, r_in, i, EVEN, COLUMNS)
+                    b_gate = gate(b_updated, b_part_words, THROUGH, BLOCK_ROWS, COLUMNS)
                     b_high, b_low = split(b_part * b_gate, FAST, SPLIT)
                     b_row_sum = product_of_pairs(
                         b_high, b_low, tl.trans(b_v_high), tl.trans(b_v_low), b_row_sum, FAST, EXACT
@@ -259,7 +271,7 @@ def factor_gradients(
     if stacked:
         factor_gradients_kernel[walks, down, shares](
             *tensors, tokens, share, walk, *sizes, PARTS=tiles.gradient_parts(architecture, tile.columns, given),
-            **constants, **all_registers(x.device),
+            WORDS_AT_ONCE=tiles.mask_at_once(architecture, rank_w + rank_s), **constants, **all_registers(x.device),
         )  # fmt: skip
     else:
         many_ranks_kernel[across, down, shares](*tensors, tokens, share, *sizes, WIDTH=16, **constants)

@@ -176,6 +176,10 @@ SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float
 STACKED = tuple(name for name in TARGETS if name != "gfx942")  # for up to 16 ranks of both kinds together
 GRADIENT_PART = {"sm_100": 64}  # columns of a tile that are reduced at a time, others: 32
 
+# Where a tile loads its words of the mask once, with 16 ranks. Elsewhere that spills or lengthens the main loop: a word
+# is loaded by the four threads that need it, which is one access to the cache.
+MASK_AT_ONCE = ("sm_90", "sm_100")
+
 MATMUL_COLUMNS, GRADIENT_COLUMNS = 16, 32  # the fewest of a tile: what a tensor core takes, and a word of the mask
 
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
@@ -313,6 +317,10 @@ def block_slots(
 def stacked(architecture: str, ranks: int) -> bool:
     """Whether a program holds the factors of W' and of S side by side; `ranks` is the number of both together."""
     return architecture in STACKED and ranks <= 16
+
+
+def mask_at_once(architecture: str, ranks: int) -> bool:
+    return architecture in MASK_AT_ONCE and ranks == 16
 
 
 def gradient_parts(architecture: str, columns: int, given: bool) -> int:
