@@ -487,7 +487,7 @@ def test_roofline_is_labelled_and_stays_out_of_the_measured_file(tmp_path, capsy
 
 
 def test_profile_tells_products_apart():
-    from bench.profile import ELEMENTWISE, G_GEMM, OTHER_GEMM, OUTSIDE, RANK_PRODUCTS, REDUCTIONS, kind_of
+    from bench.profile import COMPILED, ELEMENTWISE, G_GEMM, OTHER_GEMM, OUTSIDE, RANK_PRODUCTS, REDUCTIONS, kind_of
 
     case = cases.Case("step", cases.BY_NAME["BERT-base up"], 1024, torch.float32)
     for name, shapes, kind in (
@@ -499,6 +499,7 @@ def test_profile_tells_products_apart():
         ("aten::addmm_", [[9, 768], [9, 341], [341, 768], [], []], REDUCTIONS),
         ("aten::mul", [[341, 768], [341, 768]], ELEMENTWISE),
         ("pst_kernels::prune_mask", [[3072, 768]], OUTSIDE),
+        ("pst_kernels.cpu: prune", [], COMPILED),
     ):
         assert kind_of(name, shapes, case) == kind, name
 
