@@ -20,10 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import packed_width
 from . import block_lists, tiles
 from .block_matmul import COLUMNS, ROWS, block_input_gradient
-from .gradients import _SPLIT, product, split
+from .gradient_products import product, product_over_tokens, split, splitting
 from .matmul import one_stride
 from .score import checked
 from .walk import all_registers
@@ -41,40 +40,6 @@ def load_factors(
     o_v = k[:, None].to(tl.int64) * columns + i[None, :]
     b_v = tl.load(p_v + o_v, mask=(k < RANK)[:, None] & m[None, :], other=0.0)
     return b_u.to(tl.float32) * beta, b_v.to(tl.float32)
-
-
-@triton.jit
-def product_strip(
-    p_gy, p_x, tokens, share, rows, columns, r_in, i_in,
-    UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """gy^T x of a part of a strip, over this program's share of the tokens. Nothing is masked in the loop."""
-    t = tl.arange(0, DEPTH)
-    first = tl.program_id(2) * share
-    count = tl.minimum(tokens - first, share)
-    p_gy += first.to(tl.int64) * rows
-    p_x += first.to(tl.int64) * columns
-    o_gy = t[None, :] * rows + r_in[:, None]
-    o_x = t[:, None] * columns + i_in[None, :]
-    b_g = tl.zeros((ROWS, COLUMNS), tl.float32)
-    tail = count % DEPTH
-    p_gy_tail = p_gy + (count - tail).to(tl.int64) * rows
-    p_x_tail = p_x + (count - tail).to(tl.int64) * columns
-    for _ in range(count // DEPTH):
-        b_gy = tl.load(p_gy + o_gy)
-        b_x = tl.load(p_x + o_x)
-        if UPCAST:
-            b_gy, b_x = b_gy.to(tl.float32), b_x.to(tl.float32)
-        b_g = tl.dot(b_gy, b_x, b_g, input_precision="ieee")
-        p_gy += tl.full([], DEPTH, tl.int64) * rows
-        p_x += tl.full([], DEPTH, tl.int64) * columns
-    if tail > 0:
-        b_gy = tl.load(p_gy_tail + o_gy, mask=(t < tail)[None, :], other=0.0)
-        b_x = tl.load(p_x_tail + o_x, mask=(t < tail)[:, None], other=0.0)
-        if UPCAST:
-            b_gy, b_x = b_gy.to(tl.float32), b_x.to(tl.float32)
-        b_g = tl.dot(b_gy, b_x, b_g, input_precision="ieee")
-    return b_g
 
 
 @triton.jit(do_not_specialize=["tokens", "share", "capacity"])
@@ -104,7 +69,7 @@ def block_gradients_kernel(
             m = m & (i < columns)
             i = tl.minimum(i, columns - 1)
             r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
-        b_q = product_strip(
+        b_q = product_over_tokens(
             p_gy + i_rows, p_x, tokens, share, rows, columns, r_in, i, UPCAST, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH
         )
         p_u += i_rows * RANK
@@ -183,7 +148,7 @@ def block_factor_gradients(
         return dU, dV
     dU, dV = (torch.empty(factor.shape, dtype=torch.float32, device=x.device) for factor in (U, V))
     weight, stride, along_columns = one_stride(weight)
-    architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
+    architecture = tiles.architecture(x.device)
     ragged = rows % size != 0 or columns % size != 0
     tile = tiles.block_gradients(architecture, x.dtype, size, rank, ragged)
     down, across = block_lists.grid_of(weight.shape, size)
@@ -196,8 +161,8 @@ def block_factor_gradients(
     block_gradients_kernel[parts, down, shares](
         gy, x, weight, U, V, row_sums, column_sums, *row_lines, tokens, share, rows, columns, stride, across, beta,
         RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
-        FAST=x.dtype != torch.float32 and not interpreted, SPLIT="" if architecture.startswith("gfx") else _SPLIT,
-        UPCAST=interpreted, EVEN=not ragged, BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
+        **splitting(x.dtype, architecture), UPCAST=tiles.interpreted(), EVEN=not ragged,
+        BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
     )  # fmt: skip
     block = 256
@@ -240,17 +205,11 @@ def _case(
     weight: torch.dtype, x: torch.dtype, size: int, rows: int = 1024, columns: int = 1024, rank: int = 8,
     through: bool = True,
 ) -> tiles.Case:  # fmt: skip
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     def call() -> None:
-        W = empty(rows, columns, dtype=weight)
-        mask = empty(rows, packed_width(columns), dtype=torch.int32)
-        by_rows, by_columns = (block_lists.lines(mask, W.shape, size, of_columns) for of_columns in (ROWS, COLUMNS))
-        gy, x_ = empty(64, rows, dtype=x), empty(64, columns, dtype=x)
-        factors = empty(rows, rank), empty(rank, columns)
-        block_factor_gradients(gy, x_, W, *factors, 1.0, through, by_rows, by_columns, size)
+        given = block_lists.example(weight, rows, columns, rank, size)
+        gy, x_ = (torch.empty((64, width), dtype=x, device="meta") for width in (rows, columns))
+        block_factor_gradients(gy, x_, given.weight, given.U, given.V, 1.0, through, given.rows, given.columns, size)
 
-    details = [f"{rows} x {columns}"] * (rows % 2) + ["not through |W'|"] * (not through)
-    name = ", ".join([f"factor gradients, blocks of {size}", tiles.pair_name(weight, x), f"rank {rank}", *details])
+    shape, note = f"{rows} x {columns}" * (rows % 2), "not through |W'|" * (not through)
+    name = block_lists.case_name("factor gradients", size, weight, x, rank, shape, note)
     return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, rows % size > 0)[1])

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..packing import WORD, packed_width
-from .tiles import Case
+from .tiles import Case, pair_name
 
 BITS = tl.constexpr(WORD)
 CHUNK = 128  # blocks of a line looked at together, one a thread
@@ -88,6 +88,31 @@ def lines(mask: Tensor, shape: torch.Size, size: int, of_columns: bool) -> Lines
             mask, blocks, counts, mask.shape[1], capacity, size, OF_COLUMNS=of_columns, CHUNK=CHUNK, num_warps=4
         )  # fmt: skip
     return Lines(blocks, counts, torch.argsort(counts, descending=True, stable=True))
+
+
+class Example(NamedTuple):
+    """What the launchers of the block kernels take, on device "meta"."""
+
+    weight: Tensor
+    U: Tensor
+    V: Tensor
+    rows: Lines
+    columns: Lines
+
+
+def example(weight: torch.dtype, rows: int, columns: int, rank: int, size: int) -> Example:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    W, mask = empty(rows, columns, dtype=weight), empty(rows, packed_width(columns), dtype=torch.int32)
+    by_rows, by_columns = (lines(mask, W.shape, size, of_columns) for of_columns in (False, True))
+    return Example(W, empty(rows, rank), empty(rank, columns), by_rows, by_columns)
+
+
+def case_name(kind: str, size: int, weight: torch.dtype, x: torch.dtype, rank: int, shape: str, note: str) -> str:
+    """Such as "forward, blocks of 64, bfloat16, rank 8"; shape and note are left out where they are empty."""
+    details = [f"{kind}, blocks of {size}", pair_name(weight, x), f"rank {rank}", shape, note]
+    return ", ".join(detail for detail in details if detail)
 
 
 def cases() -> Iterator[Case]:

@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import packed_width
 from . import block_lists, tiles
-from .matmul import one_stride, split, split_factors
+from .matmul import one_stride, split, split_factors, store_result
 from .score import checked
 from .walk import all_registers
 
@@ -130,12 +129,7 @@ def block_matmul_kernel(
         if WAIT:  # as in matmul.py: or ptxas issues the step's wgmmas one by one
             b_y = tl.inline_asm_elementwise("", "=f,0", [b_y], dtype=tl.float32, is_pure=True, pack=1)
 
-    m_rows = i_rows + r < rows
-    b_bias = tl.load(p_bias + i_rows + r, mask=m_rows & (has_bias != 0), other=0.0).to(tl.float32)
-    o_y = t[None, :] * rows + r[:, None]
-    m_y = m_rows[:, None] & (i_tokens + t < tokens)[None, :]
-    b_y = (b_y + b_bias[:, None]).to(p_y.dtype.element_ty)
-    tl.store(p_y + i_tokens * rows + i_rows + o_y, b_y, mask=m_y)
+    store_result(b_y, p_y, p_bias, has_bias, i_tokens, i_rows, tokens, rows, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 def block_matmul(
@@ -209,18 +203,14 @@ def _case(
     weight: torch.dtype, x: torch.dtype, size: int, transposed: bool, rows: int = 1024, columns: int = 1024,
     rank: int = 8, tokens: int = 1024,
 ) -> tiles.Case:  # fmt: skip
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
     def call() -> None:
-        W = empty(rows, columns, dtype=weight)
-        mask = empty(rows, packed_width(columns), dtype=torch.int32)
-        kept = block_lists.lines(mask, W.shape, size, transposed)
-        factors = split_factors(empty(rows, rank), empty(rank, columns), 1.0, x != torch.float32)
-        left = empty(tokens, rows if transposed else columns, dtype=x)
-        block_matmul(left, W, *factors, None, kept, size, transposed)
+        given = block_lists.example(weight, rows, columns, rank, size)
+        factors = split_factors(given.U, given.V, 1.0, x != torch.float32)
+        left = torch.empty((tokens, rows if transposed else columns), dtype=x, device="meta")
+        kept = given.columns if transposed else given.rows
+        block_matmul(left, given.weight, *factors, None, kept, size, transposed)
 
-    name = "input gradient" if transposed else "forward"
-    details = [f"{rows} x {columns}"] * (rows % 2) + ["few tokens"] * (tokens < 64)
-    text = ", ".join([f"{name}, blocks of {size}", tiles.pair_name(weight, x), f"rank {rank}", *details])
-    return tiles.Case(text, call, tiles.block_slots(weight, x, size, rank, tokens < 64 or rows % size > 0)[0])
+    kind = "input gradient" if transposed else "forward"
+    shape, note = f"{rows} x {columns}" * (rows % 2), "few tokens" * (tokens < 64)
+    name = block_lists.case_name(kind, size, weight, x, rank, shape, note)
+    return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, tokens < 64 or rows % size > 0)[0])

@@ -37,6 +37,8 @@ from .tiles import TARGETS, Case, Target, compiling_for
 # each has cases() -> Iterator[tiles.Case]
 KERNEL_FILES = ("score", "select", "mask", "matmul", "gradients", "block_lists", "block_matmul", "block_gradients")
 TENSOR_CORE = re.compile(r"[HQI]?G?MMA$|UTC\w*MMA$")
+PRODUCT = re.compile(r"warp_group_dot|tc_gen5_mma|nvidia_mma|amd_mfma")  # in Triton's GPU code
+FEWEST_REGISTERS = 10  # an empty kernel has 4
 TILE = ("BLOCK_ROWS", "BLOCK_COLUMNS", "BLOCK_DEPTH")
 
 
@@ -76,6 +78,7 @@ class Row(NamedTuple):
     local: int
     shared: int  # bytes a block
     blocks: int  # resident blocks a multiprocessor; 0: does not fit
+    products: bool  # whether Triton's code gives a product to tensor cores
     tensor_core: str  # the most frequent tensor-core instruction, and how many of them there are
     loop: int | None  # instructions of the main loop that are not the tensor core's
     slots: float | None
@@ -88,6 +91,11 @@ class Row(NamedTuple):
         found = []
         if self.stack or self.local:
             found.append(f"spills {self.stack + self.local} B")
+        # sm_100 compiles a tile that its tensor memory cannot hold to a kernel that returns at once.
+        if self.registers < FEWEST_REGISTERS or (self.products and not self.tensor_core):
+            found.append(
+                f"is empty: {self.registers} registers, tensor-core instructions: {self.tensor_core or 'none'}"
+            )
         if not self.blocks:
             found.append(f"{self.shared} B of shared memory do not fit")
         if self.budget is not None and (self.slots is None or self.slots > self.budget):
@@ -174,14 +182,14 @@ def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | Non
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     tile = [binary.constants[side] for side in TILE if side in binary.constants]
     slots = None
-    if read["loop"] is not None and len(tile) == len(TILE):
+    if read["loop"] is not None and len(tile) == len(TILE) and not binary.constants.get("GIVEN"):
         cycles = math.prod(tile) / target.fma_per_cycle
         slots = round(read["loop"] * warps / 4 / cycles, 3)  # a multiprocessor issues four instructions a cycle
     return Row(
         architecture, binary.kernel.__name__, binary.case.name, warps, compiled.metadata.num_stages,
         read["registers"], read["stack"], read["local"], shared, _blocks(target, read["registers"], warps, shared),
-        read["tensor_core"], read["loop"], slots, binary.case.slots if len(tile) == len(TILE) else None,
-        round(seconds, 2), name,
+        PRODUCT.search(compiled.asm["ttgir"]) is not None, read["tensor_core"], read["loop"], slots,
+        binary.case.slots if len(tile) == len(TILE) else None, round(seconds, 2), name,
     )  # fmt: skip
 
 

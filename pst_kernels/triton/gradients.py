@@ -5,20 +5,23 @@ With D = G * W' and Q = G * (M + |W'|), or G * M, all six are low-rank reduction
     dA = alpha1 D B^T   dB = alpha1 A^T D   dR = alpha2 D.sum(1)   dC = alpha2 D.sum(0)   dU = beta Q V^T   dV = beta
     U^T Q
 
-A program makes one (out, in) tile of G over its share of the tokens, gates it, and stores its share of the sums in a
-place of its own; a second kernel adds the shares in a fixed order. No atomics: the same bits every time. D and Q are
-products in fp32, reduced by tensor cores as pairs of bf16 that hold 16 bits of each number (fp32 x: multiply-add in
-fp32).
+A program makes (out, in) tiles of G over its share of the tokens, one after another along a row of tiles. It gates each
+and reduces it, adds up the sums of its rows, and stores its share of all sums in a place of its own; a second kernel
+adds the shares in a fixed order. No atomics: the same bits every time. D and Q are products in fp32, reduced by tensor
+cores as pairs of bf16 that hold 16 bits of each number (fp32 x: multiply-add in fp32).
 
 For very many tokens the library makes G in the shared scratch buffer, and the same kernel reads it instead.
 
-Bytes a weight beyond x and gy, with tiles of R x C, 16-bit W, r ranks of each kind in fp32: 2 + 1/8 for W and mask,
-8 r (1/R + 1/C) for the factors, 4 (2 r + 1) (1/R + 1/C) for the sums and as much to add them up, and the gradients
-themselves. R = C = 128 and r = 8: 2.125 + 1 + 2 * 1.0625 = 5.25, and 0.2 for the gradients of a 512 x 1024 matrix. If
-one program walked all its tiles, only the factors and gradients would be left, 2.51. But 512 x 1024 has 32 tiles for
-the 132 multiprocessors of an H100: a walk over n of them takes n times as long, which with 1,024 tokens is 7 us a tile,
-and the 2.9 bytes that are saved at most are 0.5 us of the device's bandwidth. With many more tiles than multiprocessors
-a walk would cost nothing; but every form of it that was tried with the 128 x 128 tile spilled hundreds of bytes.
+Bytes a weight beyond x and gy, with tiles of 128 x 128, a walk over n of them, 16-bit W, and r ranks of each kind in
+fp32: 2 + 1/8 for W and mask, 8 r (1 + 1/n) / 128 for the factors, 4 (2 r + 1) (1 + 1/n) / 128 for the sums and as much
+to add them up, and the gradients themselves. That is 5.25 for r = 8 and n = 1, 3.9 for n = 8, and 0.2 more for the
+gradients of a 512 x 1024 matrix. All but W, mask, factors and gradients, 2.51 in all on that matrix, is what programs
+share through memory, or what lies in the cache when it is read again.
+
+`tiles.walk` weighs what a walk saves against multiprocessors that it leaves idle. 4,096 x 4,096 has 1,024 tiles for the
+132 of an H100, and 128 walks of eight take no longer than 1,024 of one. 512 x 1024 has only 32: there a walk of eight
+would take eight times as long, 100 us instead of 13 with 1,024 tokens by the same arithmetic, and would save 0.7 MB of
+traffic, 0.2 us.
 """
 
 from __future__ import annotations
@@ -32,156 +35,11 @@ from torch import Tensor
 
 from ..packing import packed_width
 from . import scratch, tiles
+from .gradient_products import gate, product_of_pairs, product_tile, split, splitting
+from .gradient_ranks import many_ranks_kernel
 from .matmul import input_gradient, one_stride
 from .score import checked
-
-# In one block of assembly so that the fp32 parts of a large tile do not all live at once: they would not fit.
-_SPLIT = """{
-.reg .b32 %first, %second;
-cvt.rn.bf16x2.f32 $0, $3, $2;
-shl.b32 %first, $0, 16;
-and.b32 %second, $0, 0xffff0000;
-sub.f32 %first, $2, %first;
-sub.f32 %second, $3, %second;
-cvt.rn.bf16x2.f32 $1, %second, %first;
-}"""
-
-
-@triton.jit
-def split(b, FAST: tl.constexpr, SPLIT: tl.constexpr):
-    """b as the sum of a high and a low part in bf16, 16 bits together; without FAST b itself, twice."""
-    if not FAST:
-        return b, b
-    elif SPLIT != "":
-        return tl.inline_asm_elementwise(
-            SPLIT, "=&r,=&r,r,r", [b], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
-    else:
-        b_high = b.to(tl.bfloat16)
-        return b_high, (b - b_high.to(tl.float32)).to(tl.bfloat16)
-
-
-@triton.jit
-def product_of_pairs(b_high, b_low, b_right_high, b_right_low, b_sum, FAST: tl.constexpr, EXACT: tl.constexpr = False):
-    """`product` with a right operand that is split already; EXACT: whose low part is zero, for it was bf16."""
-    if FAST:
-        b_sum = tl.dot(b_low, b_right_high, b_sum)
-        if not EXACT:
-            b_sum = tl.dot(b_high, b_right_low, b_sum)
-        return tl.dot(b_high, b_right_high, b_sum)
-    else:
-        return tl.dot(b_high, b_right_high, b_sum, input_precision="ieee")
-
-
-@triton.jit
-def product(b_high, b_low, b_right, b_sum, FAST: tl.constexpr, SPLIT: tl.constexpr):
-    """b_sum + (b_high + b_low) b_right, to about 16 bits with FAST, else b_sum + b_high b_right in fp32."""
-    b_right_high, b_right_low = split(b_right, FAST, SPLIT)
-    return product_of_pairs(b_high, b_low, b_right_high, b_right_low, b_sum, FAST)
-
-
-@triton.jit
-def product_tile(
-    p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns,
-    GIVEN: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
-):  # fmt: skip
-    """A tile of G = gy^T x over this program's `share` of the tokens, zero past the end; with GIVEN it is read from
-    p_g.
-
-    Nothing is masked in the loop: the partial block of tokens goes last (first, it would make ptxas issue the loop's
-    wgmmas one by one), and rows and columns past the end of G are copies of its last ones until the loop is done.
-    """
-    r = tl.arange(0, BLOCK_ROWS)
-    c = tl.arange(0, BLOCK_COLUMNS)
-    t = tl.arange(0, BLOCK_DEPTH)
-    r_in, c_in = r, c
-    if not EVEN:
-        r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
-        c_in = tl.minimum(c, (columns - 1 - i_columns).to(tl.int32))
-    if GIVEN:
-        p_g += i_rows * columns + i_columns
-        b_g = tl.load(p_g + (r_in[:, None] * columns + c_in[None, :])).to(tl.float32)
-    else:
-        first = tl.program_id(2) * share
-        count = tl.minimum(tokens - first, share)
-        p_gy += first.to(tl.int64) * rows + i_rows
-        p_x += first.to(tl.int64) * columns + i_columns
-        o_gy = t[None, :] * rows + r_in[:, None]
-        o_x = t[:, None] * columns + c_in[None, :]
-        b_g = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
-        tail = count % BLOCK_DEPTH
-        # Of its own, so that the loop need not keep its pointers for after it.
-        p_gy_tail = p_gy + (count - tail).to(tl.int64) * rows
-        p_x_tail = p_x + (count - tail).to(tl.int64) * columns
-        for _ in range(count // BLOCK_DEPTH):
-            b_gy = tl.load(p_gy + o_gy)
-            b_x = tl.load(p_x + o_x)
-            if UPCAST:
-                b_gy, b_x = b_gy.to(tl.float32), b_x.to(tl.float32)
-            b_g = tl.dot(b_gy, b_x, b_g, input_precision="ieee")
-            p_gy += tl.full([], BLOCK_DEPTH, tl.int64) * rows
-            p_x += tl.full([], BLOCK_DEPTH, tl.int64) * columns
-        if tail > 0:
-            b_gy = tl.load(p_gy_tail + o_gy, mask=(t < tail)[None, :], other=0.0)
-            b_x = tl.load(p_x_tail + o_x, mask=(t < tail)[:, None], other=0.0)
-            if UPCAST:
-                b_gy, b_x = b_gy.to(tl.float32), b_x.to(tl.float32)
-            b_g = tl.dot(b_gy, b_x, b_g, input_precision="ieee")
-    if not EVEN:
-        b_g = tl.where((i_rows + r < rows)[:, None] & (i_columns + c < columns)[None, :], b_g, 0.0)
-    return b_g
-
-
-@triton.jit
-def reduce_ranks(
-    first, b_high, b_low, p_left, p_right, p_column_sums, scale, m_rows, m_columns, columns,
-    RANK: tl.constexpr, ONES: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """For WIDTH ranks of a tile b: return b right^T and store (scale left)^T b. With ONES also its sums over columns
-    and over rows: left and right get a column of ones each.
-
-    The large factor is the left one in both products: wgmma takes no fewer than 64 rows, and mma.sync would hold all of
-    a (WIDTH, ROWS) left operand in every warp's registers. Offsets within a tile fit 32 bits, those of all ranks too.
-    """
-    r = tl.arange(0, ROWS)
-    c = tl.arange(0, COLUMNS)
-    k = first + tl.arange(0, WIDTH)
-    m_right = (k < RANK)[:, None] & m_columns[None, :]
-    b_right = tl.load(p_right + (k[:, None] * columns + c[None, :]), mask=m_right, other=0.0).to(tl.float32)
-    if ONES:
-        b_right = tl.where((k == RANK)[:, None], 1.0, b_right)
-    b_row_sum = product(b_high, b_low, tl.trans(b_right), tl.zeros((ROWS, WIDTH), tl.float32), FAST, SPLIT)
-    m_left = m_rows[:, None] & (k < RANK)[None, :]
-    b_left = tl.load(p_left + (r[:, None] * RANK + k[None, :]), mask=m_left, other=0.0).to(tl.float32) * scale
-    if ONES:
-        b_left = tl.where((k == RANK)[None, :], 1.0, b_left)
-    b_zero = tl.zeros((COLUMNS, WIDTH), tl.float32)
-    b_sum = product(tl.trans(b_high), tl.trans(b_low), b_left, b_zero, FAST, SPLIT)
-    m_stored = (k < (RANK + 1 if ONES else RANK))[None, :] & m_columns[:, None]
-    tl.store(p_column_sums + (k[None, :] * columns + c[:, None]), b_sum, mask=m_stored)
-    return b_row_sum
-
-
-@triton.jit
-def reduce_tile(
-    b_high, b_low, p_left, p_right, p_row_sums, p_column_sums, scale, m_rows, m_columns, columns,
-    RANK: tl.constexpr, ONES: tl.constexpr, RANKS: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """`reduce_ranks` for more ranks than WIDTH, and its row sums stored."""
-    r = tl.arange(0, ROWS)
-    stored: tl.constexpr = RANK + 1 if ONES else RANK
-    for first in tl.range(0, stored, WIDTH, num_stages=1):
-        b_row_sum = reduce_ranks(
-            first, b_high, b_low, p_left, p_right, p_column_sums, scale, m_rows, m_columns, columns,
-            RANK, ONES, FAST, SPLIT, ROWS, COLUMNS, WIDTH,
-        )  # fmt: skip
-        k = first + tl.arange(0, WIDTH)
-        tl.store(
-            p_row_sums + (r[:, None] * RANKS + k[None, :]), b_row_sum, mask=m_rows[:, None] & (k < stored)[None, :]
-        )
+from .walk import all_registers
 
 
 @triton.jit
@@ -211,143 +69,133 @@ def stacked_right(
 
 
 @triton.jit
-def gate(b_updated, p_mask, words, r_in, w_in, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """M, or with THROUGH M + |W'|, in fp32."""
-    c = tl.arange(0, COLUMNS)
-    b_words = tl.load(p_mask + (r_in[:, None] * words + w_in[None, :]))
-    b_word = tl.broadcast_to(b_words[:, :, None], (ROWS, COLUMNS // 32, 32))
-    b_word = tl.reshape(b_word, (ROWS, COLUMNS))
-    b_gate = ((b_word >> (c % 32 // 2 + c % 2 * 16)[None, :]) & 1).to(tl.float32)
-    if THROUGH:
-        b_gate += tl.abs(b_updated)
-    return b_gate
+def columns_of(b, PART: tl.constexpr, PARTS: tl.constexpr):
+    """One of so many equal parts of a tile's columns, which stay in the registers that they are in."""
+    if PARTS == 1:
+        return b
+    else:
+        b_halves = tl.permute(tl.reshape(b, (b.shape[0], 2, b.shape[1] // 2)), (0, 2, 1))
+        b_first, b_second = tl.split(b_halves)
+        if PART < PARTS // 2:
+            return columns_of(b_first, PART, PARTS // 2)
+        else:
+            return columns_of(b_second, PART - PARTS // 2, PARTS // 2)
 
 
-@triton.jit(do_not_specialize=["tokens", "share"])
+@triton.jit
+def mask_words(p_mask, words, r_in, i_columns, EVEN: tl.constexpr, COLUMNS: tl.constexpr):
+    """The words of the mask for so many columns of a tile, (rows, COLUMNS // 32)."""
+    w = tl.arange(0, COLUMNS // 32)
+    if not EVEN:
+        w = tl.minimum(w, (words - 1 - i_columns // 32).to(tl.int32))
+    return tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w[None, :]))
+
+
+@triton.jit(do_not_specialize=["tokens", "share", "walk"])
 def factor_gradients_kernel(
     p_gy, p_x, p_g, p_weight, p_u, p_v, p_a, p_b, p_mask, p_row_sums, p_column_sums,
-    tokens, share, rows, columns, stride, words, beta,
+    tokens, share, walk, rows, columns, stride, words, beta,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     GIVEN: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-    STACK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PARTS: tl.constexpr,
+    WORDS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """One tile's share of all six sums; the grid is (column tiles, row tiles, shares of the tokens).
+    """The shares of all six sums of `walk` tiles side by side; the grid is (walks of a row of tiles, row tiles, shares
+    of the tokens).
 
-    row_sums is fp32 (shares * column tiles, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (shares * row tiles,
-    RANKS, columns): (beta U)^T Q, A^T D and D.sum(0). GIVEN: G is read from p_g, and p_gy and p_x are not.
+    row_sums is fp32 (shares * walks, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (shares * row tiles, RANKS,
+    columns): (beta U)^T Q, A^T D and D.sum(0). GIVEN: G is read from p_g, and p_gy and p_x are not.
+
+    All ranks of a kind stand side by side in one operand, which is loaded and split once. Each product has the other
+    kind's half zeroed, so that dU and dA are two halves of one accumulator, and so are dV and dB. A tile is reduced in
+    PARTS of its columns, so that W', D and Q of one part are in registers at a time.
     """
     RANKS: tl.constexpr = RANK_W + RANK_S + 1
-    i_columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
+    COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
+    EXACT: tl.constexpr = p_v.dtype.element_ty == tl.bfloat16 and p_b.dtype.element_ty == tl.bfloat16
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
-    b_g = product_tile(
-        p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
-    )  # fmt: skip
     r = tl.arange(0, BLOCK_ROWS)
+    c = tl.arange(0, COLUMNS)
+    k = tl.arange(0, 16)
     m_rows = i_rows + r < rows
     r_in = r
     if not EVEN:
         r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
+    of_weight = k < RANK_W
+    exists = k < RANK_W + RANK_S
+    b_left = stacked_left(p_u + i_rows * RANK_W, p_a + i_rows * RANK_S, beta, m_rows, RANK_W, RANK_S, BLOCK_ROWS)
+    b_left_high, b_left_low = split(b_left, FAST, SPLIT)
+    b_u_high = tl.where(of_weight[None, :], b_left_high, 0.0)
+    b_u_low = tl.where(of_weight[None, :], b_left_low, 0.0)
+    b_a_high = tl.where(of_weight[None, :], 0.0, b_left_high)
+    b_a_low = tl.where(of_weight[None, :], 0.0, b_left_low)
     z = tl.program_id(2).to(tl.int64)
     p_row_sums += ((z * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANKS
-    p_column_sums += (z * tl.num_programs(1) + tl.program_id(1)) * RANKS * columns + i_columns
+    p_column_sums += (z * tl.num_programs(1) + tl.program_id(1)) * RANKS * columns
+    p_dc = p_column_sums + tl.full([], RANK_W + RANK_S, tl.int64) * columns
     p_mask += i_rows * words
-    p_u += i_rows * RANK_W
-    p_a += i_rows * RANK_S
+    p_weight += i_rows * (1 if WEIGHT_ALONG_ROWS else stride)
 
-    c = tl.arange(0, BLOCK_COLUMNS)
-    w = tl.arange(0, BLOCK_COLUMNS // 32)
-    m_columns = i_columns + c < columns
-    c_in, w_in = c, w
-    if not EVEN:
-        c_in = tl.minimum(c, (columns - 1 - i_columns).to(tl.int32))
-        w_in = tl.minimum(w, (words - 1 - i_columns // 32).to(tl.int32))
-    if WEIGHT_ALONG_ROWS:
-        p_weight += i_rows + i_columns * stride
-        b_weight = tl.load(p_weight + (r_in[:, None] + c_in[None, :] * stride)).to(tl.float32)
-    else:
-        p_weight += i_rows * stride + i_columns
-        b_weight = tl.load(p_weight + (r_in[:, None] * stride + c_in[None, :])).to(tl.float32)
-    if STACK:
-        # All ranks of a kind side by side in one operand, which is loaded and split once. Each product has the other
-        # kind's half zeroed, so that dU and dA are two halves of one accumulator, and so are dV and dB.
-        k = tl.arange(0, 16)
-        of_weight = k < RANK_W
-        EXACT: tl.constexpr = p_v.dtype.element_ty == tl.bfloat16 and p_b.dtype.element_ty == tl.bfloat16
-        b_right = stacked_right(p_v + i_columns, p_b + i_columns, m_columns, columns, RANK_W, RANK_S, BLOCK_COLUMNS)
-        b_right_high, b_right_low = split(b_right, FAST, SPLIT)
-        b_left = stacked_left(p_u, p_a, beta, m_rows, RANK_W, RANK_S, BLOCK_ROWS)
-        b_left_high, b_left_low = split(b_left, FAST, SPLIT)
-        b_u_high = tl.where(of_weight[None, :], b_left_high, 0.0)
-        b_u_low = tl.where(of_weight[None, :], b_left_low, 0.0)
-        b_updated = product_of_pairs(b_u_high, b_u_low, b_right_high, b_right_low, b_weight, FAST, EXACT)
-
-        b_row_sum = tl.zeros((BLOCK_ROWS, 16), tl.float32)
-        b_sum = tl.zeros((BLOCK_COLUMNS, 16), tl.float32)
-        b_d = b_g * b_updated
-        tl.store(p_row_sums + (r * RANKS + (RANK_W + RANK_S)), tl.sum(b_d, 1), mask=m_rows)
-        p_dc = p_column_sums + tl.full([], RANK_W + RANK_S, tl.int64) * columns
-        tl.store(p_dc + c, tl.sum(b_d, 0), mask=m_columns)
-        b_high, b_low = split(b_d, FAST, SPLIT)
-        b_b_high = tl.where(of_weight[:, None], 0.0, b_right_high)
-        b_b_low = tl.where(of_weight[:, None], 0.0, b_right_low)
-        b_row_sum = product_of_pairs(b_high, b_low, tl.trans(b_b_high), tl.trans(b_b_low), b_row_sum, FAST, EXACT)
-        b_a_high = tl.where(of_weight[None, :], 0.0, b_left_high)
-        b_a_low = tl.where(of_weight[None, :], 0.0, b_left_low)
-        b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_a_high, b_a_low, b_sum, FAST)
-        if columns > 0:  # always: a branch keeps the compiler from holding the operands of D's and Q's products at once
-            b_gate = gate(b_updated, p_mask + i_columns // 32, words, r_in, w_in, THROUGH, BLOCK_ROWS, BLOCK_COLUMNS)
-            b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
-            b_v_high = tl.where(of_weight[:, None], b_right_high, 0.0)
-            b_v_low = tl.where(of_weight[:, None], b_right_low, 0.0)
-            b_row_sum = product_of_pairs(b_high, b_low, tl.trans(b_v_high), tl.trans(b_v_low), b_row_sum, FAST, EXACT)
-            b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_u_high, b_u_low, b_sum, FAST)
-        exists = k < RANK_W + RANK_S
-        tl.store(p_column_sums + (k[None, :] * columns + c[:, None]), b_sum, mask=exists[None, :] & m_columns[:, None])
-        tl.store(p_row_sums + (r[:, None] * RANKS + k[None, :]), b_row_sum, mask=m_rows[:, None] & exists[None, :])
-    else:
-        MANY: tl.constexpr = RANK_W > WIDTH or RANK_S >= WIDTH
-        b_updated = b_weight
-        for first in tl.range(0, RANK_W, WIDTH, num_stages=1):
-            k = first + tl.arange(0, WIDTH)
-            m_v = (k < RANK_W)[:, None] & m_columns[None, :]
-            b_v = tl.load(p_v + i_columns + (k[:, None] * columns + c[None, :]), mask=m_v, other=0.0).to(tl.float32)
-            m_u = m_rows[:, None] & (k < RANK_W)[None, :]
-            b_u = tl.load(p_u + (r[:, None] * RANK_W + k[None, :]), mask=m_u, other=0.0).to(tl.float32) * beta
-            b_u_high, b_u_low = split(b_u, FAST, SPLIT)
-            b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
-
-        b_da = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
-        if rows > 0:  # always: a branch keeps the compiler from holding the operands of D's and Q's products at once
-            b_high, b_low = split(b_g * b_updated, FAST, SPLIT)
-            p_sums = p_column_sums + tl.full([], RANK_W, tl.int64) * columns
-            if MANY:
-                reduce_tile(
-                    b_high, b_low, p_a, p_b + i_columns, p_row_sums + RANK_W, p_sums, 1.0, m_rows, m_columns, columns,
-                    RANK_S, True, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-                )  # fmt: skip
-            else:
-                b_da = reduce_ranks(
-                    0, b_high, b_low, p_a, p_b + i_columns, p_sums, 1.0, m_rows, m_columns, columns,
-                    RANK_S, True, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-                )  # fmt: skip
-        b_gate = gate(b_updated, p_mask + i_columns // 32, words, r_in, w_in, THROUGH, BLOCK_ROWS, BLOCK_COLUMNS)
-        b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
-        if MANY:
-            reduce_tile(
-                b_high, b_low, p_u, p_v + i_columns, p_row_sums, p_column_sums, beta, m_rows, m_columns, columns,
-                RANK_W, False, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-            )  # fmt: skip
-        else:
-            b_du = reduce_ranks(
-                0, b_high, b_low, p_u, p_v + i_columns, p_column_sums, beta, m_rows, m_columns, columns,
-                RANK_W, False, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-            )  # fmt: skip
-            i = tl.arange(0, WIDTH)
-            o_rows = r[:, None] * RANKS + i[None, :]
-            tl.store(p_row_sums + o_rows, b_du, mask=m_rows[:, None] & (i < RANK_W)[None, :])
-            tl.store(p_row_sums + RANK_W + o_rows, b_da, mask=m_rows[:, None] & (i <= RANK_S)[None, :])
+    b_row_sum = tl.zeros((BLOCK_ROWS, 16), tl.float32)
+    b_dr = tl.zeros((BLOCK_ROWS,), tl.float32)
+    first = tl.program_id(0) * walk
+    last = tl.minimum(first + walk, tl.cdiv(columns, BLOCK_COLUMNS))
+    # What does not change from tile to tile must not be held in registers through the products over tokens.
+    for step in tl.range(first, last, num_stages=1, disable_licm=True):
+        i_columns = tl.full([], step, tl.int64) * BLOCK_COLUMNS
+        b_g = product_tile(
+            p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
+            BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
+        )  # fmt: skip
+        if WORDS_AT_ONCE:
+            b_words = mask_words(p_mask, words, r_in, i_columns, EVEN, BLOCK_COLUMNS)
+        for part in tl.static_range(PARTS):
+            # Always, here and below: a branch keeps the compiler from holding operands of several products at once.
+            if columns > part:
+                i = i_columns + part * COLUMNS
+                m_columns = i + c < columns
+                c_in = c
+                if not EVEN:
+                    c_in = tl.minimum(c, (columns - 1 - i).to(tl.int32))
+                if WEIGHT_ALONG_ROWS:
+                    o_weight = r_in[:, None] + c_in[None, :] * stride
+                    p_part = p_weight + i * stride
+                else:
+                    o_weight = r_in[:, None] * stride + c_in[None, :]
+                    p_part = p_weight + i
+                b_weight = tl.load(p_part + o_weight).to(tl.float32)
+                b_right = stacked_right(p_v + i, p_b + i, m_columns, columns, RANK_W, RANK_S, COLUMNS)
+                b_right_high, b_right_low = split(b_right, FAST, SPLIT)
+                b_v_high = tl.where(of_weight[:, None], b_right_high, 0.0)
+                b_v_low = tl.where(of_weight[:, None], b_right_low, 0.0)
+                b_updated = product_of_pairs(b_u_high, b_u_low, b_v_high, b_v_low, b_weight, FAST, EXACT)
+                b_part = columns_of(b_g, part, PARTS)
+                b_d = b_part * b_updated
+                b_dr += tl.sum(b_d, 1)
+                tl.store(p_dc + i + c, tl.sum(b_d, 0), mask=m_columns)
+                b_high, b_low = split(b_d, FAST, SPLIT)
+                b_b_high = tl.where(of_weight[:, None], 0.0, b_right_high)
+                b_b_low = tl.where(of_weight[:, None], 0.0, b_right_low)
+                b_row_sum = product_of_pairs(
+                    b_high, b_low, tl.trans(b_b_high), tl.trans(b_b_low), b_row_sum, FAST, EXACT
+                )
+                b_sum = tl.zeros((COLUMNS, 16), tl.float32)
+                b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_a_high, b_a_low, b_sum, FAST)
+                if rows > part:
+                    if WORDS_AT_ONCE:
+                        b_part_words = columns_of(b_words, part, PARTS)
+                    else:
+                        b_part_words = mask_words(p_mask, words, r_in, i, EVEN, COLUMNS)
+                    b_gate = gate(b_updated, b_part_words, THROUGH, BLOCK_ROWS, COLUMNS)
+                    b_high, b_low = split(b_part * b_gate, FAST, SPLIT)
+                    b_row_sum = product_of_pairs(
+                        b_high, b_low, tl.trans(b_v_high), tl.trans(b_v_low), b_row_sum, FAST, EXACT
+                    )
+                    b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_u_high, b_u_low, b_sum, FAST)
+                o_column = k[None, :] * columns + c[:, None]
+                tl.store(p_column_sums + i + o_column, b_sum, mask=exists[None, :] & m_columns[:, None])
+    tl.store(p_row_sums + (r * RANKS + (RANK_W + RANK_S)), b_dr, mask=m_rows)
+    tl.store(p_row_sums + (r[:, None] * RANKS + k[None, :]), b_row_sum, mask=m_rows[:, None] & exists[None, :])
 
 
 @triton.jit
@@ -398,9 +246,9 @@ def factor_gradients(
         return dU, dV, dA, dB, dR, dC
     dU, dV, dA, dB, dR, dC = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
     weight, stride, along_columns = one_stride(weight)
-    architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
-    fast = x.dtype != torch.float32 and not interpreted
-    tile = tiles.gradients(architecture, x.dtype, weight.dtype, rows, columns, max(rank_w, rank_s + 1))
+    architecture = tiles.architecture(x.device)
+    stacked = tiles.stacked(architecture, rank_w + rank_s)
+    tile = tiles.gradients(architecture, x.dtype, weight.dtype, rows, columns, max(rank_w, rank_s + 1), stacked)
     given = tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x.dtype, weight.dtype)]
     g = scratch.get((rows, columns), x.dtype, x.device) if given else x
     if given:
@@ -409,21 +257,28 @@ def factor_gradients(
     share = tokens if given else tiles.token_share(architecture, across * down, tokens, tile.depth)
     shares = triton.cdiv(tokens, share)
     ranks = rank_w + rank_s + 1
-    row_sums = torch.empty((shares * across, rows, ranks), dtype=torch.float32, device=x.device)
+    walk = tiles.walk(architecture, tile, across, down * shares, 0 if given else share, ranks) if stacked else 1
+    walks = triton.cdiv(across, walk)
+    row_sums = torch.empty((shares * walks, rows, ranks), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((shares * down, ranks, columns), dtype=torch.float32, device=x.device)
-    factor_gradients_kernel[across, down, shares](
-        gy, x, g, weight, U, V, A, B, mask, row_sums, column_sums, tokens, share, rows, columns, stride,
-        mask.shape[1], beta,
-        RANK_W=rank_w, RANK_S=rank_s, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude, GIVEN=given,
-        FAST=fast, SPLIT="" if architecture.startswith("gfx") else _SPLIT, UPCAST=interpreted,
-        EVEN=rows % tile.rows == 0 and columns % tile.columns == 0,
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        WIDTH=16, STACK=tiles.stacked(architecture, rank_w + rank_s, {U.dtype, V.dtype, A.dtype, B.dtype}),
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    tensors = gy, x, g, weight, U, V, A, B, mask, row_sums, column_sums
+    sizes = rows, columns, stride, mask.shape[1], beta
+    constants = {
+        "RANK_W": rank_w, "RANK_S": rank_s, "WEIGHT_ALONG_ROWS": not along_columns, "THROUGH": through_magnitude,
+        "GIVEN": given, "UPCAST": tiles.interpreted(), "EVEN": rows % tile.rows == 0 and columns % tile.columns == 0,
+        "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
+        **splitting(x.dtype, architecture), "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    if stacked:
+        factor_gradients_kernel[walks, down, shares](
+            *tensors, tokens, share, walk, *sizes, PARTS=tiles.gradient_parts(architecture, tile.columns, given),
+            WORDS_AT_ONCE=tiles.mask_at_once(architecture, rank_w + rank_s), **constants, **all_registers(x.device),
+        )  # fmt: skip
+    else:
+        many_ranks_kernel[across, down, shares](*tensors, tokens, share, *sizes, WIDTH=16, **constants)
     block = 256
     add_shares_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](
-        row_sums, column_sums, dU, dV, dA, dB, dR, dC, shares * across, shares * down, rows, columns,
+        row_sums, column_sums, dU, dV, dA, dB, dR, dC, shares * walks, shares * down, rows, columns,
         beta, alpha1, alpha2, RANK_W=rank_w, RANK_S=rank_s, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return dU, dV, dA, dB, dR, dC
@@ -476,7 +331,8 @@ def _case(
         gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
         factor_gradients(gy, x_, W, U, V, A, B, mask, 1.0, 1.0, 1.0, through)
 
-    tile = tiles.gradients(tiles.architecture(torch.device("meta")), x, weight, rows, columns, rank + 1)
+    architecture = tiles.architecture(torch.device("meta"))
+    tile = tiles.gradients(architecture, x, weight, rows, columns, rank + 1, tiles.stacked(architecture, 2 * rank))
     odd, given = rows % 2 == 1, tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x, weight)]
     details = [f"{rows} x {columns}"] * (rows != 1024) + ["W transposed"] * stored_transposed
     details += [f"factors {factor}".replace("torch.", "")] * (factor != torch.float32)

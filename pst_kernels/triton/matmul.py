@@ -81,6 +81,21 @@ def keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY: tl.const
     )
 
 
+@triton.jit
+def store_result(
+    b_y, p_y, p_bias, has_bias, i_tokens, i_rows, tokens, rows, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    """Add the bias to a (rows, tokens) tile, round it, and store what exists of it in y (tokens, rows)."""
+    r = tl.arange(0, BLOCK_ROWS)
+    t = tl.arange(0, BLOCK_COLUMNS)
+    m_rows = i_rows + r < rows
+    b_bias = tl.load(p_bias + i_rows + r, mask=m_rows & (has_bias != 0), other=0.0).to(tl.float32)
+    o_y = t[None, :] * rows + r[:, None]
+    m_y = m_rows[:, None] & (i_tokens + t < tokens)[None, :]
+    b_y = (b_y + b_bias[:, None]).to(p_y.dtype.element_ty)
+    tl.store(p_y + i_tokens * rows + i_rows + o_y, b_y, mask=m_y)
+
+
 @triton.jit(do_not_specialize=["tokens", "has_bias"])
 def masked_matmul_kernel(
     p_x, p_weight, p_left, p_right, p_bias, p_mask, p_y, tokens, rows, depth, stride, words, has_bias,
@@ -200,12 +215,7 @@ def masked_matmul_kernel(
         p_right += BLOCK_DEPTH * WIDTH
         p_mask += mask_step
 
-    m_rows = i_rows + r < rows
-    b_bias = tl.load(p_bias + i_rows + r, mask=m_rows & (has_bias != 0), other=0.0).to(tl.float32)
-    o_y = t[None, :] * rows + r[:, None]
-    m_y = m_rows[:, None] & (i_tokens + t < tokens)[None, :]
-    b_y = (b_y + b_bias[:, None]).to(p_y.dtype.element_ty)
-    tl.store(p_y + i_tokens * rows + i_rows + o_y, b_y, mask=m_y)
+    store_result(b_y, p_y, p_bias, has_bias, i_tokens, i_rows, tokens, rows, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["rank"])

@@ -153,27 +153,32 @@ MATMUL: dict[str, Table] = {
 }  # fmt: skip
 
 # Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
-# More than MOST_SUMS sums a row (ranks, and one for R), or a matrix that is no multiple of the tile, need more
-# registers: they get the MEDIUM tile where a target has one and the matrix is a multiple of it, else SMALL.
+# Where the registers cannot hold U beside A and V beside B (STACKED), and where a matrix is no multiple of the tile, it
+# is the MEDIUM tile for as many sums a row (ranks, and one for R) as it has room for, where the matrix is a multiple of
+# it, else the SMALL one.
 _FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
     for name, half in {
-        "sm_80": Tile(128, 64, 32, 8, 3, 0.40), "sm_86": Tile(128, 64, 32, 8, 3, 0.23),
-        "sm_89": Tile(128, 64, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.32),
-        "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 64, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
+        "sm_80": Tile(128, 128, 32, 8, 3, 0.40), "sm_86": Tile(128, 128, 32, 8, 3, 0.23),
+        "sm_89": Tile(128, 128, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.32),
+        "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 128, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
     }.items()
 }  # fmt: skip
-MOST_SUMS = {"sm_80": 9, "sm_90": 9, "sm_100": 9}  # others: 16
+_MEDIUM = 16, Tile(128, 64, 32, 8, 3)
 MEDIUM = {  # with the most sums that it is used for
-    "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_90": (1 << 30, Tile(64, 64, 64, 4, 3)),
-    "sm_100": (1 << 30, Tile(64, 64, 64, 4, 3)),
+    "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_86": _MEDIUM, "sm_89": _MEDIUM,
+    "sm_90": (1 << 30, Tile(64, 64, 64, 4, 3)), "sm_100": (1 << 30, Tile(64, 64, 64, 4, 3)), "sm_120": _MEDIUM,
+    "gfx942": (16, Tile(64, 64, 32, 4, 2)),
 }  # fmt: skip
 SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
-# Where the registers hold U beside A and V beside B, up to 16 ranks in all, so that a tile loads each once. On sm_100
-# and sm_120, and with fp16 factors on sm_90, that spills: there U and V are loaded twice.
-STACKED = ("sm_80", "sm_86", "sm_89", "sm_90")
+STACKED = tuple(name for name in TARGETS if name != "gfx942")  # for up to 16 ranks of both kinds together
+GRADIENT_PART = {"sm_100": 64}  # columns of a tile that are reduced at a time, others: 32
+
+# Where a tile loads its words of the mask once, with 16 ranks. Elsewhere that spills or lengthens the main loop: a word
+# is loaded by the four threads that need it, which is one access to the cache.
+MASK_AT_ONCE = ("sm_90", "sm_100")
 
 MATMUL_COLUMNS, GRADIENT_COLUMNS = 16, 32  # the fewest of a tile: what a tensor core takes, and a word of the mask
 
@@ -196,9 +201,14 @@ SHARE_TOKENS = (
     1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
 )
 
+# Reducing a tile of 128 x 128 takes about 3,700 instructions of 8 warps on sm_90, as many cycles as the tensor cores
+# take for so many tokens.
+REDUCTION_TOKENS = 900
+
 # Block patterns: tiles by the size of the blocks, which is their number of rows. In the products columns are tokens,
 # of which FEW_TOKENS have a narrow tile, and depth is what a step takes of a strip of kept blocks. In the gradients
 # columns are of a strip, and depth is tokens. A ragged matrix is no multiple of the blocks.
+BLOCK_SIZES = (16, 32, 64, 128)
 FEW_TOKENS = 32
 FACTOR_PART = {"half": 64, "mixed": 64, "float": 16}  # columns of the padded factors that one small product takes
 _BLOCKS: dict[str, dict[int, Tile]] = {
@@ -206,8 +216,8 @@ _BLOCKS: dict[str, dict[int, Tile]] = {
         16: Tile(16, 256, 64, 4, 3), 32: Tile(32, 256, 64, 4, 3), 64: Tile(64, 128, 64, 4, 3),
         128: Tile(128, 128, 64, 8, 2),
     },
-    "mixed": {size: Tile(size, 128, 32, 8 if size == 128 else 4, 3) for size in (16, 32, 64, 128)},
-    "float": {size: Tile(size, 32, 32, 4, 2) for size in (16, 32, 64, 128)},
+    "mixed": {size: Tile(size, 128, 32, 8 if size == 128 else 4, 3) for size in BLOCK_SIZES},
+    "float": {size: Tile(size, 32, 32, 4, 2) for size in BLOCK_SIZES},
 }  # fmt: skip
 # The tensor cores of these read registers, or have a memory of their own: twice the tokens for the same work on W'.
 _BLOCKS_WIDE = _BLOCKS | {
@@ -258,14 +268,16 @@ def matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, 
     return ODD[key] if odd else tile
 
 
-def gradients(architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int) -> Tile:
+def gradients(
+    architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int, stacked: bool
+) -> Tile:
     """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
     tile = _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
-    most = 16 if key == "float" else MOST_SUMS.get(architecture, 16)
-    if ranks <= most and rows % tile.rows == 0 and columns % tile.columns == 0:
+    whole = rows % tile.rows == 0 and columns % tile.columns == 0
+    if whole and (stacked or (key == "float" and ranks <= 16)):
         return tile
-    most, medium = (0, tile) if key == "float" else MEDIUM.get(architecture, (0, tile))
+    most, medium = (0, tile) if key == "float" else MEDIUM[architecture]
     fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
     return medium if fits else SMALL[key]
 
@@ -275,7 +287,7 @@ def block_matmul(
 ) -> Tile:
     """The tile of a product with blocks of `size`; `width` is that of the padded factors."""
     key = dtype_key(x, weight)
-    tile = BLOCK_MATMUL[architecture][key][size]
+    tile = _tuning(architecture)["block_matmul"].get(key, {}).get(size) or BLOCK_MATMUL[architecture][key][size]
     if ragged:
         tile = tile._replace(columns=min(tile.columns, 64), depth=32, stages=2)
     if width > FACTOR_PART[key]:  # their parts are loaded within a step, which leaves nothing to pipeline
@@ -286,7 +298,8 @@ def block_matmul(
 
 def block_gradients(architecture: str, x: torch.dtype, size: int, rank: int, ragged: bool) -> Tile:
     """The tile of G that a program of the gradient kernel makes for blocks of `size`."""
-    tile = BLOCK_GRADIENTS[architecture]["float" if x == torch.float32 else "half"][size]
+    key = "float" if x == torch.float32 else "half"
+    tile = _tuning(architecture)["block_gradients"].get(key, {}).get(size) or BLOCK_GRADIENTS[architecture][key][size]
     if ragged:
         tile = tile._replace(depth=min(tile.depth, 32))
     return tile._replace(columns=min(tile.columns, 64)) if ragged or rank > 16 else tile
@@ -301,9 +314,39 @@ def block_slots(
     return BLOCK_SLOTS.get(architecture(torch.device("meta")), (None, None))
 
 
-def stacked(architecture: str, ranks: int, factors: set[torch.dtype]) -> bool:
+def stacked(architecture: str, ranks: int) -> bool:
     """Whether a program holds the factors of W' and of S side by side; `ranks` is the number of both together."""
-    return architecture in STACKED and ranks <= 16 and torch.float16 not in factors
+    return architecture in STACKED and ranks <= 16
+
+
+def mask_at_once(architecture: str, ranks: int) -> bool:
+    return architecture in MASK_AT_ONCE and ranks == 16
+
+
+def gradient_parts(architecture: str, columns: int, given: bool) -> int:
+    """In how many parts of its columns a tile is reduced; where G is given, its own offsets take registers."""
+    return max(1, columns // (32 if given else GRADIENT_PART.get(architecture, 32)))
+
+
+@functools.lru_cache(maxsize=256)
+def walk(architecture: str, tile: Tile, across: int, down: int, tokens: int, ranks: int) -> int:
+    """How many of the `across` tiles of each of `down` rows a program of the gradient kernel makes one after another.
+
+    A longer walk reads the strips of two factors and stores and reads the sums of `ranks` columns less often, but may
+    leave multiprocessors idle: the walk with the least time for both is taken, each number of programs that the device
+    runs at a time being one round.
+    """
+    target = TARGETS[architecture]
+    resident = target.multiprocessors * max(1, 8 // tile.warps)  # each has the registers of 8 warps
+    a_tile = (tokens + REDUCTION_TOKENS) * tile.rows * tile.columns * resident / target.multiprocessors
+    a_walk = 3 * 4 * ranks * tile.rows * down  # bytes: strips read, sums stored, sums read
+
+    def time(steps: int) -> float:
+        walks = triton.cdiv(across, steps)
+        rounds = triton.cdiv(walks * down, resident)
+        return rounds * steps * a_tile * target.multiprocessors / target.rate + walks * a_walk / target.bandwidth
+
+    return min(range(1, across + 1), key=time)
 
 
 def token_share(architecture: str, tiles: int, tokens: int, depth: int) -> int:
@@ -332,7 +375,8 @@ def _tuning(architecture: str) -> dict[str, dict[str, Any]]:
     return tables if found == architecture else _NOT_TUNED
 
 
-_NOT_TUNED: dict[str, dict[str, Any]] = {"matmul": {}, "gradients": {}, "in_loop_tokens": {}}
+_TUNED = ("matmul", "gradients", "in_loop_tokens", "block_matmul", "block_gradients")
+_NOT_TUNED: dict[str, dict[str, Any]] = {name: {} for name in _TUNED}
 
 
 @functools.lru_cache(maxsize=8)
@@ -341,7 +385,7 @@ def _read_tuning(path: Path, _modified: int) -> tuple[str, dict[str, dict[str, A
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["architecture"] not in TARGETS:
             raise ValueError(f"architecture is {data['architecture']!r}, not one of {', '.join(TARGETS)}")
-        keys = data["matmul"].keys() | data["gradients"].keys() | data["in_loop_tokens"].keys()
+        keys = set[str]().union(*(data[name].keys() for name in _TUNED))
         if keys - ODD.keys():
             raise ValueError(f"dtypes are {sorted(keys)}, but only {', '.join(ODD)} are known")
         matmul = {key: tuple((int(most), _tile(tile)) for most, tile in rows) for key, rows in data["matmul"].items()}
@@ -349,20 +393,35 @@ def _read_tuning(path: Path, _modified: int) -> tuple[str, dict[str, dict[str, A
             raise ValueError("the last row of each matmul table must go up to at least 1073741824 tokens")
         gradients = {key: _tile(tile, GRADIENT_COLUMNS) for key, tile in data["gradients"].items()}
         tokens = {key: int(most) for key, most in data["in_loop_tokens"].items()}
+        of_blocks = {
+            name: {
+                key: {int(size): _block_tile(size, tile) for size, tile in sizes.items()}
+                for key, sizes in data[name].items()
+            }
+            for name in ("block_matmul", "block_gradients")
+        }
     except (ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"PST_KERNELS_TUNING={str(path)!r} is not a tuning file ({type(error).__name__}: {error});"
             " write one with `pst-kernels tune`, or unset the variable"
         ) from error
-    return data["architecture"], {"matmul": matmul, "gradients": gradients, "in_loop_tokens": tokens}
+    return data["architecture"], {"matmul": matmul, "gradients": gradients, "in_loop_tokens": tokens, **of_blocks}
 
 
-def _tile(numbers: list[int], columns: int = MATMUL_COLUMNS) -> Tile:
+def _tile(numbers: list[int], columns: int = MATMUL_COLUMNS, fewest: int = 32) -> Tile:
     tile = Tile(*(int(n) for n in numbers))
     powers = all(n > 0 and n & (n - 1) == 0 for n in tile[:4])
-    if len(numbers) != 5 or not powers or tile.stages < 1 or min(tile.rows, tile.depth) < 32 or tile.columns < columns:
+    small = min(tile.rows, tile.depth) < fewest or tile.columns < columns
+    if len(numbers) != 5 or not powers or tile.stages < 1 or small:
         raise ValueError(
             f"tile {numbers}: need [rows, columns, depth, warps, stages], powers of two but for stages,"
-            f" rows and depth from 32, columns from {columns}"
+            f" rows and depth from {fewest}, columns from {columns}"
         )
+    return tile
+
+
+def _block_tile(size: str, numbers: list[int]) -> Tile:
+    tile = _tile(numbers, fewest=16)
+    if int(size) not in BLOCK_SIZES or tile.rows != int(size):
+        raise ValueError(f"tile {numbers} for blocks of {size}: blocks are of {BLOCK_SIZES}, and rows are their size")
     return tile

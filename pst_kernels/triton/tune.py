@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import fallback
 from ..packing import pack_mask
-from . import gradients, matmul, tiles
+from . import block_gradients, block_lists, block_matmul, gradients, matmul, tiles
 
 DTYPES = {
     "half": (torch.bfloat16, torch.bfloat16), "mixed": (torch.float32, torch.bfloat16),
@@ -37,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out-features", type=int, default=4096)
     parser.add_argument("--in-features", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens to time the factor gradients with")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="tokens to time gradients and products with blocks with"
+    )
+    parser.add_argument(
+        "--block-sizes", type=int, nargs="*", choices=tiles.BLOCK_SIZES, default=tiles.BLOCK_SIZES, metavar="SIZE",
+        help="sizes of blocks to tune, default all: 16 32 64 128; without a number none",
+    )  # fmt: skip
 
 
 def main(args: argparse.Namespace) -> int:
@@ -51,8 +57,9 @@ def main(args: argparse.Namespace) -> int:
     architecture = tiles.architecture(device)
     found: dict[str, Any] = {
         "architecture": architecture, "device": torch.cuda.get_device_name(device),
-        "matmul": {}, "gradients": {}, "in_loop_tokens": {},
+        "matmul": {}, "gradients": {}, "in_loop_tokens": {}, "block_matmul": {}, "block_gradients": {},
     }  # fmt: skip
+    os.environ.pop("PST_KERNELS_TUNING", None)  # the shipped tables are what is tuned, not an earlier run's
     for key in DTYPES:
         problem = _problem(key, args, device)
         rows = [
@@ -63,6 +70,12 @@ def main(args: argparse.Namespace) -> int:
         found["in_loop_tokens"][key] = _switch(problem, rows)
         tile = tiles.GRADIENTS[architecture][key]
         found["gradients"][key] = list(_best(_gradient_runs(problem, tile, args.tokens, key), TOLERANCE[key])[:5])
+        for table, runs in (("block_matmul", _block_matmul_runs), ("block_gradients", _block_gradient_runs)):
+            if key in _TABLES[table][architecture]:
+                found[table][key] = {
+                    str(size): list(_best(runs(problem, args.tokens, key, size), TOLERANCE[key])[:5])
+                    for size in args.block_sizes
+                }
     write(args.output, found)
     print(f"wrote {args.output}; use it with PST_KERNELS_TUNING={args.output}")
     return 0
@@ -174,6 +187,69 @@ def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: 
                 table[key] = shipped
 
         yield other, launch, list(expected)
+
+
+_TABLES: dict[str, dict[str, dict[str, dict[int, tiles.Tile]]]] = {
+    "block_matmul": tiles.BLOCK_MATMUL, "block_gradients": tiles.BLOCK_GRADIENTS,
+}  # fmt: skip
+
+
+def _block_matmul_runs(problem: dict[str, Any], tokens: int, key: str, size: int) -> Iterator[Run]:
+    """Forward and input gradient with a tenth of the blocks, which share a table."""
+    weight, U, V = (problem[name] for name in ("weight", "U", "V"))
+    mask, M = _kept_blocks(problem, size)
+    x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
+    kept = ((weight.float() + SCALES[0] * U @ V) * M).to(x.dtype)
+    by_columns = block_lists.lines(mask, weight.shape, size, block_matmul.COLUMNS)
+
+    def launch() -> list[Tensor]:
+        return [
+            block_matmul.block_forward(x, weight, U, V, None, mask, SCALES[0], size),
+            block_matmul.block_input_gradient(gy, weight, U, V, SCALES[0], by_columns, size),
+        ]
+
+    yield from _block_runs("block_matmul", key, size, launch, [x @ kept.T, gy @ kept])
+
+
+def _block_gradient_runs(problem: dict[str, Any], tokens: int, key: str, size: int) -> Iterator[Run]:
+    weight, U, V = (problem[name] for name in ("weight", "U", "V"))
+    mask, M = _kept_blocks(problem, size)
+    x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
+    Q = gy.float().T @ x.float() * M * (1.0 + (weight.float() + SCALES[0] * U @ V).abs())
+    by_rows, by_columns = (
+        block_lists.lines(mask, weight.shape, size, of) for of in (block_matmul.ROWS, block_matmul.COLUMNS)
+    )
+
+    def launch() -> tuple[Tensor, Tensor]:
+        return block_gradients.block_factor_gradients(gy, x, weight, U, V, SCALES[0], True, by_rows, by_columns, size)
+
+    yield from _block_runs("block_gradients", key, size, launch, [SCALES[0] * Q @ V.T, SCALES[0] * U.T @ Q])
+
+
+def _block_runs(table: str, key: str, size: int, launch: Callable[[], Any], expected: list[Tensor]) -> Iterator[Run]:
+    """`launch` with each neighbour of a tile in its place in the table; its rows are the size of the blocks."""
+    row = _TABLES[table][tiles.architecture(expected[0].device)][key]
+    for other in neighbours(row[size]):
+        if other.rows != size:
+            continue
+
+        def launch_with(tile: tiles.Tile = other) -> Any:
+            shipped, row[size] = row[size], tile
+            try:
+                return launch()
+            finally:
+                row[size] = shipped
+
+        yield other, launch_with, expected
+
+
+def _kept_blocks(problem: dict[str, Any], size: int) -> tuple[Tensor, Tensor]:
+    """A tenth of the blocks, as packed bits and as fp32 (out, columns); the first always, so that no result is zero."""
+    weight = problem["weight"]
+    flags = torch.rand(block_lists.grid_of(weight.shape, size), device=weight.device) < 0.1
+    flags[0, 0] = True
+    kept = flags.repeat_interleave(size, 0).repeat_interleave(size, 1)[: weight.shape[0], : weight.shape[1]]
+    return pack_mask(kept), kept.float()
 
 
 def _best(runs: Iterator[Run], tolerance: float) -> tiles.Tile:

@@ -58,6 +58,23 @@ def learn_integer_pairs(module: ModuleType) -> None:
 
 
 @pytest.fixture
+def touched(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], np.ndarray]:
+    """Which bytes of global memory a kernel, launched once, has "loaded" and which it has "stored": bool."""
+    seen: dict[tuple[str, str], np.ndarray] = {}
+    check = emulator.Block.check
+
+    def marking(self: Any, address: np.ndarray, size: int, mask: np.ndarray | None, space: str, ins: Any) -> None:
+        check(self, address, size, mask, space, ins)
+        if space == "global":
+            way = "stored" if ins.op[0] == "st" else "loaded"
+            marks = seen.setdefault((self.p.name, way), np.zeros(self.mem.data.size, bool))
+            marks[(address if mask is None else address[mask])[:, None] + np.arange(size)] = True
+
+    monkeypatch.setattr(emulator.Block, "check", marking)
+    return seen
+
+
+@pytest.fixture
 def many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bands as short as on a GPU with many multiprocessors, so that small problems have many programs."""
     walk = pytest.importorskip("pst_kernels.triton.walk", reason="triton is not installed")

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from pst_kernels.triton import matmul, tiles, tune
+from pst_kernels.triton import block_matmul, matmul, tiles, tune
 
 SIZES = argparse.Namespace(out_features=96, in_features=64, rank=4)
 TILE = tiles.Tile(32, 16, 32, 4, 2)
@@ -52,6 +52,32 @@ def test_gradient_tiles(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch
     runs = tune._gradient_runs(problem, tile, 16, key)
     assert tune._best(runs, tune.TOLERANCE[key]) == tile  # the first of equals
     assert tiles.GRADIENTS["sm_90"][key] == shipped
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_block_tiles(problem: dict, key: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later a tile comes, the faster it is said to be: the last one of each table wins, if it is right, and no
+    table is left changed."""
+    names = ["block_matmul", "block_gradients"] if key != "mixed" else ["block_matmul"]
+    for name in names:
+        calls = iter(range(100))
+        timed_by(monkeypatch, lambda launch, calls=calls: 100.0 - next(calls))
+        row = tune._TABLES[name]["sm_90"][key]
+        shipped = dict(row)
+        runs = tune._block_matmul_runs if name == "block_matmul" else tune._block_gradient_runs
+        found = tune._best(runs(problem, 20, key, size), tune.TOLERANCE[key])
+        expected = [tile for tile in tune.neighbours(shipped[size]) if tile.rows == size]
+        assert found == expected[-1]
+        assert next(calls) == len(expected)  # each of them was right, and was timed
+        assert row == shipped
+
+
+def test_wrong_block_tiles_are_not_timed(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed_by(monkeypatch, lambda launch: pytest.fail("timed"))
+    original = block_matmul.block_matmul
+    monkeypatch.setattr(block_matmul, "block_matmul", lambda *args, **options: original(*args, **options) * 1.5)
+    runs = tune._block_matmul_runs(problem, 20, key, 16)
+    assert tune._best(runs, tune.TOLERANCE[key]) == tiles.BLOCK_MATMUL["sm_90"][key][16]
 
 
 @pytest.mark.parametrize(("fast_up_to", "found"), [(0, 0), (16, 16), (40, 32), (1 << 20, 64)])

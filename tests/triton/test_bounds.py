@@ -32,6 +32,7 @@ LINEAR = {
     "split_factors_kernel": ("rows", "columns"),
     "masked_matmul_kernel": ("tokens", "rows", "depth"),
     "factor_gradients_kernel": ("tokens", "rows", "columns"),
+    "many_ranks_kernel": ("tokens", "rows", "columns"),
     "add_shares_kernel": ("rows", "columns", "row_shares", "column_shares"),
 }
 BLOCKS = {
@@ -69,8 +70,8 @@ def run_selection(rows: int, columns: int, transposed: bool = False) -> None:
     kernels.masked_weight(*tensors[:3], bits, 1.0, torch.float32)
 
 
-def run_linear(rows: int, columns: int, tokens: int = 3, transposed: bool = False) -> None:
-    given = Problem(rows, columns, tokens, 5, "bfloat16", transposed=transposed).tensors()
+def run_linear(rows: int, columns: int, tokens: int = 3, transposed: bool = False, rank: int = 5) -> None:
+    given = Problem(rows, columns, tokens, rank, "bfloat16", transposed=transposed).tensors()
     gy, x, weight, U, V, A, B = (given[name] for name in ("gy", "x", "weight", "U", "V", "A", "B"))
     bits = pack_mask(given["kept"])
     matmul.linear_forward(x, weight, U, V, given["bias"], bits, 0.7)
@@ -115,6 +116,7 @@ def test_every_kernel_stays_inside(
     with emulator.emulate(architecture) as session:
         run_selection(*shape, transposed)
         run_linear(*shape, transposed=transposed)
+        run_linear(*shape, transposed=transposed, rank=9)
         run_blocks(*shape, 16, transposed=transposed)
     every = {binary.kernel.__name__ for binary in shipping.shipped(f"sm_{architecture}", shipping.KERNEL_FILES)}
     assert set(session.stats) == every - ({"digits_kernel"} if shape == (1, 1) else set())
@@ -133,7 +135,7 @@ def test_one_more_is_noticed_in_selection(emulator, monkeypatch, kernel: str, ex
 def test_one_more_is_noticed_in_the_linear(emulator, monkeypatch, kernel: str, extent: str) -> None:
     change_arguments(emulator, monkeypatch, kernel, lambda args: args.update({extent: args[extent] + 1}))
     with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=outside(kernel)):
-        run_linear(33, 65)
+        run_linear(33, 65, rank=9 if kernel == "many_ranks_kernel" else 5)
 
 
 @pytest.mark.parametrize("size", [16, 64])

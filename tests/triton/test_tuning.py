@@ -17,6 +17,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 GOOD = {
     "architecture": "sm_90", "matmul": {"half": [[16, [64, 16, 64, 4, 2]], [1 << 30, [64, 32, 64, 4, 2]]]},
     "gradients": {"half": [64, 64, 64, 4, 2]}, "in_loop_tokens": {"half": 100},
+    "block_matmul": {"half": {"32": [32, 64, 16, 4, 2]}}, "block_gradients": {"float": {"16": [16, 64, 32, 4, 2]}},
 }  # fmt: skip
 
 
@@ -34,7 +35,11 @@ def test_the_file_overrides_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert chosen(16) == tiles.Tile(64, 16, 64, 4, 2)
     assert chosen(17) == tiles.Tile(64, 32, 64, 4, 2)
     assert chosen(101) is None
-    assert tiles.gradients("sm_90", BF16, BF16, 128, 128, 9) == tiles.Tile(64, 64, 64, 4, 2)
+    assert tiles.gradients("sm_90", BF16, BF16, 128, 128, 9, stacked=True) == tiles.Tile(64, 64, 64, 4, 2)
+    assert tiles.block_matmul("sm_90", BF16, BF16, 64, 32, 32, False) == tiles.Tile(32, 64, 16, 4, 2)
+    assert tiles.block_matmul("sm_90", BF16, BF16, 64, 64, 32, False) == tiles.BLOCK_MATMUL["sm_90"]["half"][64]
+    assert tiles.block_gradients("sm_90", FP32, 16, 8, False) == tiles.Tile(16, 64, 32, 4, 2)
+    assert tiles.block_gradients("sm_90", BF16, 16, 8, False) == tiles.BLOCK_GRADIENTS["sm_90"]["half"][16]
     assert chosen(17, "sm_80") == tiles.MATMUL["sm_80"]["half"][1][1]
     assert tiles.matmul("sm_90", FP32, FP32, 17, 1024, 8) == tiles.MATMUL["sm_90"]["float"][1][1]
 
@@ -48,6 +53,9 @@ def test_the_file_overrides_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path:
         (json.dumps(GOOD | {"gradients": {"half": [64, 48, 64, 4, 2]}}), "powers of two"),
         (json.dumps(GOOD | {"gradients": {"half": [64, 64]}}), "TypeError"),
         (json.dumps(GOOD | {"gradients": {"half": [64, 16, 64, 4, 2]}}), "columns from 32"),
+        (json.dumps(GOOD | {"block_matmul": {"half": {"64": [32, 64, 16, 4, 2]}}}), "rows are their size"),
+        (json.dumps(GOOD | {"block_gradients": {"half": {"8": [8, 64, 16, 4, 2]}}}), "rows and depth from 16"),
+        (json.dumps(GOOD | {"block_gradients": {"half": {"256": [256, 64, 16, 4, 2]}}}), "blocks are of (16, 32"),
         (json.dumps(GOOD | {"matmul": {"half": [[16, [64, 16, 64, 4, 2]]]}}), "1073741824"),
     ],
 )  # fmt: skip
@@ -59,6 +67,15 @@ def test_bad_files_raise_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "pst-kernels tune" in str(caught.value)
 
 
+def test_neighbours_of_block_tiles_are_tiles_that_a_file_may_hold() -> None:
+    for table in (tiles.BLOCK_MATMUL, tiles.BLOCK_GRADIENTS):
+        for of_target in table.values():
+            for sizes in of_target.values():
+                for size, tile in sizes.items():
+                    around = [other for other in tune.neighbours(tile) if other.rows == size]
+                    assert all(tiles._block_tile(str(size), list(other[:5])) == other for other in around)
+
+
 def test_switch_follows_the_arithmetic() -> None:
     target = tiles.TARGETS["sm_90"]
     most = int(4 * target.rate / (target.bandwidth * tiles.SLOTS["sm_90"]))
@@ -67,6 +84,27 @@ def test_switch_follows_the_arithmetic() -> None:
     assert chosen(most + 1) is None
     assert chosen(16, depth=1001) == tiles.ODD["half"]
     assert chosen(16, rank=22) is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "tokens", "steps"),
+    [
+        ((512, 1024), 1024, 1),  # 32 tiles, 132 multiprocessors
+        ((2048, 2048), 1024, 2),  # 256 tiles: two rounds either way
+        ((4096, 4096), 1024, 8),  # 1,024: eight rounds
+        ((4096, 11008), 1024, 22),  # 21 rounds of one tile, or one of 22: the traffic is worth a round
+        ((4096, 11008), 8192, 1),  # but not a round of so many tokens
+    ],
+)
+def test_a_walk_leaves_no_multiprocessor_idle(shape: tuple[int, int], tokens: int, steps: int) -> None:
+    tile = tiles.GRADIENTS["sm_90"]["half"]
+    down, across = shape[0] // tile.rows, shape[1] // tile.columns
+    assert tiles.walk("sm_90", tile, across, down, tokens, 17) == steps
+
+
+def test_walks_of_small_tiles_leave_as_many_warps() -> None:
+    tile = tiles.GRADIENTS["sm_90"]["half"]._replace(warps=4)
+    assert tiles.walk("sm_90", tile, 32, 32, 1024, 17) == 4
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
