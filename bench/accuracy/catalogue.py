@@ -79,9 +79,18 @@ SMALL: dict[str, Any] = {"beta": 1 / 16}
 ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) for rate in (1e-3, 2e-3, 4e-3))
 FOUND = _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((5e-4, 5e-4), (2e-3, 5e-4), (8e-3, 5e-4)))
 FOUND_AND_LOGITS = replace(FOUND, name=f"{FOUND.name}, logits", distillation=LOGITS)
+DECODER: dict[str, Any] = {**FREE, **SMALL, "decoder": True}
+SCREENED = (
+    _candidate("decoder", pst(**DECODER), _rates((8e-3, 5e-4), (8e-3, 3e-5), (2e-3, 3e-5), (3.2e-2, 3e-5))),
+    _candidate("decoder, early", pst(**DECODER), _rates((8e-3, 3e-5)), warmup=0.0, cooldown=0.6),
+    _candidate("decoder, rank 32", pst(**DECODER, weight_rank=32), _rates((8e-3, 3e-5))),
+    _candidate("low score rate", pst(**FREE, **SMALL), _rates((8e-3, 3e-5))),
+    _candidate("low score rate, early", pst(**FREE, **SMALL), _rates((8e-3, 3e-5)), warmup=0.0, cooldown=0.6),
+)
 CANDIDATES = (
     FOUND,
     FOUND_AND_LOGITS,
+    *SCREENED,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
     _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS),
