@@ -144,7 +144,7 @@ class Wanted:
     def tuning(self) -> list[Cell]:
         like = dataclasses.replace(self.cell, method=self.tuned.name)
         if self.method.candidate:
-            return choose.tuning_cells(like, self.tuned.grid, self.cell.seed)
+            return choose.every_setting(like, self.tuned.grid, self.cell.seed)
         return choose.tuning_cells(like, self.tuned.grid)
 
     @property
