@@ -80,7 +80,12 @@ ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) f
 FOUND = _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((5e-4, 5e-4), (2e-3, 5e-4), (8e-3, 5e-4)))
 FOUND_AND_LOGITS = replace(FOUND, name=f"{FOUND.name}, logits", distillation=LOGITS)
 DECODER: dict[str, Any] = {**FREE, **SMALL, "decoder": True}
+LOGITS_AND_MORE_STATES = Distillation(share=0.5, temperature=2.0, states=10.0)
+SLOW_DECODER = ({"factors": 8e-3, "scores": 5e-4, "weights": 2e-4},)
 SCREENED = (
+    _candidate("decoder, logits", pst(**DECODER), _rates((8e-3, 5e-4)), distillation=LOGITS),
+    _candidate("decoder, logits and states", pst(**DECODER), _rates((8e-3, 5e-4)), distillation=LOGITS_AND_MORE_STATES),
+    _candidate("decoder, slow", pst(**DECODER), SLOW_DECODER),
     _candidate("decoder", pst(**DECODER), _rates((8e-3, 5e-4), (8e-3, 3e-5), (2e-3, 3e-5), (3.2e-2, 3e-5))),
     _candidate("decoder, early", pst(**DECODER), _rates((8e-3, 3e-5)), warmup=0.0, cooldown=0.6),
     _candidate("decoder, rank 32", pst(**DECODER, weight_rank=32), _rates((8e-3, 3e-5))),
