@@ -79,8 +79,11 @@ SMALL: dict[str, Any] = {"beta": 1 / 16}
 ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) for rate in (1e-3, 2e-3, 4e-3))
 FOUND = _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((5e-4, 5e-4), (2e-3, 5e-4), (8e-3, 5e-4)))
 FOUND_AND_LOGITS = replace(FOUND, name=f"{FOUND.name}, logits", distillation=LOGITS)
-DECODER: dict[str, Any] = {**FREE, **SMALL, "decoder": True}
 LOGITS_AND_MORE_STATES = Distillation(share=0.5, temperature=2.0, states=10.0)
+FOUND_AND_STATES = replace(
+    FOUND, name=f"{FOUND.name}, logits and states", distillation=LOGITS_AND_MORE_STATES, grid=FOUND.grid[::-1]
+)
+DECODER: dict[str, Any] = {**FREE, **SMALL, "decoder": True}
 SLOW_DECODER = ({"factors": 8e-3, "scores": 5e-4, "weights": 2e-4},)
 SCREENED = (
     _candidate("decoder, logits", pst(**DECODER), _rates((8e-3, 5e-4)), distillation=LOGITS),
@@ -95,6 +98,7 @@ SCREENED = (
 CANDIDATES = (
     FOUND,
     FOUND_AND_LOGITS,
+    FOUND_AND_STATES,
     *SCREENED,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
