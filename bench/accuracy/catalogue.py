@@ -115,7 +115,10 @@ def _adopted(candidate: Method, name: str) -> Method:
 
 RECIPES = (
     _adopted(FOUND, "PST, our recipe"),
-    _adopted(FOUND_AND_LOGITS, "PST, our recipe, distilled"),
-    Method("magnitude, distilled", trains_all(baselines.Magnitude), WEIGHT_RATES, distillation=LOGITS),
+    _adopted(FOUND_AND_STATES, "PST, our recipe, distilled"),
+    # what distillation alone does, at the rates chosen without it
+    Method(
+        "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
+    ),
 )
 METHODS = {method.name: method for method in (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS, *CANDIDATES)}
