@@ -116,6 +116,13 @@ def _adopted(candidate: Method, name: str) -> Method:
 RECIPES = (
     _adopted(FOUND, "PST, our recipe"),
     _adopted(FOUND_AND_STATES, "PST, our recipe, distilled"),
+    # as much beside the blocks as for the methods that train everything; topics have no decoder
+    Method(
+        "PST, our recipe, distilled, decoder trained",
+        pst(**DECODER),
+        like=FOUND_AND_STATES.name,
+        distillation=LOGITS_AND_MORE_STATES,
+    ),
     # what distillation alone does, at the rates chosen without it
     Method(
         "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
