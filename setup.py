@@ -25,6 +25,7 @@ setup(
         "torch>=2.6",
         'triton>=3.2; platform_system == "Linux"',
         "numpy>=1.26",
+        "numba>=0.61",
         "safetensors>=0.4",
     ],
     extras_require={

@@ -1,6 +1,7 @@
 """Environment variables, read here and nowhere else, and the report behind `pst-kernels env`.
 
 PST_KERNELS_BACKEND   auto (default), triton or torch
+PST_KERNELS_CPU       auto (default), numba or torch: how the passes over W on a CPU are made
 PST_KERNELS_ARCH      choose tiles for this target, such as sm_90, instead of the device at hand
 PST_KERNELS_TUNING    a JSON file written by `pst-kernels tune`
 """
@@ -14,8 +15,9 @@ import platform
 from pathlib import Path
 
 BACKENDS = ("auto", "triton", "torch")
+CPU_PASSES = ("auto", "numba", "torch")
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
-PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "safetensors", "numpy", "numba")
 
 
 def _choice(name: str, allowed: tuple[str, ...], default: str | None) -> str | None:
@@ -28,6 +30,11 @@ def _choice(name: str, allowed: tuple[str, ...], default: str | None) -> str | N
 def backend() -> str:
     """The requested backend: "auto", "triton" or "torch"."""
     return str(_choice("PST_KERNELS_BACKEND", BACKENDS, "auto"))
+
+
+def cpu() -> str:
+    """How the passes over W are made on a CPU: "auto", "numba" or "torch"."""
+    return str(_choice("PST_KERNELS_CPU", CPU_PASSES, "auto"))
 
 
 def architecture() -> str | None:
@@ -53,6 +60,7 @@ def variables() -> dict[str, str]:
     """Every variable and its value now; a bad value raises, as it would in use."""
     return {
         "PST_KERNELS_BACKEND": backend(),
+        "PST_KERNELS_CPU": cpu(),
         "PST_KERNELS_ARCH": architecture() or "of the device",
         "PST_KERNELS_TUNING": str(tuning_file() or "none"),
     }

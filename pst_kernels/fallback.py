@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from .cpu import compiled
 from .packing import pack_mask
-from .rows import ScoreRows, UpdatedRows, buffers, multiply_into, row_blocks
-from .selection import SAMPLE, Bracket, Guess, sample_bracket, select
+from .rows import GEMM_ROWS, ScoreRows, UpdatedRows, buffers, compute_dtype, multiply_into, row_blocks
+from .selection import SAMPLE, BlockScores, Bracket, Guess, Scores, sample_bracket, select
 
-GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of 341 rows costs a tenth more than one of 1024
 SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache
 # integers as wide as a dtype, to write zeros with: NumPy has no bf16
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,6 +30,8 @@ def widened(columns: Tensor) -> Tensor:
 
 
 def scores(weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float) -> Tensor:
+    if (passes := compiled(weight)) is not None:
+        return passes.scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
     by_rows = ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows in by_rows.rows.blocks():
@@ -53,7 +55,7 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
             places = np.random.default_rng(0).integers(array.size, size=SAMPLE)
             yield sample_bracket(array[places], k / array.size)
 
-    chosen = select(blocks, array.size, k, brackets(), None)
+    chosen = select(BlockScores(blocks), array.size, k, brackets())
     return torch.tensor(chosen.value, dtype=scores.dtype), torch.tensor(chosen.index)
 
 
@@ -64,49 +66,62 @@ def prune_mask(
     """The packed mask; on a CPU also M * W' into `masked` (out, in), in the dtype that it has, from the same pass."""
     k, numel = int(num_pruned), weight.numel()
     if k == 0:
+        everything = pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
         if masked is not None:
-            updated_rows = UpdatedRows(weight, U, V, beta)
-            for rows in updated_rows.blocks():
-                masked[rows] = updated_rows.updated(rows)
-        return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
-    kept = buffers.get("kept", weight.shape, torch.bool, weight.device)
+            _masked_into(masked, weight, U, V, everything, beta)
+        return everything
     if weight.device.type != "cpu":
         everything = scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2).view(-1)
-        kept.view(-1).fill_(True)[torch.sort(everything, stable=True).indices[:k]] = False
+        kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        kept.view(-1)[torch.sort(everything, stable=True).indices[:k]] = False
         return pack_mask(kept)
-    by_rows = ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
+    factors = (weight, U, V, A, B, R, C, beta, alpha1, alpha2)
     last = Guess.load(guess)
 
     def brackets() -> Iterator[Bracket | None]:
         yield last.bracket(k / numel)
         if numel > 4 * SAMPLE:
-            yield sample_bracket(by_rows.sample(SAMPLE), k / numel)
+            yield sample_bracket(ScoreRows(*factors).sample(SAMPLE), k / numel)
 
-    def score_blocks() -> Iterator[tuple[int, np.ndarray]]:
-        return by_rows.blocks(kept, masked)
-
+    passes = compiled(weight, None if masked is None else masked.dtype)
+    if passes is not None:
+        packed = passes.new_mask(weight)
+        search: Scores = passes.CompiledScores(*factors, packed, masked)
+        last.update(guess, select(search, numel, k, brackets()), k / numel)
+        return packed
+    by_rows = ScoreRows(*factors)
+    kept = buffers.get("kept", weight.shape, torch.bool, weight.device)
     zeroed = None if masked is None else masked.view(_INTEGER[masked.element_size()]).view(-1).numpy()
-    chosen = select(score_blocks, numel, k, brackets(), kept.view(-1).numpy(), zeroed)
-    last.update(guess, chosen, k / numel)
+    search = BlockScores(lambda: by_rows.blocks(kept, masked), kept.view(-1).numpy(), zeroed)
+    last.update(guess, select(search, numel, k, brackets()), k / numel)
     return pack_mask(kept)
 
 
 def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
     """Where `prune_mask` may put M * W' for the forward that follows; None where it cannot."""
-    return _masked_buffer(weight, dtype) if weight.device.type == "cpu" else None
+    if weight.device.type != "cpu" or (compiled(weight) is not None and compiled(weight, dtype) is None):
+        return None
+    return _masked_buffer(weight, dtype)
 
 
 def _masked_buffer(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return buffers.get("masked", weight.shape, dtype, weight.device)
 
 
-def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+def _masked_into(out: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float) -> Tensor:
+    passes = compiled(weight, out.dtype)
+    if passes is not None:
+        return passes.masked_into(out, weight, U, V, mask, beta)
     return UpdatedRows(weight, U, V, beta).masked_into(out, mask)
 
 
+def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return _masked_into(out, weight, U, V, mask, beta)
+
+
 def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
-    masked = UpdatedRows(weight, U, V, beta).masked_into(_masked_buffer(weight, x.dtype), mask)
+    masked = _masked_into(_masked_buffer(weight, x.dtype), weight, U, V, mask, beta)
     return linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
@@ -118,12 +133,21 @@ def linear_backward(
 
     With D = G * W' and Q = G * (M + |W'|), every factor gradient is a low-rank reduction of D or Q.
     """
-    by_rows = UpdatedRows(weight, U, V, beta)
     masked = _masked_buffer(weight, gy.dtype) if needs_input else None
     if not needs_factors:
-        dx = gy @ by_rows.masked_into(masked, mask) if masked is not None else gy.new_empty(0)
-        none = by_rows.U.new_empty(0)
-        return dx, none, none.clone(), none.clone(), none.clone(), none.clone(), none.clone()
+        dx = gy.new_empty(0) if masked is None else gy @ _masked_into(masked, weight, U, V, mask, beta)
+        return dx, *(U.new_empty(0, dtype=compute_dtype(weight.dtype)) for _ in range(6))
+    make = _factor_gradients if (passes := compiled(weight, gy.dtype)) is None else passes.factor_gradients
+    factors = make(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through_magnitude, masked)
+    return gy @ masked if masked is not None else gy.new_empty(0), *factors
+
+
+def _factor_gradients(
+    gy: Tensor, x: Tensor, weight, U, V, A, B, mask: Tensor, beta: float, alpha1: float, alpha2: float,
+    through_magnitude: bool, masked: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The six factor gradients; `masked` gets M * W'."""
+    by_rows = UpdatedRows(weight, U, V, beta)
     U, V, A, B = by_rows.U, by_rows.V, A.to(by_rows.dtype), B.to(by_rows.dtype)
     # A column of ones beside B gives dR with dA, one beside A gives dC with dB.
     AR, BC = pad(A, (0, 1), value=1.0), pad(B, (0, 0, 0, 1), value=1.0)
@@ -146,7 +170,6 @@ def linear_backward(
             Q = torch.mul(G, flags.add_(updated.abs_()) if through_magnitude else flags, out=D)
             torch.mm(Q, right_of_Q, out=dU[rows])
             dV.addmm_(U[rows].T, Q)
-    dx = gy @ masked if masked is not None else gy.new_empty(0)
     rank = len(B)
     dA, dR, dB, dC = dAR[:, :rank] * alpha1, dAR[:, rank] * alpha2, dBC[:rank] * alpha1, dBC[rank] * alpha2
-    return dx, dU[:, : len(V)] * beta, dV.mul_(beta), dA, dB, dR, dC
+    return dU[:, : len(V)] * beta, dV.mul_(beta), dA, dB, dR, dC

@@ -19,6 +19,7 @@ from .packing import PAIRS, packed_width, unpack_flags
 # Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads (measured:
 # 256 rows of 1024 columns take twice the time a weight that 512 rows of 768 do).
 BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
+GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of 341 rows costs a tenth more than one of 1024
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -90,21 +90,65 @@ def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
     return Bracket(lower, upper) if lower <= upper else None  # None: NaN in the sample
 
 
-def select(
-    blocks: Blocks, numel: int, k: int, brackets: Iterable[Bracket | None],
-    kept: np.ndarray | None, masked: np.ndarray | None = None,
-) -> Selection:  # fmt: skip
-    """The k-th smallest of `numel` scores, k from 1. `kept`, flat bool, becomes False for just the k smallest.
+class Scores(Protocol):
+    """Scores to search, and a mask over them that follows the search."""
 
-    `masked`, flat, holds a number for each score, which `blocks` writes as the flags in `kept` say when the next block
-    is asked for; a score that turns out to be pruned only at the end gets a zero here.
-    """
+    def gather(self, bracket: Bracket) -> Candidates:
+        """One pass: what lies below the bracket is pruned, the rest kept for now, NaN with it."""
+
+    def prune(self, found: Candidates, value: float, count: int) -> int:
+        """Prune the first `count` candidates by (score, index) as well, of which the last has this value.
+
+        Returns the flat index of the last.
+        """
+
+    def drop(self, places: np.ndarray) -> None:
+        """Prune the scores at these flat indices as well."""
+
+    def all(self) -> np.ndarray:
+        """Every score, fp32 (numel,); none is pruned any more."""
+
+
+def select(scores: Scores, numel: int, k: int, brackets: Iterable[Bracket | None]) -> Selection:
+    """The k-th smallest of `numel` scores, k from 1; just the k smallest are pruned then."""
     for bracket in brackets:
         if bracket is not None:
-            found = _gather(blocks, bracket, kept)
+            found = scores.gather(bracket)
             if found.below < k <= found.below + found.scores.size:
-                return _refine(found, bracket, k, numel, kept, masked)
-    return _sort(blocks, k, kept, masked)
+                return _refine(scores, found, bracket, k, numel)
+    return _sort(scores, k)
+
+
+class BlockScores:
+    """Scores that come a block at a time from `blocks`.
+
+    `kept`, flat bool, is the mask, if one is wanted. `masked`, flat, holds a number for each score, which `blocks`
+    writes as the flags in `kept` say when the next block is asked for; what is dropped later gets a zero there.
+    """
+
+    def __init__(self, blocks: Blocks, kept: np.ndarray | None = None, masked: np.ndarray | None = None):
+        self.blocks, self.kept, self.masked = blocks, kept, masked
+
+    def gather(self, bracket: Bracket) -> Candidates:
+        return _gather(self.blocks, bracket, self.kept)
+
+    def prune(self, found: Candidates, value: float, count: int) -> int:
+        pruned = found.scores <= value
+        ties = np.flatnonzero(found.scores == value)
+        surplus = int(np.count_nonzero(pruned)) - count  # ties behind the last, which are kept
+        pruned[ties[ties.size - surplus :]] = False
+        self.drop(found.index[pruned])
+        return int(found.index[ties[ties.size - surplus - 1]])
+
+    def drop(self, places: np.ndarray) -> None:
+        for flat in (self.kept, self.masked):
+            if flat is not None:
+                flat[places] = 0
+
+    def all(self) -> np.ndarray:
+        if self.kept is not None:
+            self.kept[:] = True
+        return np.concatenate([block.copy() for _, block in self.blocks()])
 
 
 def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candidates:
@@ -127,32 +171,19 @@ def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candid
     return Candidates(below, np.concatenate(scores), np.concatenate(index))
 
 
-def _refine(
-    found: Candidates, bracket: Bracket, k: int, numel: int, kept: np.ndarray | None, masked: np.ndarray | None
-) -> Selection:
+def _refine(scores: Scores, found: Candidates, bracket: Bracket, k: int, numel: int) -> Selection:
     rank, n = k - found.below - 1, found.scores.size
-    value = np.partition(found.scores, rank)[rank]
-    pruned = found.scores <= value
-    ties = np.flatnonzero(found.scores == value)
-    surplus = int(np.count_nonzero(pruned)) - rank - 1  # ties behind the k-th, which are kept
-    last = ties[ties.size - surplus - 1]
-    pruned[ties[ties.size - surplus :]] = False
-    for flat in (kept, masked):
-        if flat is not None:
-            flat[found.index[pruned]] = 0
+    value = float(np.partition(found.scores, rank)[rank])
+    last = scores.prune(found, value, rank + 1)
     # an end at infinity says nothing of the density; the candidates' own spread does
     width = bracket.upper - bracket.lower
     if not math.isfinite(width):
         width = float(found.scores.max()) - float(found.scores.min())
-    return Selection(float(value), int(found.index[last]), width * numel / n)
+    return Selection(value, last, width * numel / n)
 
 
-def _sort(blocks: Blocks, k: int, kept: np.ndarray | None, masked: np.ndarray | None) -> Selection:
-    if kept is not None:
-        kept[:] = True
-    scores = np.concatenate([block.copy() for _, block in blocks()])
-    order = np.argsort(scores, kind="stable")
-    for flat in (kept, masked):
-        if flat is not None:
-            flat[order[:k]] = 0
-    return Selection(float(scores[order[k - 1]]), int(order[k - 1]), 0.0)
+def _sort(scores: Scores, k: int) -> Selection:
+    everything = scores.all()
+    order = np.argsort(everything, kind="stable")
+    scores.drop(order[:k])
+    return Selection(float(everything[order[k - 1]]), int(order[k - 1]), 0.0)

@@ -12,8 +12,15 @@ torch.set_num_threads(1)  # toy models gain nothing from more, and lose much on 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    for name in ("PST_KERNELS_BACKEND", "PST_KERNELS_ARCH", "PST_KERNELS_TUNING"):
+    for name in ("PST_KERNELS_BACKEND", "PST_KERNELS_CPU", "PST_KERNELS_ARCH", "PST_KERNELS_TUNING"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(params=["numba", "torch"])
+def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The passes over W on a CPU in both forms."""
+    monkeypatch.setenv("PST_KERNELS_CPU", request.param)
+    return request.param
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

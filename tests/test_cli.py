@@ -33,7 +33,8 @@ def test_env_as_json(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["versions"].keys() == {"pst_kernels", "python", *env.PACKAGES}
     assert found["variables"] == {
-        "PST_KERNELS_BACKEND": "torch", "PST_KERNELS_ARCH": "sm_90", "PST_KERNELS_TUNING": "none",
+        "PST_KERNELS_BACKEND": "torch", "PST_KERNELS_CPU": "auto", "PST_KERNELS_ARCH": "sm_90",
+        "PST_KERNELS_TUNING": "none",
     }  # fmt: skip
     assert found["machine"]["cores"] >= 1
     assert found["machine"]["threads"] == torch.get_num_threads()

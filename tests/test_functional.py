@@ -6,6 +6,7 @@ from problems import SCALES, SHAPES, SPARSITIES, make_problem, relative_error
 
 from pst_kernels import functional, reference
 
+pytestmark = pytest.mark.usefixtures("cpu_passes")
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from problems import make_problem
 
 from pst_kernels import fallback, functional, rows, selection
+from pst_kernels.cpu import calls
 
 N = 100_003  # above the size from which a sample is drawn, and prime
 
@@ -66,13 +67,13 @@ def test_shape_and_dtype(shape):
 
 def count_passes(monkeypatch):
     passes = []
-    gather = selection._gather
+    for source in (selection.BlockScores, calls.CompiledScores):
 
-    def counting(*args):
-        passes.append(args[1])
-        return gather(*args)
+        def counting(self, bracket, gather=source.gather):
+            passes.append(bracket)
+            return gather(self, bracket)
 
-    monkeypatch.setattr(selection, "_gather", counting)
+        monkeypatch.setattr(source, "gather", counting)
     monkeypatch.setattr(selection, "_sort", lambda *_: pytest.fail("sorted everything"))
     return passes
 
@@ -81,6 +82,7 @@ def mask_of(weight, factors, num_pruned, guess):
     return fallback.prune_mask(weight, *factors, torch.tensor(num_pruned), guess, 1.0, 1.0, 1.0)
 
 
+@pytest.mark.usefixtures("cpu_passes")
 def test_a_warm_guess_needs_one_pass_over_few_candidates(monkeypatch):
     weight, factors = make_problem(400, 500, weight_dtype=torch.float32, factor_dtype=torch.float32)
     guess = functional.new_guess()
@@ -97,6 +99,7 @@ def test_a_warm_guess_needs_one_pass_over_few_candidates(monkeypatch):
         assert len(passes) == step
 
 
+@pytest.mark.usefixtures("cpu_passes")
 def test_a_wrong_guess_is_found_out(monkeypatch):
     weight, factors = make_problem(300, 400, weight_dtype=torch.float32, factor_dtype=torch.float32)
     expected = functional.prune_mask(weight, *factors, 60_000)
@@ -119,11 +122,13 @@ def test_a_bracket_that_ends_at_the_answer(end, offset):
     edge = 500.0 + offset
     bracket = selection.Bracket(edge, 600.0) if end == "lower" else selection.Bracket(400.0, edge)
     kept = np.empty(1000, bool)
-    chosen = selection.select(lambda: iter([(0, scores)]), 1000, 501, [bracket], kept)
+    source = selection.BlockScores(lambda: iter([(0, scores)]), kept)
+    chosen = selection.select(source, 1000, 501, [bracket])
     assert (chosen.value, chosen.index) == (500.0, 500)
     assert np.array_equal(kept, scores > 500)
 
 
+@pytest.mark.usefixtures("cpu_passes")
 def test_nan_beside_a_good_guess(monkeypatch):
     weight, factors = make_problem(400, 500, weight_dtype=torch.float32, factor_dtype=torch.float32)
     guess = functional.new_guess()
@@ -146,6 +151,7 @@ def test_the_sample_brackets_the_answer():
         assert inside < 0.05 * scores.size
 
 
+@pytest.mark.usefixtures("cpu_passes")
 def test_nan_in_the_factors_prunes_exactly_all_the_same():
     weight, factors = make_problem(50, 60, weight_dtype=torch.float32, factor_dtype=torch.float32)
     factors[4][7] = math.nan
@@ -155,6 +161,7 @@ def test_nan_in_the_factors_prunes_exactly_all_the_same():
     assert functional.unpack_mask(functional.prune_mask(weight, *factors, 2_900), 60)[7].all()
 
 
+@pytest.mark.usefixtures("cpu_passes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("route", ["sample", "warm", "missed", "sorted", "nothing pruned"])
 def test_the_mask_and_the_masked_weight_from_one_pass(dtype, route, monkeypatch):

@@ -1,0 +1,274 @@
+"""The compiled passes. Each takes one frame, the addresses and numbers that it needs, and works until no share is left.
+
+A share is `share_rows` rows of W from `first` on. What a share finds or sums up goes into places of its own.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba import types
+
+from . import rows
+from .team import pointer_to, take_share
+
+_ADDRESSES = (
+    "weight", "U", "V", "A", "B", "R", "C", "packed", "masked", "scores", "below", "found", "candidates", "places",
+    "gradient", "dU", "dA", "dR", "partial",
+)  # fmt: skip
+_NUMBERS = (
+    "next", "shares", "share_rows", "first", "last", "out", "columns", "update_rank", "score_rank", "capacity",
+    "weight_is_bf16", "masked_is_bf16", "gradient_is_bf16", "through_magnitude",
+)  # fmt: skip
+# Sizes count elements; an address of 0 is a tensor that this call has no use for.
+FRAME = np.dtype(
+    [(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)] + [("lower", np.float32), ("upper", np.float32)]
+)
+WORD = 32  # columns of a packed word
+
+_options = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "cache": True}
+_pass = numba.cfunc(types.void(types.int64), **_options)
+_part = numba.njit(nogil=True, **_options)
+
+
+@_part
+def _floats(address, height, width):
+    return numba.carray(pointer_to(address), (height, width), np.float32)
+
+
+@_part
+def _halves(address, height, width):
+    return numba.carray(pointer_to(address), (height, width), np.uint16)
+
+
+@_part
+def _words(address, height, width):
+    return numba.carray(pointer_to(address), (height, width), np.uint32)
+
+
+@_part
+def _integers(address, size):
+    return numba.carray(pointer_to(address), (size,), np.int64)
+
+
+@_part
+def _frame(address):
+    return numba.carray(pointer_to(address), (1,), FRAME)[0]
+
+
+@_part
+def _next_rows(address, f):
+    """The next share, its first row, and the row behind its last; no rows where no share is left."""
+    share = take_share(address)  # the frame's first number
+    start = min(f.first + share * f.share_rows, f.last)
+    return share, start, min(start + f.share_rows, f.last)
+
+
+@_part
+def _width(f):
+    """Words of a packed row."""
+    return (f.columns + WORD - 1) // WORD
+
+
+@_part
+def _flag_buffer(f):
+    """A byte for each bit of a packed row; those of its padding stay 0."""
+    return np.zeros(_width(f) * WORD, np.uint8)
+
+
+@_part
+def _update(f, i, out):
+    """out = W' of row i."""
+    weight, bits = _floats(f.weight, f.out, f.columns), _halves(f.weight, f.out, f.columns)
+    U, V = _floats(f.U, f.out, f.update_rank), _floats(f.V, f.update_rank, f.columns)
+    rows.update(weight[i], bits[i], f.weight_is_bf16 != 0, U[i], V, out)
+
+
+@_part
+def _score(f, i, updated, out):
+    """out = the scores of row i, from its W'."""
+    A, B = _floats(f.A, f.out, f.score_rank), _floats(f.B, f.score_rank, f.columns)
+    rows.score(updated, A[i], B, _floats(f.R, 1, f.out)[0, i], _floats(f.C, 1, f.columns)[0], out)
+
+
+@_part
+def _store_masked(f, i, flags, updated, work):
+    """Row i of M * W'."""
+    floats, halves = _floats(f.masked, f.out, f.columns), _halves(f.masked, f.out, f.columns)
+    rows.store_masked(flags, updated, work, floats[i], halves[i], f.masked_is_bf16 != 0)
+
+
+@_pass
+def scores(address):
+    """S, fp32 (out, columns)."""
+    f = _frame(address)
+    updated, out = np.empty(f.columns, np.float32), _floats(f.scores, f.out, f.columns)
+    while True:
+        _, start, stop = _next_rows(address, f)
+        if start == stop:
+            return
+        for i in range(start, stop):
+            _update(f, i, updated)
+            _score(f, i, updated, out[i])
+
+
+@_pass
+def masked_weight(address):
+    """M * W' from the packed mask."""
+    f = _frame(address)
+    updated, work, flags = np.empty(f.columns, np.float32), np.empty(f.columns, np.float32), _flag_buffer(f)
+    packed = _words(f.packed, f.out, _width(f))
+    while True:
+        _, start, stop = _next_rows(address, f)
+        if start == stop:
+            return
+        for i in range(start, stop):
+            _update(f, i, updated)
+            rows.unpack(packed[i], flags)
+            _store_masked(f, i, flags, updated, work)
+
+
+@_part
+def _gather(f, i, share, found, scored, flags):
+    """Row i's scores inside the bracket behind the `found` earlier ones of its share; what does not fit is counted."""
+    candidates, places = _floats(f.candidates, f.shares, f.capacity)[share], _integers(f.places, f.shares * f.capacity)
+    first = share * f.capacity
+    eights = flags.view(np.uint64)
+    for e in range(eights.size):
+        if eights[e] != 0:
+            stop = min(8 * e + 8, f.columns)
+            if found + 8 <= f.capacity:
+                for j in range(8 * e, stop):  # writes every score, and keeps its place if it is one: without a branch
+                    candidates[found] = scored[j]
+                    places[first + found] = i * f.columns + j
+                    found += flags[j]
+            else:
+                for j in range(8 * e, stop):
+                    found += flags[j]
+    return found
+
+
+@_pass
+def prune(address):
+    """The packed mask and, where it is wanted, M * W', as if all scores from `lower` on were kept.
+
+    For each share: how many lie below the bracket [lower, upper], how many inside it, and these with their flat index,
+    unless that many and eight more do not fit.
+    """
+    f = _frame(address)
+    updated, scored, work = (
+        np.empty(f.columns, np.float32), np.empty(f.columns, np.float32), np.empty(f.columns, np.float32)
+    )  # fmt: skip
+    kept, inside = _flag_buffer(f), _flag_buffer(f)
+    packed = _words(f.packed, f.out, _width(f))
+    below_of, found_of = _integers(f.below, f.shares), _integers(f.found, f.shares)
+    while True:
+        share, start, stop = _next_rows(address, f)
+        if start == stop:
+            return
+        below, found = 0, 0
+        for i in range(start, stop):
+            _update(f, i, updated)
+            _score(f, i, updated, scored)
+            rows.keep_from(scored, f.lower, kept)
+            below += f.columns - rows.count(kept)
+            rows.inside(scored, f.lower, f.upper, inside)
+            found = _gather(f, i, share, found, scored, inside)
+            rows.pack(kept, packed[i])
+            if f.masked != 0:
+                _store_masked(f, i, kept, updated, work)
+        below_of[share], found_of[share] = below, found
+
+
+@_pass
+def gradients(address):
+    """From rows of G: dU, dA and dR of these rows, each share's part of dV, dB and dC, and rows of M * W' for dx.
+
+    With D = G * W' and Q = G * (M + |W'|): dU = Q V^T, dA = D B^T, dR = the sum of D along its rows; and down its
+    columns, U^T Q, A^T D and the sum of D, which are added to a share's (2 r + 1, columns) of `partial` in this order.
+    """
+    f = _frame(address)
+    updated, work, G = (
+        np.empty(f.columns, np.float32), np.empty(f.columns, np.float32), np.empty(f.columns, np.float32)
+    )  # fmt: skip
+    D, Q = np.empty((rows.GROUP, f.columns), np.float32), np.empty((rows.GROUP, f.columns), np.float32)
+    left_U, left_A = np.empty((rows.GROUP, f.update_rank), np.float32), np.empty((rows.GROUP, f.score_rank), np.float32)
+    flags = _flag_buffer(f)
+    packed = _words(f.packed, f.out, _width(f))
+    gradient = _floats(f.gradient, f.last - f.first, f.columns)
+    gradient_bits = _halves(f.gradient, f.last - f.first, f.columns)
+    U, V = _floats(f.U, f.out, f.update_rank), _floats(f.V, f.update_rank, f.columns)
+    A, B = _floats(f.A, f.out, f.score_rank), _floats(f.B, f.score_rank, f.columns)
+    dU, dA, dR = _floats(f.dU, f.out, f.update_rank), _floats(f.dA, f.out, f.score_rank), _floats(f.dR, 1, f.out)[0]
+    parts = f.update_rank + f.score_rank + 1
+    partial = _floats(f.partial, f.shares * parts, f.columns)
+    while True:
+        share, start, stop = _next_rows(address, f)
+        if start == stop:
+            return
+        sums = partial[share * parts : (share + 1) * parts]
+        for group in range(start, stop, rows.GROUP):
+            for q in range(rows.GROUP):
+                i = group + q
+                if i >= stop:  # rows of zeros fill up the last group
+                    D[q], Q[q], left_U[q], left_A[q] = 0.0, 0.0, 0.0, 0.0
+                    continue
+                _update(f, i, updated)
+                rows.unpack(packed[i], flags)
+                if f.masked != 0:
+                    _store_masked(f, i, flags, updated, work)
+                if f.gradient_is_bf16 != 0:
+                    rows.widen(gradient_bits[i - f.first], G)
+                    rows.multiply(G, updated, D[q])
+                    rows.multiply_through(G, flags, updated, f.through_magnitude != 0, Q[q])
+                else:
+                    rows.multiply(gradient[i - f.first], updated, D[q])
+                    rows.multiply_through(
+                        gradient[i - f.first], flags, updated, f.through_magnitude != 0, Q[q]
+                    )  # fmt: skip
+                rows.dot_each(Q[q], V, dU[i])
+                rows.dot_each(D[q], B, dA[i])
+                dR[i] = rows.total(D[q])
+                for k in range(f.update_rank):
+                    left_U[q, k] = U[i, k]
+                for k in range(f.score_rank):
+                    left_A[q, k] = A[i, k]
+            rows.add_outer(left_U, Q, sums[: f.update_rank])
+            rows.add_outer(left_A, D, sums[f.update_rank : f.update_rank + f.score_rank])
+            rows.add_rows(D, sums[parts - 1])
+
+
+@_part
+def _drop_one(place, packed, columns, masked, masked_bits):
+    i, j = place // columns, place % columns
+    bit = np.uint32(j % WORD // 2 + WORD // 2 * (j % 2))
+    packed[i, j // WORD] &= ~(np.uint32(1) << bit)
+    if masked.size:
+        masked[place] = 0.0
+    if masked_bits.size:
+        masked_bits[place] = 0
+
+
+@_part
+def drop(places, packed, columns, masked, masked_bits):
+    """Clear the bits of weights at flat indices, and their places in M * W', fp32 or bf16, both one or both empty."""
+    for p in range(places.size):
+        _drop_one(places[p], packed, columns, masked, masked_bits)
+
+
+@_part
+def drop_first(scores, places, value, count, packed, columns, masked, masked_bits):
+    """`drop` the first `count` candidates by (score, index), the last of which has this value; returns its index."""
+    smaller = 0
+    for p in range(scores.size):
+        smaller += scores[p] < value
+    ties, last = count - smaller, np.int64(-1)
+    for p in range(scores.size):
+        if scores[p] <= value:
+            if scores[p] == value:
+                if ties == 0:
+                    continue
+                ties -= 1
+                last = places[p]
+            _drop_one(places[p], packed, columns, masked, masked_bits)
+    return last
