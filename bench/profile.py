@@ -26,6 +26,7 @@ from .providers import DENSE, Provider, all_providers
 PASSES = ("mask refresh", "forward", "backward", "optimizer")
 RANK_PRODUCTS = "W' and scores (rank-r products)"
 G_GEMM, OTHER_GEMM = "GEMM of G or dW", "GEMM of y or dx"
+COMPILED = "compiled pass over W"
 REDUCTIONS, ELEMENTWISE = "reductions to factor gradients", "masking, comparing, casting, other elementwise"
 OUTSIDE = "Python, NumPy (selection) and what no operator shows"
 RANK_AT_MOST = 64  # of all factors together; the sides of W and of its row blocks are larger
@@ -120,6 +121,8 @@ def _shares(step: Callable[[], Any], case: Case, device: str) -> dict[str, float
 
 def kind_of(name: str, shapes: list, case: Case) -> str:
     """What an operator does in the method, by its name and the sizes of its inputs."""
+    if name.startswith("pst_kernels.cpu: "):
+        return COMPILED
     if name.startswith("pst_kernels::") or "Backward" in name or name.startswith("autograd::"):
         return OUTSIDE  # our ops and autograd's nodes: their own time is Python and NumPy
     product = name.removesuffix("_")
@@ -127,6 +130,8 @@ def kind_of(name: str, shapes: list, case: Case) -> str:
         return ELEMENTWISE
     left, right = (shapes[place] for place in _OPERANDS[product])
     rows, depth, columns = left[0], left[1], right[1]
+    if depth == case.tokens and min(rows, columns) > RANK_AT_MOST and columns == case.shape.columns:
+        return G_GEMM
     if rows == case.tokens and max(depth, columns) > RANK_AT_MOST:
         return OTHER_GEMM
     if min(rows, columns) > RANK_AT_MOST:

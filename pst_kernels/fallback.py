@@ -1,8 +1,9 @@
-"""The ops in PyTorch and NumPy: for CPUs, and for any device that has no Triton.
+"""The ops for CPUs, and for any device that has no Triton.
 
-Everything of W's size is made a block of rows at a time, small enough to stay in cache, and used up there (rows.py).
-The one exception is the masked weight, written into a scratch buffer for the library's GEMM. W' and S are computed in
-fp32 (in float64 for a float64 weight); a mask is decided by fp32 scores everywhere.
+On CPUs the passes over W are compiled (cpu/). Where those do not serve, they are PyTorch's and NumPy's operators on a
+block of rows at a time, small enough to stay in cache, and used up there (rows.py). The one tensor of W's size is the
+masked weight, written into a scratch buffer for the library's GEMM. W' and S are computed in fp32 (in float64 for a
+float64 weight); a mask is decided by fp32 scores everywhere.
 """
 
 from __future__ import annotations

@@ -487,18 +487,20 @@ def test_roofline_is_labelled_and_stays_out_of_the_measured_file(tmp_path, capsy
 
 
 def test_profile_tells_products_apart():
-    from bench.profile import ELEMENTWISE, G_GEMM, OTHER_GEMM, OUTSIDE, RANK_PRODUCTS, REDUCTIONS, kind_of
+    from bench.profile import COMPILED, ELEMENTWISE, G_GEMM, OTHER_GEMM, OUTSIDE, RANK_PRODUCTS, REDUCTIONS, kind_of
 
     case = cases.Case("step", cases.BY_NAME["BERT-base up"], 1024, torch.float32)
     for name, shapes, kind in (
         ("aten::addmm", [[3072], [1024, 768], [768, 3072]], OTHER_GEMM),
         ("aten::mm", [[1024, 3072], [3072, 768]], OTHER_GEMM),
         ("aten::mm", [[341, 1024], [1024, 768], [341, 768]], G_GEMM),
+        ("aten::mm", [[1024, 1024], [1024, 768], [1024, 768]], G_GEMM),  # as many rows of G as tokens
         ("aten::addmm", [[341, 768], [341, 8], [8, 768], [], [], [341, 768]], RANK_PRODUCTS),
         ("aten::mm", [[341, 768], [768, 16], [341, 16]], REDUCTIONS),
         ("aten::addmm_", [[9, 768], [9, 341], [341, 768], [], []], REDUCTIONS),
         ("aten::mul", [[341, 768], [341, 768]], ELEMENTWISE),
         ("pst_kernels::prune_mask", [[3072, 768]], OUTSIDE),
+        ("pst_kernels.cpu: prune", [], COMPILED),
     ):
         assert kind_of(name, shapes, case) == kind, name
 

@@ -6,14 +6,16 @@ import concurrent.futures
 import logging
 import math
 import sys
+from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
 from problems import SCALES, make_problem, relative_error
 
 from pst_kernels import cpu, fallback, functional, packing, reference
-from pst_kernels.cpu import calls, operands, rows, team
+from pst_kernels.cpu import calls, compile, operands, passes, rows, team
 
 SHAPES = [(1, 1), (7, 33), (129, 65), (96, 384), (5, 1000), (1100, 90)]  # the last: more rows than one group of G
 RANKS = [1, 8, 9]
@@ -128,6 +130,18 @@ def test_more_ties_than_there_is_room_for(num_pruned):
     assert torch.equal(masked.flatten(), kept * 0.5)
 
 
+@pytest.mark.parametrize("share_of_ties", [0.1, 0.3, 0.6])
+def test_ties_on_both_sides_of_the_room(share_of_ties):
+    weight, factors = torch.rand(200, 400) + 1.0, [torch.zeros(f.shape) for f in make_problem(200, 400).factors]
+    weight[torch.rand(200, 400) < share_of_ties] = 0.5
+    ties = int((weight == 0.5).sum())
+    guess = torch.tensor([0.5, 1e-3, 0.5, 0.01])
+    mask = fallback.prune_mask(weight, *factors, torch.tensor(ties - 3), guess, 1.0, 1.0, 1.0)
+    expected = weight > 0.5
+    expected.view(-1)[(weight == 0.5).flatten().nonzero()[-3:]] = True
+    assert torch.equal(functional.unpack_mask(mask, 400), expected)
+
+
 @pytest.mark.parametrize("columns", [1, 31, 32, 33, 250])
 def test_packed_words(columns):
     """`pack` and `unpack` follow packing.py, padding bits included."""
@@ -166,6 +180,13 @@ def test_shares_cover_all_rows_once():
         sums = operands.share_rows_of_sums(out, calls.SHARES)
         assert sums % rows.GROUP == 0
         assert -(-out // sums) <= calls.SHARES
+
+
+def test_machine_code_is_kept_by_the_sources_of_the_whole_folder():
+    """Numba alone would go by the file of a function, and use what was compiled before another file changed."""
+    for function in (rows.pack, passes.drop):
+        assert compile.cache_folder() in Path(function.stats.cache_path).parents
+    assert str(compile.cache_folder()) != numba.config.CACHE_DIR  # other users of Numba keep theirs
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,11 @@ class Frame:
         last = self.rows if last is None else last
         shares = -(-(last - first) // share_rows)
         self.set(next=0, shares=shares, share_rows=share_rows, first=first, last=last)
-        team.run(compiled, self.values, shares)
+        if torch.autograd.profiler._is_profiler_enabled:
+            with torch.profiler.record_function(f"pst_kernels.cpu: {compiled.__name__}"):
+                team.run(compiled, self.values, shares)
+        else:
+            team.run(compiled, self.values, shares)
 
 
 def share_rows(rows: int, columns: int) -> int:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from numba import types
 
 from . import rows
+from .compile import part, whole_pass
 from .team import pointer_to, take_share
 
 _ADDRESSES = (
@@ -26,37 +26,33 @@ FRAME = np.dtype(
 )
 WORD = 32  # columns of a packed word
 
-_options = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "cache": True}
-_pass = numba.cfunc(types.void(types.int64), **_options)
-_part = numba.njit(nogil=True, **_options)
 
-
-@_part
+@part
 def _floats(address, height, width):
     return numba.carray(pointer_to(address), (height, width), np.float32)
 
 
-@_part
+@part
 def _halves(address, height, width):
     return numba.carray(pointer_to(address), (height, width), np.uint16)
 
 
-@_part
+@part
 def _words(address, height, width):
     return numba.carray(pointer_to(address), (height, width), np.uint32)
 
 
-@_part
+@part
 def _integers(address, size):
     return numba.carray(pointer_to(address), (size,), np.int64)
 
 
-@_part
+@part
 def _frame(address):
     return numba.carray(pointer_to(address), (1,), FRAME)[0]
 
 
-@_part
+@part
 def _next_rows(address, f):
     """The next share, its first row, and the row behind its last; no rows where no share is left."""
     share = take_share(address)  # the frame's first number
@@ -64,71 +60,87 @@ def _next_rows(address, f):
     return share, start, min(start + f.share_rows, f.last)
 
 
-@_part
+@part
 def _width(f):
     """Words of a packed row."""
     return (f.columns + WORD - 1) // WORD
 
 
-@_part
+@part
 def _flag_buffer(f):
     """A byte for each bit of a packed row; those of its padding stay 0."""
     return np.zeros(_width(f) * WORD, np.uint8)
 
 
-@_part
-def _update(f, i, out):
-    """out = W' of row i."""
+@part
+def _pair_buffer(f):
+    return np.empty((2, f.columns), np.float32)
+
+
+@part
+def _update(f, i, i2, out):
+    """out (2, columns) = W' of two rows, which may be the same."""
     weight, bits = _floats(f.weight, f.out, f.columns), _halves(f.weight, f.out, f.columns)
     U, V = _floats(f.U, f.out, f.update_rank), _floats(f.V, f.update_rank, f.columns)
-    rows.update(weight[i], bits[i], f.weight_is_bf16 != 0, U[i], V, out)
+    if f.weight_is_bf16 != 0:
+        rows.widen(bits[i], out[0])
+        rows.widen(bits[i2], out[1])
+    else:
+        rows.copy(weight[i], out[0])
+        rows.copy(weight[i2], out[1])
+    rows.add_products(U[i], U[i2], V, out[0], out[1])
 
 
-@_part
-def _score(f, i, updated, out):
-    """out = the scores of row i, from its W'."""
+@part
+def _score(f, i, i2, updated, out, out2):
+    """The scores of two rows, from their W'."""
     A, B = _floats(f.A, f.out, f.score_rank), _floats(f.B, f.score_rank, f.columns)
-    rows.score(updated, A[i], B, _floats(f.R, 1, f.out)[0, i], _floats(f.C, 1, f.columns)[0], out)
+    R, C = _floats(f.R, 1, f.out)[0], _floats(f.C, 1, f.columns)[0]
+    rows.start_score(updated[0], R[i], C, out)
+    rows.start_score(updated[1], R[i2], C, out2)
+    rows.add_products(A[i], A[i2], B, out, out2)
 
 
-@_part
+@part
 def _store_masked(f, i, flags, updated, work):
     """Row i of M * W'."""
     floats, halves = _floats(f.masked, f.out, f.columns), _halves(f.masked, f.out, f.columns)
     rows.store_masked(flags, updated, work, floats[i], halves[i], f.masked_is_bf16 != 0)
 
 
-@_pass
+@whole_pass
 def scores(address):
     """S, fp32 (out, columns)."""
     f = _frame(address)
-    updated, out = np.empty(f.columns, np.float32), _floats(f.scores, f.out, f.columns)
+    updated, spare, out = _pair_buffer(f), np.empty(f.columns, np.float32), _floats(f.scores, f.out, f.columns)
     while True:
         _, start, stop = _next_rows(address, f)
         if start == stop:
             return
-        for i in range(start, stop):
-            _update(f, i, updated)
-            _score(f, i, updated, out[i])
+        for i in range(start, stop, 2):
+            i2 = min(i + 1, stop - 1)  # the last row may have to be its own partner
+            _update(f, i, i2, updated)
+            _score(f, i, i2, updated, out[i], out[i2] if i2 != i else spare)
 
 
-@_pass
+@whole_pass
 def masked_weight(address):
     """M * W' from the packed mask."""
     f = _frame(address)
-    updated, work, flags = np.empty(f.columns, np.float32), np.empty(f.columns, np.float32), _flag_buffer(f)
+    updated, work, flags = _pair_buffer(f), np.empty(f.columns, np.float32), _flag_buffer(f)
     packed = _words(f.packed, f.out, _width(f))
     while True:
         _, start, stop = _next_rows(address, f)
         if start == stop:
             return
-        for i in range(start, stop):
-            _update(f, i, updated)
-            rows.unpack(packed[i], flags)
-            _store_masked(f, i, flags, updated, work)
+        for pair in range(start, stop, 2):
+            _update(f, pair, min(pair + 1, stop - 1), updated)
+            for i in range(pair, min(pair + 2, stop)):
+                rows.unpack(packed[i], flags)
+                _store_masked(f, i, flags, updated[i - pair], work)
 
 
-@_part
+@part
 def _gather(f, i, share, found, scored, flags):
     """Row i's scores inside the bracket behind the `found` earlier ones of its share; what does not fit is counted."""
     candidates, places = _floats(f.candidates, f.shares, f.capacity)[share], _integers(f.places, f.shares * f.capacity)
@@ -148,7 +160,7 @@ def _gather(f, i, share, found, scored, flags):
     return found
 
 
-@_pass
+@whole_pass
 def prune(address):
     """The packed mask and, where it is wanted, M * W', as if all scores from `lower` on were kept.
 
@@ -156,9 +168,7 @@ def prune(address):
     unless that many and eight more do not fit.
     """
     f = _frame(address)
-    updated, scored, work = (
-        np.empty(f.columns, np.float32), np.empty(f.columns, np.float32), np.empty(f.columns, np.float32)
-    )  # fmt: skip
+    updated, scored, work = _pair_buffer(f), _pair_buffer(f), np.empty(f.columns, np.float32)
     kept, inside = _flag_buffer(f), _flag_buffer(f)
     packed = _words(f.packed, f.out, _width(f))
     below_of, found_of = _integers(f.below, f.shares), _integers(f.found, f.shares)
@@ -167,20 +177,22 @@ def prune(address):
         if start == stop:
             return
         below, found = 0, 0
-        for i in range(start, stop):
-            _update(f, i, updated)
-            _score(f, i, updated, scored)
-            rows.keep_from(scored, f.lower, kept)
-            below += f.columns - rows.count(kept)
-            rows.inside(scored, f.lower, f.upper, inside)
-            found = _gather(f, i, share, found, scored, inside)
-            rows.pack(kept, packed[i])
-            if f.masked != 0:
-                _store_masked(f, i, kept, updated, work)
+        for pair in range(start, stop, 2):
+            _update(f, pair, min(pair + 1, stop - 1), updated)
+            _score(f, pair, min(pair + 1, stop - 1), updated, scored[0], scored[1])
+            for i in range(pair, min(pair + 2, stop)):
+                row = scored[i - pair]
+                rows.keep_from(row, f.lower, kept)
+                below += f.columns - rows.count(kept)
+                rows.inside(row, f.lower, f.upper, inside)
+                found = _gather(f, i, share, found, row, inside)
+                rows.pack(kept, packed[i])
+                if f.masked != 0:
+                    _store_masked(f, i, kept, updated[i - pair], work)
         below_of[share], found_of[share] = below, found
 
 
-@_pass
+@whole_pass
 def gradients(address):
     """From rows of G: dU, dA and dR of these rows, each share's part of dV, dB and dC, and rows of M * W' for dx.
 
@@ -188,11 +200,11 @@ def gradients(address):
     columns, U^T Q, A^T D and the sum of D, which are added to a share's (2 r + 1, columns) of `partial` in this order.
     """
     f = _frame(address)
-    updated, work, G = (
-        np.empty(f.columns, np.float32), np.empty(f.columns, np.float32), np.empty(f.columns, np.float32)
-    )  # fmt: skip
+    updated, work, G = _pair_buffer(f), np.empty(f.columns, np.float32), np.empty(f.columns, np.float32)
     D, Q = np.empty((rows.GROUP, f.columns), np.float32), np.empty((rows.GROUP, f.columns), np.float32)
-    left_U, left_A = np.empty((rows.GROUP, f.update_rank), np.float32), np.empty((rows.GROUP, f.score_rank), np.float32)
+    left_U = np.empty((rows.GROUP, f.update_rank), np.float32)
+    left_A = np.empty((rows.GROUP, f.score_rank), np.float32)
+    spare = np.empty(max(f.update_rank, f.score_rank), np.float32)
     flags = _flag_buffer(f)
     packed = _words(f.packed, f.out, _width(f))
     gradient = _floats(f.gradient, f.last - f.first, f.columns)
@@ -208,37 +220,35 @@ def gradients(address):
             return
         sums = partial[share * parts : (share + 1) * parts]
         for group in range(start, stop, rows.GROUP):
-            for q in range(rows.GROUP):
-                i = group + q
-                if i >= stop:  # rows of zeros fill up the last group
-                    D[q], Q[q], left_U[q], left_A[q] = 0.0, 0.0, 0.0, 0.0
+            for pair in range(group, group + rows.GROUP, 2):
+                for i in range(max(pair, stop), pair + 2):  # rows of zeros fill up the last group
+                    D[i - group], Q[i - group], left_U[i - group], left_A[i - group] = 0.0, 0.0, 0.0, 0.0
+                if pair >= stop:
                     continue
-                _update(f, i, updated)
-                rows.unpack(packed[i], flags)
-                if f.masked != 0:
-                    _store_masked(f, i, flags, updated, work)
-                if f.gradient_is_bf16 != 0:
-                    rows.widen(gradient_bits[i - f.first], G)
-                    rows.multiply(G, updated, D[q])
-                    rows.multiply_through(G, flags, updated, f.through_magnitude != 0, Q[q])
-                else:
-                    rows.multiply(gradient[i - f.first], updated, D[q])
-                    rows.multiply_through(
-                        gradient[i - f.first], flags, updated, f.through_magnitude != 0, Q[q]
-                    )  # fmt: skip
-                rows.dot_each(Q[q], V, dU[i])
-                rows.dot_each(D[q], B, dA[i])
-                dR[i] = rows.total(D[q])
-                for k in range(f.update_rank):
-                    left_U[q, k] = U[i, k]
-                for k in range(f.score_rank):
-                    left_A[q, k] = A[i, k]
+                _update(f, pair, min(pair + 1, stop - 1), updated)
+                for i in range(pair, min(pair + 2, stop)):
+                    q, row = i - group, updated[i - pair]
+                    rows.unpack(packed[i], flags)
+                    if f.masked != 0:
+                        _store_masked(f, i, flags, row, work)
+                    if f.gradient_is_bf16 != 0:
+                        rows.widen(gradient_bits[i - f.first], G)
+                    else:
+                        rows.copy(gradient[i - f.first], G)
+                    rows.multiply(G, row, D[q])
+                    rows.multiply_through(G, flags, row, f.through_magnitude != 0, Q[q])
+                    dR[i] = rows.total(D[q])
+                    rows.copy(U[i], left_U[q])
+                    rows.copy(A[i], left_A[q])
+                q, alone = pair - group, pair + 1 == stop
+                rows.dots(Q[q], Q[q + 1], V, dU[pair], spare if alone else dU[pair + 1])
+                rows.dots(D[q], D[q + 1], B, dA[pair], spare if alone else dA[pair + 1])
             rows.add_outer(left_U, Q, sums[: f.update_rank])
             rows.add_outer(left_A, D, sums[f.update_rank : f.update_rank + f.score_rank])
             rows.add_rows(D, sums[parts - 1])
 
 
-@_part
+@part
 def _drop_one(place, packed, columns, masked, masked_bits):
     i, j = place // columns, place % columns
     bit = np.uint32(j % WORD // 2 + WORD // 2 * (j % 2))
@@ -249,14 +259,14 @@ def _drop_one(place, packed, columns, masked, masked_bits):
         masked_bits[place] = 0
 
 
-@_part
+@part
 def drop(places, packed, columns, masked, masked_bits):
     """Clear the bits of weights at flat indices, and their places in M * W', fp32 or bf16, both one or both empty."""
     for p in range(places.size):
         _drop_one(places[p], packed, columns, masked, masked_bits)
 
 
-@_part
+@part
 def drop_first(scores, places, value, count, packed, columns, masked, masked_bits):
     """`drop` the first `count` candidates by (score, index), the last of which has this value; returns its index."""
     smaller = 0

@@ -1,19 +1,13 @@
-"""What is done to one row of W, in loops that the compiler turns into vector instructions.
+"""What is done to a row of W, or to two, in loops that the compiler turns into vector instructions.
 
-Each loop writes one array and reads few: with more of them the compiler gives up telling that they do not overlap, and
-leaves the loop scalar. All arithmetic is fp32; bf16 lies in uint16, its bits being the upper half of an fp32's.
+All arithmetic is fp32; bf16 lies in uint16, its bits being the upper half of an fp32's.
 """
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
-# A product and a sum may become one fused instruction; sums keep their order, so that all passes see the same W' and S.
-_options = {"fastmath": {"contract", "nsz"}, "error_model": "numpy", "nogil": True, "cache": True}
-row = numba.njit(**_options)
-# A sum along a row may be split over vector lanes.
-reduction = numba.njit(**{**_options, "fastmath": {"contract", "nsz", "reassoc"}})
+from .compile import reduction, row
 
 RANKS = 8  # columns of the factors that one loop takes: fewer would load and store the row more often
 GROUP = 4  # rows that a sum down the columns takes at once
@@ -42,38 +36,38 @@ def narrow(source, out):
 
 
 @row
-def add_product(left, right, out):
-    """out (n,) += left (r,) @ right (r, n), r a multiple of RANKS."""
+def add_products(left, left2, right, out, out2):
+    """out (n,) += left (r,) @ right (r, n), and out2 likewise, r a multiple of RANKS.
+
+    Two rows at once, because each load of `right` then serves two products.
+    """
     for k in range(0, left.size, RANKS):
-        a, b, c, d, e, f, g, h = (
-            left[k], left[k + 1], left[k + 2], left[k + 3], left[k + 4], left[k + 5], left[k + 6], left[k + 7]
-        )  # fmt: skip
-        r0, r1, r2, r3, r4, r5, r6, r7 = (
-            right[k], right[k + 1], right[k + 2], right[k + 3], right[k + 4], right[k + 5], right[k + 6], right[k + 7]
-        )  # fmt: skip
+        a, b, c, d = left[k], left[k + 1], left[k + 2], left[k + 3]
+        e, f, g, h = left[k + 4], left[k + 5], left[k + 6], left[k + 7]
+        a2, b2, c2, d2 = left2[k], left2[k + 1], left2[k + 2], left2[k + 3]
+        e2, f2, g2, h2 = left2[k + 4], left2[k + 5], left2[k + 6], left2[k + 7]
+        r0, r1, r2, r3 = right[k], right[k + 1], right[k + 2], right[k + 3]
+        r4, r5, r6, r7 = right[k + 4], right[k + 5], right[k + 6], right[k + 7]
         for j in range(out.size):
-            out[j] += (
-                a * r0[j] + b * r1[j] + c * r2[j] + d * r3[j] + e * r4[j] + f * r5[j] + g * r6[j] + h * r7[j]
-            )  # fmt: skip
+            first = (a * r0[j] + b * r1[j] + c * r2[j] + d * r3[j]) + (e * r4[j] + f * r5[j] + g * r6[j] + h * r7[j])
+            second = (a2 * r0[j] + b2 * r1[j] + c2 * r2[j] + d2 * r3[j]) + (
+                e2 * r4[j] + f2 * r5[j] + g2 * r6[j] + h2 * r7[j]
+            )
+            out[j] += first
+            out2[j] += second
 
 
 @row
-def update(weight, weight_bits, is_bf16, U, V, out):
-    """out = W' of one row: that of `weight`, or of `weight_bits` if `is_bf16`, plus U V."""
-    if is_bf16:
-        widen(weight_bits, out)
-    else:
-        for j in range(out.size):
-            out[j] = weight[j]
-    add_product(U, V, out)
-
-
-@row
-def score(updated, A, B, R, C, out):
-    """out = |W'| + A B + (R + C) of one row; R is its number, C (n,)."""
+def start_score(updated, R, C, out):
+    """out = |W'| + (R + C) of one row; R is its number, C (n,)."""
     for j in range(out.size):
         out[j] = abs(updated[j]) + (C[j] + R)
-    add_product(A, B, out)
+
+
+@row
+def copy(source, out):
+    for j in range(out.size):
+        out[j] = source[j]
 
 
 @row
@@ -159,44 +153,57 @@ def multiply_through(gradient, flags, updated, through_magnitude, out):
 
 
 @reduction
-def dot_each(row, right, out):
-    """out (r,) = right (r, n) @ row (n,), r a multiple of RANKS."""
-    zero = np.float32(0)
+def dots(values, values2, right, out, out2):
+    """out (r,) = right (r, n) @ values (n,), and out2 likewise, r a multiple of RANKS."""
+    z = np.float32(0)
     for k in range(0, right.shape[0], RANKS):
-        r0, r1, r2, r3, r4, r5, r6, r7 = (
-            right[k], right[k + 1], right[k + 2], right[k + 3], right[k + 4], right[k + 5], right[k + 6], right[k + 7]
-        )  # fmt: skip
-        a, b, c, d, e, f, g, h = zero, zero, zero, zero, zero, zero, zero, zero
-        for j in range(row.size):
-            one = row[j]
-            a += one * r0[j]
-            b += one * r1[j]
-            c += one * r2[j]
-            d += one * r3[j]
-            e += one * r4[j]
-            f += one * r5[j]
-            g += one * r6[j]
-            h += one * r7[j]
+        r0, r1, r2, r3 = right[k], right[k + 1], right[k + 2], right[k + 3]
+        r4, r5, r6, r7 = right[k + 4], right[k + 5], right[k + 6], right[k + 7]
+        a, b, c, d, e, f, g, h = z, z, z, z, z, z, z, z
+        a2, b2, c2, d2, e2, f2, g2, h2 = z, z, z, z, z, z, z, z
+        for j in range(values.size):
+            x, y = values[j], values2[j]
+            a += x * r0[j]
+            b += x * r1[j]
+            c += x * r2[j]
+            d += x * r3[j]
+            e += x * r4[j]
+            f += x * r5[j]
+            g += x * r6[j]
+            h += x * r7[j]
+            a2 += y * r0[j]
+            b2 += y * r1[j]
+            c2 += y * r2[j]
+            d2 += y * r3[j]
+            e2 += y * r4[j]
+            f2 += y * r5[j]
+            g2 += y * r6[j]
+            h2 += y * r7[j]
         out[k], out[k + 1], out[k + 2], out[k + 3] = a, b, c, d
         out[k + 4], out[k + 5], out[k + 6], out[k + 7] = e, f, g, h
+        out2[k], out2[k + 1], out2[k + 2], out2[k + 3] = a2, b2, c2, d2
+        out2[k + 4], out2[k + 5], out2[k + 6], out2[k + 7] = e2, f2, g2, h2
 
 
 @reduction
-def total(row):
+def total(values):
     result = np.float32(0)
-    for j in range(row.size):
-        result += row[j]
+    for j in range(values.size):
+        result += values[j]
     return result
 
 
 @row
 def add_outer(left, rows, out):
-    """out (r, n) += left (GROUP, r)^T @ rows (GROUP, n)."""
+    """out (r, n) += left (GROUP, r)^T @ rows (GROUP, n), r even."""
     r0, r1, r2, r3 = rows[0], rows[1], rows[2], rows[3]
-    for k in range(out.shape[0]):
-        a, b, c, d, line = left[0, k], left[1, k], left[2, k], left[3, k], out[k]
+    for k in range(0, out.shape[0], 2):
+        a, b, c, d = left[0, k], left[1, k], left[2, k], left[3, k]
+        a2, b2, c2, d2 = left[0, k + 1], left[1, k + 1], left[2, k + 1], left[3, k + 1]
+        line, line2 = out[k], out[k + 1]
         for j in range(line.size):
             line[j] += a * r0[j] + b * r1[j] + c * r2[j] + d * r3[j]
+            line2[j] += a2 * r0[j] + b2 * r1[j] + c2 * r2[j] + d2 * r3[j]
 
 
 @row
