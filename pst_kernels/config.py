@@ -21,6 +21,12 @@ CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "released": {"modules_to_save": ()},
+    "recipe": {"beta": 1 / 16, "train_bias": True},
+}
+
 
 class _DefaultCount(int):
     """A default that can be told from the same number given: the pattern may know a better one."""
@@ -138,6 +144,20 @@ class PSTConfig:
                     f"{name} is a callable and cannot be saved; use a regular expression or a list of names"
                 )
         return values | {"adapter_dtype": str(self.adapter_dtype).removeprefix("torch.")}
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> PSTConfig:
+        """Settings by name, and those given on top of them.
+
+        "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the
+        authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
+        LayerNorms among `modules_to_save` beside the head, and the learning rates that the README gives.
+
+        Raises ValueError for another name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known; give one of {', '.join(PRESETS)}")
+        return cls(**PRESETS[name] | settings)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PSTConfig:

@@ -222,11 +222,11 @@ def some_rows():
 def test_the_table_gives_mean_worst_best_and_number_of_seeds(tmp_path):
     text = table.markdown(some_rows())
     assert text.splitlines()[:5] == [
-        "| | trainable | topic, 50 % | topic, 90 % | masked words, 50 % | masked words, 90 % |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| dense | 1,234 | 96.0 (95.0 to 97.0, 3) | 96.0 (95.0 to 97.0, 3) | - | - |",
-        "| L0 | 100 | 70.0 (1) at 31 % | - | - | - |",
-        "| PST | 1,234 | 85.0 (80.0 to 90.0, 3) | - | - | 4.50 (1) |",
+        "| | trainable | topic, 50 % | masked words, 90 % |",
+        "| --- | ---: | ---: | ---: |",
+        "| dense | 1,234 | 96.0 (95.0 to 97.0, 3) | - |",
+        "| L0 | 100 | 70.0 (1) at 31 % | - |",
+        "| PST | 1,234 | 85.0 (80.0 to 90.0, 3) | 4.50 (1) |",
     ]
     assert text.splitlines()[6].startswith("topic: test accuracy, %; masked words: test loss, nats a masked word. Mean")
     readme = tmp_path / "README.md"
@@ -235,6 +235,19 @@ def test_the_table_gives_mean_worst_best_and_number_of_seeds(tmp_path):
     assert readme.read_text() == f"before\n{table.BEGIN}\n{text}\n{table.END}\nafter\n"
     with pytest.raises(ValueError, match="no final rows"):
         table.markdown({})
+
+
+def test_the_table_says_whose_rates_were_taken():
+    rows = [
+        row(cell("PST", FINAL, 0.5), test=0.5), row(cell("PST", FINAL, 0.8), test=0.5),
+        row(cell("magnitude, distilled", FINAL, 0.8), test=0.5),
+    ]  # fmt: skip
+    found = [table.caption(rows[:count]) for count in (1, 2, 3)]
+    assert [text.partition("among three for each method")[2].partition(". ")[0] for text in found] == [
+        "",
+        "; 80 % takes those chosen at 90 %",
+        "; 80 % takes those chosen at 90 %; magnitude, distilled takes those of magnitude",
+    ]
 
 
 def test_what_was_chosen_and_varied_is_shown_on_validation(tmp_path):

@@ -68,6 +68,18 @@ def test_a_recipe_is_tested_at_the_setting_of_the_candidate_that_it_was(fake, tm
     assert dataclasses.replace(recipe, name=before.name, grid=before.grid, like=None, candidate=True) == before
 
 
+def test_80_percent_takes_the_rates_chosen_at_90(fake, tmp_path):
+    assert job.main(options(tmp_path, "--methods", "PST", "--sparsities", "0.8", "--seeds", "1")) == 0
+    assert [(one.stage, one.sparsity) for one in fake] == [(TUNE, 0.9)] * 3 + [(FINAL, 0.8)]
+    assert fake[-1].setting == record.setting_text(catalogue.PST_RATES[-1])
+
+
+def test_a_candidate_runs_at_its_own_sparsity(fake, tmp_path):
+    name = "candidate: one rate"
+    assert job.main(options(tmp_path, "--methods", name, "--sparsities", "0.8", "--seeds", "1")) == 0
+    assert {(one.stage, one.sparsity) for one in fake} == {(TUNE, 0.8)}
+
+
 def test_what_learns_from_the_dense_model_waits_for_its_setting(fake, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(teachers, "get", lambda folder, one, _, dense: asked.append((one, dense.name)))

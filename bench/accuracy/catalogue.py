@@ -79,9 +79,27 @@ SMALL: dict[str, Any] = {"beta": 1 / 16}
 ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) for rate in (1e-3, 2e-3, 4e-3))
 FOUND = _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((5e-4, 5e-4), (2e-3, 5e-4), (8e-3, 5e-4)))
 FOUND_AND_LOGITS = replace(FOUND, name=f"{FOUND.name}, logits", distillation=LOGITS)
+LOGITS_AND_MORE_STATES = Distillation(share=0.5, temperature=2.0, states=10.0)
+FOUND_AND_STATES = replace(
+    FOUND, name=f"{FOUND.name}, logits and states", distillation=LOGITS_AND_MORE_STATES, grid=FOUND.grid[::-1]
+)
+DECODER: dict[str, Any] = {**FREE, **SMALL, "decoder": True}
+SLOW_DECODER = ({"factors": 8e-3, "scores": 5e-4, "weights": 2e-4},)
+SCREENED = (
+    _candidate("decoder, logits", pst(**DECODER), _rates((8e-3, 5e-4)), distillation=LOGITS),
+    _candidate("decoder, logits and states", pst(**DECODER), _rates((8e-3, 5e-4)), distillation=LOGITS_AND_MORE_STATES),
+    _candidate("decoder, slow", pst(**DECODER), SLOW_DECODER),
+    _candidate("decoder", pst(**DECODER), _rates((8e-3, 5e-4), (8e-3, 3e-5), (2e-3, 3e-5), (3.2e-2, 3e-5))),
+    _candidate("decoder, early", pst(**DECODER), _rates((8e-3, 3e-5)), warmup=0.0, cooldown=0.6),
+    _candidate("decoder, rank 32", pst(**DECODER, weight_rank=32), _rates((8e-3, 3e-5))),
+    _candidate("low score rate", pst(**FREE, **SMALL), _rates((8e-3, 3e-5))),
+    _candidate("low score rate, early", pst(**FREE, **SMALL), _rates((8e-3, 3e-5)), warmup=0.0, cooldown=0.6),
+)
 CANDIDATES = (
     FOUND,
     FOUND_AND_LOGITS,
+    FOUND_AND_STATES,
+    *SCREENED,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
     _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS),
@@ -97,7 +115,17 @@ def _adopted(candidate: Method, name: str) -> Method:
 
 RECIPES = (
     _adopted(FOUND, "PST, our recipe"),
-    _adopted(FOUND_AND_LOGITS, "PST, our recipe, distilled"),
-    Method("magnitude, distilled", trains_all(baselines.Magnitude), WEIGHT_RATES, distillation=LOGITS),
+    _adopted(FOUND_AND_STATES, "PST, our recipe, distilled"),
+    # as much beside the blocks as for the methods that train everything; topics have no decoder
+    Method(
+        "PST, our recipe, distilled, decoder trained",
+        pst(**DECODER),
+        like=FOUND_AND_STATES.name,
+        distillation=LOGITS_AND_MORE_STATES,
+    ),
+    # what distillation alone does, at the rates chosen without it
+    Method(
+        "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
+    ),
 )
 METHODS = {method.name: method for method in (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS, *CANDIDATES)}

@@ -144,7 +144,7 @@ class Wanted:
     def tuning(self) -> list[Cell]:
         like = dataclasses.replace(self.cell, method=self.tuned.name)
         if self.method.candidate:
-            return choose.tuning_cells(like, self.tuned.grid, self.cell.seed)
+            return choose.every_setting(like, self.tuned.grid, self.cell.seed)
         return choose.tuning_cells(like, self.tuned.grid)
 
     @property
@@ -174,7 +174,7 @@ def grid(options: argparse.Namespace) -> list[Wanted]:
         if method.only not in (None, sparsity):
             continue
         tuned = METHODS[method.like] if method.like else method
-        stage = TUNE if method.candidate else FINAL if tuned is method or tuned.candidate else SHOW
+        stage = TUNE if method.candidate else FINAL if tuned is method or method in RECIPES else SHOW
         cell = Cell(
             stage, task.name, method.name, sparsity if method.sparse else 0.0, "",
             seed + choose.TUNING_SEED if method.candidate else seed, size.steps, size.batch, size.length,

@@ -99,7 +99,7 @@ def lora(model: nn.Module, plan: Plan) -> None:
     _train(model, plan.task.head)
 
 
-def wanda_lora(model: nn.Module, plan: Plan) -> None:
+def wanda_lora(model: nn.Module, plan: Plan, decoder: bool = False) -> None:
     norms = plan.norms(model, targets(model))
     model.requires_grad_(False)
     _each_linear(
@@ -108,14 +108,18 @@ def wanda_lora(model: nn.Module, plan: Plan) -> None:
             linear, norms[name], plan.sparsity, LORA_RANK, float(LORA_RANK)
         ),
     )
-    _train(model, plan.task.head)
+    _train(model, (*plan.task.head, *(plan.task.decoder if decoder else ())))
 
 
-def pst(head: bool = True, also: tuple[str, ...] = (), **config: Any) -> Callable[[nn.Module, Plan], None]:
-    """Our package. `also`: suffixes of further modules to train; `config`: settings other than the defaults."""
+def pst(
+    head: bool = True, also: tuple[str, ...] = (), decoder: bool = False, **config: Any
+) -> Callable[[nn.Module, Plan], None]:
+    """Our package. `also`: suffixes of further modules to train; `decoder`: train what makes the logits, pretrained or
+    not; `config`: settings other than the defaults.
+    """
 
     def convert(model: nn.Module, plan: Plan) -> None:
-        saved = [*(plan.task.head if head else ()), *also]
+        saved = [*(plan.task.head if head else ()), *also, *(plan.task.decoder if decoder else ())]
         settings = {"weight_rank": RANK, "score_rank": RANK} | config
         replace_linear(model, PSTConfig(sparsity=plan.sparsity, modules_to_save=saved, **settings))
 

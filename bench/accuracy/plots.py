@@ -27,6 +27,7 @@ COLOURS = dict(
             "#2a9d62",
             "#0b5d3b",
             "#7fd1a5",
+            "#00b8a9",
             "#f2c572",
         ],
         strict=True,

@@ -13,13 +13,14 @@ from pst_kernels.files import replacing
 
 from ..table import replace_between
 from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS, PST, RECIPES
+from .choose import TUNED_AT
 from .record import FINAL, SHOW, Cell, Row
 from .tasks import TASKS
 
 VALIDATION_NAME = "accuracy_validation.md"
 Score = Callable[[Row], float | None]
 BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
-SHOWN = (0.5, 0.9)  # sparsities of the README's table
+TESTED = [method.name for method in (*BASELINES, *RECIPES)]
 HEADINGS = {"accuracy": "test accuracy, %", "loss": "test loss, nats a masked word"}
 
 
@@ -102,17 +103,16 @@ def _percent(sparsity: float) -> str:
 
 
 def markdown(rows: Mapping[Cell, Row]) -> str:
-    """What was tested at 50 and 90 %: a line a method, a column a task and sparsity. Raises ValueError when nothing
-    was.
-    """
-    tested = [row for row in rows.values() if row.cell.stage == FINAL and row.cell.sparsity in (0.0, *SHOWN)]
+    """What was tested: a line a method, a column a task and sparsity. Raises ValueError when nothing was."""
+    tested = [row for row in rows.values() if row.cell.stage == FINAL]
     if not tested:
         raise ValueError("the CSV has no final rows yet; run `python -m bench accuracy`")
     of_task = {task: [r for r in tested if r.cell.task == task] for task in tasks_of(tested)}
-    heads = [f"{task}, {100 * sparsity:g} %" for task in of_task for sparsity in SHOWN]
+    sparsities = {task: _sparsities(of_task[task]) for task in of_task}
+    heads = [f"{task}, {_percent(sparsity)}" for task in of_task for sparsity in sparsities[task]]
     lines = [f"| | trainable | {' | '.join(heads)} |", f"| --- |{' ---: |' * (1 + len(heads))}"]
     for method in _methods(tested):
-        cells = [cell for chosen in of_task.values() for cell in _cells(chosen, method, SHOWN)]
+        cells = [cell for task, chosen in of_task.items() for cell in _cells(chosen, method, sparsities[task])]
         lines.append(f"| {method} | {_trainable(tested, method)} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", caption(tested)])
 
@@ -128,12 +128,25 @@ def caption(tested: Sequence[Row]) -> str:
         f"{'; '.join(f'{task}: {metrics[task]}' for task in tasks_of(tested))}."
         " Mean over seeds (worst to best, number of seeds; they differ in labelled texts, order, head and factors)."
         f" {'; '.join(sizes)}. Learning rates chosen on validation, by a run of another seed, among three for each"
-        " method. Pruned are the linear layers inside the blocks of MiniLM (6 layers, 384 wide). A method without a"
-        " target of its own (soft movement, L0) shows the sparsity that it reached."
+        f" method{_borrowed(tested)}. Pruned are the linear layers inside the blocks of MiniLM (6 layers, 384 wide). A"
+        " method without a target of its own (soft movement, L0) shows the sparsity that it reached."
         f" Measured on CPU: {'; '.join(_names(f'{r.machine}, {r.threads} threads' for r in tested))},"
         f" {'; '.join(_names(r.versions for r in tested))}, {'; '.join(_names(r.date for r in tested))}, commit"
         f" {'; '.join(_names(r.commit for r in tested))}."
     )
+
+
+def _borrowed(tested: Sequence[Row]) -> str:
+    """What was not tuned itself, and whose rates it takes."""
+    rules = [
+        f"; {_percent(to)} takes those chosen at {_percent(at)}" for to, at in TUNED_AT.items()
+        if any(row.cell.sparsity == to for row in tested)
+    ]  # fmt: skip
+    rules += [
+        f"; {method.name} takes those of {method.like}" for method in RECIPES
+        if method.like in TESTED and any(row.cell.method == method.name for row in tested)
+    ]  # fmt: skip
+    return "".join(rules)
 
 
 def rewrite_readme(path: Path, rows: Mapping[Cell, Row]) -> None:

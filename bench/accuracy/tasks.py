@@ -62,6 +62,7 @@ class Task:
     metric: str
     higher_is_better: bool
     head: tuple[str, ...]  # modules that are new, or stand between the blocks and what is new
+    decoder: tuple[str, ...] = ()  # pretrained modules that the logits are made with
 
     def __init__(self, size: Size):
         self.size = size
@@ -153,6 +154,7 @@ class MaskedWords(Task):
 
     name, metric, higher_is_better = "masked words", "loss", False
     head = ("head",)
+    decoder = ("bert.embeddings.word_embeddings",)
 
     def model(self) -> nn.Module:
         return MaskedLanguageModel(models.load_model(MINILM, _split().labels).bert)

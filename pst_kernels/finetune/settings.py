@@ -7,7 +7,10 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config import PRESETS
+
 METHODS = ("dense", "pst")
+RECIPE_RATIO = 4.0  # U and V over A, B, R and C, as validation chose in the accuracy study
 # Runs that differ in these may go on from each other.
 FREE_ON_RESUME = ("method", "output")
 
@@ -23,12 +26,14 @@ class Settings:
     text_column: str = "text"
     label_column: str = "label"
     method: str = "both"
+    preset: str = "paper"
     sparsity: float = 0.9
     steps: int = 150
     batch_size: int = 16
     max_length: int = 96
     learning_rate: float = 1e-4
     pst_learning_rate: float = 5e-4
+    update_learning_rate: float | None = None
     head_learning_rate: float = 1e-3
     dropout: float = 0.0
     rank: int = 8
@@ -40,6 +45,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.method not in (*METHODS, "both"):
             raise ValueError(f"--method {self.method!r} is not known; give dense, pst or both")
+        if self.preset not in PRESETS:
+            raise ValueError(f"--preset {self.preset!r} is not known; give one of {', '.join(PRESETS)}")
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"--sparsity {self.sparsity} must lie in [0, 1); 0.9 prunes 90 % of every block weight")
         for name in ("steps", "batch_size", "rank", "evaluations", "save_steps"):
@@ -47,16 +54,23 @@ class Settings:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least 1")
         if self.max_length < 8:
             raise ValueError(f"--max-length {self.max_length} must be at least 8 tokens")
-        for name in ("learning_rate", "pst_learning_rate", "head_learning_rate"):
+        for name in ("learning_rate", "pst_learning_rate", "update_rate", "head_learning_rate"):
             if not 0.0 < getattr(self, name) < 1.0:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must lie between 0 and 1, such as 1e-4")
-
+                flag = "--update-learning-rate" if name == "update_rate" else _flag(name)
+                raise ValueError(f"{flag} {getattr(self, name)} must lie between 0 and 1, such as 1e-4")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"--dropout {self.dropout} must lie in [0, 1)")
 
     @property
     def methods(self) -> tuple[str, ...]:
         return METHODS if self.method == "both" else (self.method,)
+
+    @property
+    def update_rate(self) -> float:
+        """Of U and V: as given, else that of the scores, times 4 where U V is a sixteenth as large."""
+        if self.update_learning_rate is not None:
+            return self.update_learning_rate
+        return self.pst_learning_rate * (RECIPE_RATIO if self.preset == "recipe" else 1.0)
 
     @property
     def folder(self) -> Path:
@@ -79,12 +93,14 @@ HELP = {
     "text_column": "name of the column that holds the text",
     "label_column": "name of the column that holds the label",
     "method": "dense, pst or both",
+    "preset": "of PST: paper, released (the head stays random) or recipe (that of the README's accuracy study)",
     "sparsity": "share of every linear weight inside the blocks that PST prunes",
     "steps": "optimizer steps of each method",
     "batch_size": "texts in a step",
     "max_length": "tokens of a text that are read",
     "learning_rate": "of all weights but the head, in dense fine-tuning",
     "pst_learning_rate": "of the factors, in PST",
+    "update_learning_rate": "of U and V alone (default: as the other factors; of the recipe four times as much)",
     "head_learning_rate": "of the task head in dense fine-tuning, and of all that PST trains beside its factors",
     "dropout": "of the model while it trains; a run this short needs none, and does without in four fifths of the time",
     "rank": "rank of the weight update and of the learned importance",
@@ -97,9 +113,11 @@ HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Settings):
-        kind = type(field.default) if field.default is not None else str
+        kind: type = float if field.name == "update_learning_rate" else str
+        if field.default is not None:
+            kind = type(field.default)
         default = "" if field.default is None else f" (default: {field.default})"
-        choices = (*METHODS, "both") if field.name == "method" else None
+        choices = {"method": (*METHODS, "both"), "preset": tuple(PRESETS)}.get(field.name)
         parser.add_argument(
             _flag(field.name), type=kind, default=field.default, choices=choices, help=HELP[field.name] + default
         )

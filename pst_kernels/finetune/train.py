@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import nn
 
-from .. import PSTCallback, PSTConfig, merge_and_unload, replace_linear, save_pretrained
+from .. import PSTCallback, merge_and_unload, replace_linear, save_pretrained
 from ..files import write_json
-from ..linear import FACTORS
-from ..targets import find_targets, head_modules
-from . import models, processes
+from ..targets import find_targets
+from . import models, presets, processes
 from .callbacks import MarkComplete, Progress, Recorder, StopOnNaN, newest_checkpoint
 from .data import Dataset, Example
 from .measure import count_zeros, memory_mb, weights_mb
@@ -65,10 +63,7 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
     transformers.set_seed(settings.seed)
     model = models.load_model(settings, dataset.labels)
     dense_numel = sum(p.numel() for p in model.parameters())
-    config = PSTConfig(
-        sparsity=settings.sparsity, weight_rank=settings.rank, score_rank=settings.rank,
-        modules_to_save=trained_in_full(model),
-    )  # fmt: skip
+    config = presets.config(settings, model)
     targets: dict[str, Any] = find_targets(model, config)
     layers = {name: layer.weight.numel() for name, layer in targets.items()}
     if method == "pst":
@@ -147,12 +142,6 @@ def read_result(work: Path, method: str) -> Result | None:
     return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
-def trained_in_full(model: nn.Module) -> list[str]:
-    """The task head, and what stands between the blocks and it (BERT's pooler), where a pretrained model has it."""
-    poolers = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
-    return [*head_modules(model), *poolers]
-
-
 def _trainer(
     method: str, settings: Settings, dataset: Dataset, model: Any, tokenizer: Any, checkpoints: Path
 ) -> tuple[transformers.Trainer, Recorder]:
@@ -201,7 +190,7 @@ def _trainer(
         eval_dataset=models.encode(dataset.validation, dataset.labels, tokenizer, settings.max_length),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         compute_metrics=_metrics,
-        optimizers=(torch.optim.AdamW(_groups(method, settings, model), weight_decay=0.0, fused=True), None),
+        optimizers=(torch.optim.AdamW(presets.groups(method, settings, model), weight_decay=0.0, fused=True), None),
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
@@ -210,22 +199,6 @@ def _trainer(
 
 def _metrics(evaluation: transformers.EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((np.argmax(evaluation.predictions, 1) == evaluation.label_ids).mean())}
-
-
-def _groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, Any]]:
-    """The body, or the factors, at one learning rate; the head, new and random, at its own."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if method == "pst":
-        body = {name for name in parameters if name.rpartition(".")[2] in FACTORS}
-        rate = settings.pst_learning_rate
-    else:
-        heads = tuple(f"{name}." for name in head_modules(model))
-        body = {name for name in parameters if not name.startswith(heads)}
-        rate = settings.learning_rate
-    return [
-        {"params": [p for name, p in parameters.items() if name in body], "lr": rate},
-        {"params": [p for name, p in parameters.items() if name not in body], "lr": settings.head_learning_rate},
-    ]
 
 
 def _history(log: Sequence[dict[str, Any]]) -> dict[str, list]:

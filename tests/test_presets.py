@@ -1,0 +1,97 @@
+"""Settings by name: what each preset trains, and at which rates the main job trains it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification
+
+from bench.accuracy import catalogue
+from bench.accuracy.methods import Plan
+from bench.accuracy.tasks import Size, Topic
+from pst_kernels import PSTConfig, replace_linear
+from pst_kernels.config import PRESETS
+from pst_kernels.finetune import presets
+from pst_kernels.finetune.settings import Settings
+from pst_kernels.model import get_config
+
+FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return BertForSequenceClassification(BertConfig(**size, vocab_size=40, num_labels=3))
+
+
+def trainable(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def converted(**given) -> torch.nn.Module:
+    model = bert()
+    return replace_linear(model, presets.config(Settings(**given), model))
+
+
+def test_presets_are_the_defaults_but_for_what_they_name():
+    assert PSTConfig.preset("paper") == PSTConfig()
+    assert PSTConfig.preset("released", sparsity=0.5) == PSTConfig(sparsity=0.5, modules_to_save=())
+    recipe = PSTConfig.preset("recipe", weight_rank=4)
+    assert recipe == PSTConfig(beta=1 / 16, train_bias=True, weight_rank=4)
+    assert PSTConfig.preset("recipe", beta=0.5).beta == 0.5
+    with pytest.raises(ValueError, match="preset 'best' is not known; give one of paper, released, recipe"):
+        PSTConfig.preset("best")
+
+
+@pytest.mark.parametrize(("preset", "method"), [("released", "PST as released"), ("recipe", "PST, our recipe")])
+def test_a_preset_is_the_method_of_the_accuracy_study(preset, method):
+    model = bert()
+    catalogue.METHODS[method].convert(model, Plan(Topic(Size()), 0.9, 0))
+    ours = converted(preset=preset)
+    assert trainable(ours) == trainable(model)
+    for name in ("beta", "alpha1", "alpha2", "weight_rank", "score_rank", "through_magnitude", "train_bias", "warmup"):
+        assert getattr(get_config(ours), name) == getattr(get_config(model), name), name
+
+
+def test_as_released_nothing_but_factors_trains():
+    assert {name.rpartition(".")[2] for name in trainable(converted(preset="released"))} == set(FACTORS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_each_parameter_has_the_rate_of_its_role(preset):
+    settings = Settings(preset=preset, pst_learning_rate=3e-4, head_learning_rate=7e-3)
+    model = converted(preset=preset)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in presets.groups("pst", settings, model) for p in g["params"]}
+    assert set(rates) == trainable(model)
+    update = 1.2e-3 if preset == "recipe" else 3e-4
+    for name, rate in rates.items():
+        last = name.rpartition(".")[2]
+        assert rate == pytest.approx(update if last in FACTORS[:2] else 3e-4 if last in FACTORS else 7e-3), name
+    given = presets.groups("pst", Settings(preset=preset, update_learning_rate=9e-3), model)
+    assert {g["lr"] for g in given if names[id(g["params"][0])].endswith(FACTORS[:2])} == {9e-3}
+
+
+def test_the_rates_of_the_recipe_are_those_of_the_readme():
+    settings = Settings(preset="recipe")
+    assert (settings.update_rate, settings.pst_learning_rate, settings.head_learning_rate) == (2e-3, 5e-4, 1e-3)
+
+
+def test_dense_fine_tuning_has_a_rate_of_the_body_and_one_of_the_head():
+    model = bert()
+    settings = Settings(learning_rate=1e-4, head_learning_rate=7e-3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in presets.groups("dense", settings, model) for p in g["params"]}
+    assert rates == {n: 7e-3 if n.startswith("classifier.") else 1e-4 for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"preset": "best"}, "--preset 'best' is not known; give one of paper, released, recipe"),
+        ({"update_learning_rate": 0.0}, "--update-learning-rate 0.0 must lie between 0 and 1"),
+    ],
+)
+def test_bad_settings_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**change)
