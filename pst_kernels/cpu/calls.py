@@ -10,10 +10,9 @@ from ..packing import packed_width
 from ..rows import GEMM_ROWS, buffers, row_blocks
 from ..selection import Bracket, Candidates
 from . import passes
-from .operands import Frame, padded, share_rows, share_rows_of_sums
+from .operands import Frame, share_rows, share_rows_of_sums
 
 SHARES = 8  # of the rows of G that are there at once: each has its own sums over rows, as large as the factors
-ROOM = 8  # places that the pass writes to before it knows whether there is a candidate
 MOST_CANDIDATES = 8  # one in so many weights; where there are more, as in ties of millions, the pass runs again
 
 
@@ -38,8 +37,9 @@ class CompiledScores:
 
     def gather(self, bracket: Bracket) -> Candidates:
         in_a_share = self.share * self.shape[1]
-        found, most = self._gather(bracket, in_a_share // MOST_CANDIDATES + ROOM)
-        return self._gather(bracket, in_a_share + ROOM)[0] if most > in_a_share // MOST_CANDIDATES else found
+        usual = in_a_share // MOST_CANDIDATES
+        found, most = self._gather(bracket, usual + passes.ROOM)
+        return found if most <= usual else self._gather(bracket, in_a_share + passes.ROOM)[0]
 
     def _gather(self, bracket: Bracket, capacity: int) -> tuple[Candidates, int]:
         """The candidates, and how many the share with most has; more than `capacity` are not all there."""
@@ -106,24 +106,23 @@ def factor_gradients(
     """The six factor gradients from G = gy^T x, of which a group of rows exists at a time; `masked` gets M * W'."""
     out, columns = weight.shape
     frame = Frame(weight, U, V, beta)
-    left, right = padded(A, 1, alpha1), padded(B, 0)
-    dU, dA = torch.empty_like(frame.U), torch.empty_like(left)
-    dR = torch.empty(out)
-    parts = len(frame.V) + len(right) + 1
+    score = frame.set_score_factors(A, B, alpha1)
+    up = len(frame.V)
+    dU, dA, dR = torch.empty(out, up), torch.empty(out, score), torch.empty(out)
+    parts = up + score + 1
     group_rows = -(-out // -(-out // GEMM_ROWS))
     rows = share_rows_of_sums(group_rows, SHARES)
     partial = buffers.get("partial sums", (-(-group_rows // rows), parts, columns), torch.float32, gy.device).zero_()
     gradients = buffers.get("gradient", (group_rows, columns), gy.dtype, gy.device)
     frame.set(
-        A=left, B=right, score_rank=len(right), packed=mask.contiguous(), through_magnitude=int(through_magnitude),
-        dU=dU, dA=dA, dR=dR, partial=partial, gradient=gradients,
+        packed=mask.contiguous(), through_magnitude=int(through_magnitude), dU=dU, dA=dA, dR=dR, partial=partial,
+        gradient=gradients,
     )  # fmt: skip
     if masked is not None:
         frame.set(masked=masked)
     for group in row_blocks(0, out, group_rows):
         torch.mm(gy[:, group].T, x, out=gradients[: group.stop - group.start])
         frame.run(passes.gradients, rows, group.start, group.stop)
-    up, score = len(frame.V), len(right)
     dV, dB = partial[:, : V.shape[0]].sum(0), partial[:, up : up + B.shape[0]].sum(0)
     dC = partial[:, up + score].sum(0)
     return dU[:, : V.shape[0]] * beta, dV, dA[:, : B.shape[0]] * alpha1, dB, dR.mul_(alpha2), dC.mul_(alpha2)

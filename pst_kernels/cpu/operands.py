@@ -49,9 +49,15 @@ class Frame:
                 self.values[name] = value
 
     def set_scores(self, A: Tensor, B: Tensor, R: Tensor, C: Tensor, alpha1: float, alpha2: float) -> None:
-        A, B = padded(A, 1, alpha1), padded(B, 0)
+        self.set_score_factors(A, B, alpha1)
         R, C = ((t.to(torch.float32) * alpha2).contiguous() for t in (R, C))
-        self.set(A=A, B=B, R=R, C=C, score_rank=len(B))
+        self.set(R=R, C=C)
+
+    def set_score_factors(self, A: Tensor, B: Tensor, alpha1: float) -> int:
+        """alpha1 A and B; returns their rank as the passes see it."""
+        A, B = padded(A, 1, alpha1), padded(B, 0)
+        self.set(A=A, B=B, score_rank=len(B))
+        return len(B)
 
     def run(self, compiled: Any, share_rows: int, first: int = 0, last: int | None = None) -> None:
         """A pass over rows first to last, cut into shares of `share_rows`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from ..packing import PAIRS, WORD
 from . import rows
 from .compile import part, whole_pass
 from .team import pointer_to, take_share
@@ -24,7 +25,7 @@ _NUMBERS = (
 FRAME = np.dtype(
     [(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)] + [("lower", np.float32), ("upper", np.float32)]
 )
-WORD = 32  # columns of a packed word
+ROOM = 8  # flags looked at together: places behind the last candidate that are written to before it is known if one is
 
 
 @part
@@ -148,14 +149,16 @@ def _gather(f, i, share, found, scored, flags):
     eights = flags.view(np.uint64)
     for e in range(eights.size):
         if eights[e] != 0:
-            stop = min(8 * e + 8, f.columns)
-            if found + 8 <= f.capacity:
-                for j in range(8 * e, stop):  # writes every score, and keeps its place if it is one: without a branch
+            stop = min(ROOM * (e + 1), f.columns)
+            if found + ROOM <= f.capacity:
+                for j in range(
+                    ROOM * e, stop
+                ):  # writes every score, and keeps its place if it is one: without a branch
                     candidates[found] = scored[j]
                     places[first + found] = i * f.columns + j
                     found += flags[j]
             else:
-                for j in range(8 * e, stop):
+                for j in range(ROOM * e, stop):
                     found += flags[j]
     return found
 
@@ -165,7 +168,7 @@ def prune(address):
     """The packed mask and, where it is wanted, M * W', as if all scores from `lower` on were kept.
 
     For each share: how many lie below the bracket [lower, upper], how many inside it, and these with their flat index,
-    unless that many and eight more do not fit.
+    unless that many and ROOM more do not fit.
     """
     f = _frame(address)
     updated, scored, work = _pair_buffer(f), _pair_buffer(f), np.empty(f.columns, np.float32)
@@ -251,7 +254,7 @@ def gradients(address):
 @part
 def _drop_one(place, packed, columns, masked, masked_bits):
     i, j = place // columns, place % columns
-    bit = np.uint32(j % WORD // 2 + WORD // 2 * (j % 2))
+    bit = np.uint32(j % WORD // 2 + PAIRS * (j % 2))
     packed[i, j // WORD] &= ~(np.uint32(1) << bit)
     if masked.size:
         masked[place] = 0.0
@@ -261,7 +264,7 @@ def _drop_one(place, packed, columns, masked, masked_bits):
 
 @part
 def drop(places, packed, columns, masked, masked_bits):
-    """Clear the bits of weights at flat indices, and their places in M * W', fp32 or bf16, both one or both empty."""
+    """Clear the bits of weights at flat indices, and their places in M * W', fp32 and bf16, empty if there is none."""
     for p in range(places.size):
         _drop_one(places[p], packed, columns, masked, masked_bits)
 
