@@ -163,8 +163,10 @@ def bracket_kernel(
                 upper = unsigned(key_of(centre + half))
                 route = tl.full([], GUESS, tl.int64)
         if (route == SAMPLE) & (k > 0):
-            for start in range(0, SAMPLES, 512):
-                n = start + tl.arange(0, 512)
+            # The loops over ranks are unrolled: more samples a thread spill on sm_100, from rank 9 on.
+            RUN: tl.constexpr = 256 if RANK_W + RANK_S <= 32 else 128
+            for start in range(0, SAMPLES, RUN):
+                n = start + tl.arange(0, RUN)
                 b_score = sample_scores(
                     n, p_weight, p_u, p_v, p_a, p_b, p_r, p_c, numel, columns, stride_row, stride_column,
                     beta, alpha1, alpha2, RANK_W, RANK_S,

@@ -11,10 +11,13 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("pst_kernels.triton.compile")
+score = pytest.importorskip("pst_kernels.triton.score")
+select = pytest.importorskip("pst_kernels.triton.select")
 tiles = pytest.importorskip("pst_kernels.triton.tiles")
 
 FILES = ("matmul", "gradients")
 PRODUCTS = ("masked_matmul_kernel", "factor_gradients_kernel", "many_ranks_kernel")
+WALKS = ("score", "select", "mask")
 BLOCK_FILES = ("block_lists", "block_matmul", "block_gradients")
 TARGETS = ["sm_80", "sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_100", "sm_120"))]
 
@@ -108,6 +111,32 @@ def test_block_kernels_keep_their_budgets(target: str) -> None:
     if target == "sm_90":
         thick = [row for row in products if row.kernel == "block_matmul_kernel" and row.budget is not None]
         assert all("left operand in registers" in row.tensor_core for row in thick)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_selection_and_masks_spill_nothing(target: str) -> None:
+    rows = kernels.report(target, files=WALKS)
+    assert {row.case: row.problems for row in rows if row.problems} == {}
+    assert {row.kernel for row in rows} == {
+        "scores_kernel", "bracket_kernel", "gather_kernel", "refine_kernel", "digits_kernel", "mask_kernel",
+        "masked_weight_kernel",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [10, 16, 64])
+def test_sampling_fits_the_registers_of_sm_100(rank: int) -> None:
+    """Four samples a thread spilled there at the ranks from 9 to 16, two at 64."""
+    tensors = score.operands(1024, 1024, rank, torch.bfloat16, torch.float32)
+    pruned, guess = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
+    target = kernels.gpu_target("sm_100")
+    with tiles.compiling_for("sm_100"), kernels.recorded(target) as launches:
+        select.threshold(*tensors, pruned, guess, 1.0, 1.0, 1.0)
+    kernel, *bound = launches[0]
+    assert kernel is select.bracket_kernel
+    binary = kernels.Compilation(kernel, tiles.Case("sampling", lambda: None), *bound)
+    used = kernels._read_cubin(binary.compile(target).asm["cubin"], code=False)
+    assert (used["stack"], used["local"]) == (0, 0)
+    assert kernels.FEWEST_REGISTERS < used["registers"] <= 255
 
 
 def test_a_row_names_what_exceeds_its_budget() -> None:
