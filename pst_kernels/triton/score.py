@@ -59,6 +59,12 @@ def score_from(b_updated, b_ab, b_r, b_c, alpha1, alpha2):
 
 
 @triton.jit
+def not_unrolled(COUNT: tl.constexpr, positive):
+    """COUNT, but the compiler does not know it: it would unroll dozens of ranks and hold in registers what all load."""
+    return tl.where(positive > 0, COUNT, 0)
+
+
+@triton.jit
 def low_rank_load(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK: tl.constexpr):
     start = tl.full([], columns, tl.int64) * k
     b_left = tl.load(p_left + i_row * RANK + k, mask=m_row, other=0.0).to(tl.float32)
@@ -74,7 +80,7 @@ def low_rank_tile(p_left, p_right, i_row, i_column, m_row, m_column, columns, RA
         for k in tl.static_range(RANK):
             b_sum = low_rank_load(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK)
     else:
-        for k in range(RANK):
+        for k in range(not_unrolled(RANK, columns)):
             b_sum = low_rank_load(b_sum, p_left, p_right, k, i_row, i_column, m_row, m_column, columns, RANK)
     return b_sum
 

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .score import low_rank_step, score_from, updated_from
+from .score import low_rank_step, not_unrolled, score_from, updated_from
 from .tiles import architecture
 
 LONGEST = 512  # band; a longer one saves little: it reads 64 bytes of factors for each j, at ranks 8 + 8
+AT_ONCE = tl.constexpr(4)  # ranks whose vectors are loaded together where they are not held
 WIDTH = 512  # of the matrix that a flat vector of scores is walked as
 
 
@@ -47,6 +48,15 @@ def hold_right(p_right, j, m_j, n_j, RANK: tl.constexpr, HELD: tl.constexpr, TRA
 
 
 @triton.jit
+def low_rank_of(
+    b_sum, p_left, p_right, k, i, j, m_i, m_j, n_i, n_j, RANK: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """What one rank adds, with both of its vectors loaded."""
+    b_left = load_left(p_left, k, i, m_i, n_i, RANK, TRANSPOSED)
+    return low_rank_step(b_sum, b_left, load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED))
+
+
+@triton.jit
 def low_rank(
     p_left, p_right, held, i, j, m_i, m_j, n_i, n_j,
     RANK: tl.constexpr, HELD: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -57,10 +67,11 @@ def low_rank(
             b_left = load_left(p_left, k, i, m_i, n_i, RANK, TRANSPOSED)
             b_sum = low_rank_step(b_sum, b_left, held[k])
     else:
-        for k in range(RANK):
-            b_left = load_left(p_left, k, i, m_i, n_i, RANK, TRANSPOSED)
-            b_right = load_right(p_right, k, j, m_j, n_j, RANK, TRANSPOSED)
-            b_sum = low_rank_step(b_sum, b_left, b_right)
+        for first in range(0, not_unrolled(RANK // AT_ONCE * AT_ONCE, n_i + n_j), AT_ONCE):
+            for k in tl.static_range(AT_ONCE):
+                b_sum = low_rank_of(b_sum, p_left, p_right, first + k, i, j, m_i, m_j, n_i, n_j, RANK, TRANSPOSED)
+        for k in tl.static_range(RANK // AT_ONCE * AT_ONCE, RANK):
+            b_sum = low_rank_of(b_sum, p_left, p_right, k, i, j, m_i, m_j, n_i, n_j, RANK, TRANSPOSED)
     return b_sum
 
 

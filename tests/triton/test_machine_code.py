@@ -11,8 +11,8 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("pst_kernels.triton.compile")
+mask = pytest.importorskip("pst_kernels.triton.mask")
 score = pytest.importorskip("pst_kernels.triton.score")
-select = pytest.importorskip("pst_kernels.triton.select")
 tiles = pytest.importorskip("pst_kernels.triton.tiles")
 
 FILES = ("matmul", "gradients")
@@ -123,20 +123,26 @@ def test_selection_and_masks_spill_nothing(target: str) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("rank", [10, 16, 64])
-def test_sampling_fits_the_registers_of_sm_100(rank: int) -> None:
-    """Four samples a thread spilled there at the ranks from 9 to 16, two at 64."""
-    tensors = score.operands(1024, 1024, rank, torch.bfloat16, torch.float32)
+@pytest.mark.parametrize("rank", [10, 24, 32])
+def test_ranks_that_once_spilled_on_sm_100(rank: int) -> None:
+    """Sampling did at 10, the walks did at 24 and 32, where the compiler unrolled all ranks."""
+    tensors = score.operands(1024, 1001, rank, torch.bfloat16, torch.float32)
     pruned, guess = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
     target = kernels.gpu_target("sm_100")
     with tiles.compiling_for("sm_100"), kernels.recorded(target) as launches:
-        select.threshold(*tensors, pruned, guess, 1.0, 1.0, 1.0)
-    kernel, *bound = launches[0]
-    assert kernel is select.bracket_kernel
-    binary = kernels.Compilation(kernel, tiles.Case("sampling", lambda: None), *bound)
-    used = kernels._read_cubin(binary.compile(target).asm["cubin"], code=False)
-    assert (used["stack"], used["local"]) == (0, 0)
-    assert kernels.FEWEST_REGISTERS < used["registers"] <= 255
+        mask.prune_mask(*tensors, pruned, guess, 1.0, 1.0, 1.0)
+    binaries = {
+        binary.key: binary
+        for kernel, *bound in launches
+        for binary in [kernels.Compilation(kernel, tiles.Case("", lambda: None), *bound)]
+    }
+    used = {
+        binary.kernel.__name__: kernels._read_cubin(binary.compile(target).asm["cubin"], code=False)
+        for binary in binaries.values()
+    }
+    assert used.keys() == {"bracket_kernel", "gather_kernel", "refine_kernel", "digits_kernel", "mask_kernel"}
+    assert {name for name, one in used.items() if one["stack"] or one["local"]} == set()
+    assert all(kernels.FEWEST_REGISTERS < one["registers"] <= 255 for one in used.values())
 
 
 def test_a_row_names_what_exceeds_its_budget() -> None:
