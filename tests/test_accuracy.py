@@ -333,6 +333,28 @@ def test_the_pictures_show_what_the_rows_say(tmp_path):
     assert plots.draw({}, [], tmp_path) == []
 
 
+def test_the_overlap_picture_leaves_blank_what_was_never_compared():
+    def both(task: str, sparsity: str, one: str, other: str, *shares: str) -> list[list[str]]:
+        named = [(one, other), (other, one)]
+        return [
+            [task, sparsity, "0", *names, "13", "9", share, "0.5"] for names, share in zip(named, shares, strict=True)
+        ]
+
+    figure = plots.overlap_picture([
+        *both("masked words", "0.5", "PST", "movement", "0.60", "0.61"),
+        *both("topic", "0.5", "PST", "movement", "0.70", "0.80"),
+        *both("topic", "0.9", "PST", "movement", "0.40", "0.41"),
+        *both("topic", "0.9", "magnitude", "PST", "0.30", "0.31"),
+    ])  # fmt: skip
+    half, most, words, nothing = figure.axes
+    assert [axis.get_title() for axis in (half, most, words)] == [
+        "topic, 50 %, seed 0", "topic, 90 %, seed 0", "masked words, 50 %, seed 0"
+    ]  # fmt: skip
+    assert not nothing.axison
+    assert [text.get_text() for text in half.texts] == ["1.00", "0.80", "0.70", "1.00"]  # movement stands before PST
+    assert [text.get_text() for text in most.texts] == ["1.00", "0.30", "1.00", "0.41", "0.31", "0.40", "1.00"]
+
+
 def test_targets_are_those_of_replace_linear():
     model = task().model()
     names = set(methods.targets(model))

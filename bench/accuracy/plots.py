@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from pst_kernels.files import save_figure
 from .catalogue import BASELINES, RECIPES
 from .record import FINAL, Cell, Row
 from .table import HEADINGS, tasks_of
+from .tasks import TASKS
 
 COLOURS = dict(
     zip(
@@ -105,34 +108,47 @@ def _points_of_trainable(axis: Any, method: str, rows: Sequence[Row]) -> None:
 
 
 def overlap_picture(overlaps: Sequence[Sequence[str]]) -> Any:
-    """A panel a task and sparsity of the lowest seed: which share of the row's kept weights the column keeps too."""
+    """A row of panels a task, a panel a sparsity, of the lowest seed: which share of the row's kept weights the column
+    keeps too. Blank where two masks were never at hand together.
+    """
     if not overlaps:
         return None
     first = min(int(row[2]) for row in overlaps)
-    places = sorted({(row[0], float(row[1])) for row in overlaps if int(row[2]) == first})
-    figure, axes = _figure(len(places), 4.2)
-    for axis, (task, sparsity) in zip(axes, places, strict=True):
-        chosen = [r for r in overlaps if (r[0], float(r[1]), int(r[2])) == (task, sparsity, first)]
-        found = {row[3] for row in chosen}
-        names = [*(name for name in COLOURS if name in found), *sorted(found - COLOURS.keys())]
-        shares = {(row[3], row[4]): float(row[7]) for row in chosen}
-        values = [[1.0 if one == other else shares.get((one, other), 0.0) for other in names] for one in names]
-        axis.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
-        axis.grid(False)
-        axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        for i, line in enumerate(values):
-            for j, value in enumerate(line):
-                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="w" if value < 0.6 else "k")
-        axis.set_title(f"{task}, {100 * sparsity:g} %, seed {first}", fontsize=9)
+    of_first = [row for row in overlaps if int(row[2]) == first]
+    tasks = [task for task in TASKS if any(row[0] == task for row in of_first)]
+    sparsities = {task: sorted({float(row[1]) for row in of_first if row[0] == task}) for task in tasks}
+    across = max(map(len, sparsities.values()))
+    figure, axes = _figure(across, 4.2, len(tasks))
+    for line, task in zip(axes, tasks, strict=True):
+        for axis in line[len(sparsities[task]) :]:
+            axis.axis("off")
+        for axis, sparsity in zip(line, sparsities[task], strict=False):
+            _overlap_panel(axis, [row for row in of_first if (row[0], float(row[1])) == (task, sparsity)])
+            axis.set_title(f"{task}, {100 * sparsity:g} %, seed {first}", fontsize=9)
     return figure
+
+
+def _overlap_panel(axis: Any, overlaps: Sequence[Sequence[str]]) -> None:
+    found = {row[3] for row in overlaps}
+    names = [*(name for name in COLOURS if name in found), *sorted(found - COLOURS.keys())]
+    shares = {(row[3], row[4]): float(row[7]) for row in overlaps} | {(name, name): 1.0 for name in names}
+    values = [[shares.get((one, other), math.nan) for other in names] for one in names]
+    axis.imshow(values, vmin=0.0, vmax=1.0, cmap="viridis")
+    axis.grid(False)
+    axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            if not math.isnan(value):
+                colour = "w" if value < 0.6 else "k"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color=colour)
 
 
 def _panels(rows: Sequence[Row], xlabel: str, draw_method: Any, **axis_settings: Any) -> Any:
     tasks = tasks_of(rows)
     if not tasks:
         return None
-    figure, axes = _figure(len(tasks), 5.6)
+    figure, (axes,) = _figure(len(tasks), 5.6)
     for axis, task in zip(axes, tasks, strict=True):
         chosen = [row for row in rows if row.cell.task == task]
         found = {row.cell.method for row in chosen}
@@ -150,12 +166,12 @@ def _panels(rows: Sequence[Row], xlabel: str, draw_method: Any, **axis_settings:
     return figure
 
 
-def _figure(panels: int, width: float) -> tuple[Any, list[Any]]:
+def _figure(across: int, width: float, down: int = 1) -> tuple[Any, list[list[Any]]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * panels, 4.4), layout="constrained")
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
-    for axis in axes:
+    figure = Figure(figsize=(width * across, 4.4 * down), layout="constrained")
+    axes = [list(line) for line in figure.subplots(down, across, squeeze=False)]
+    for axis in itertools.chain(*axes):
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
     return figure, axes
