@@ -2,8 +2,7 @@
 
 The blocks of W (out, in) are stored transposed, (kept, in, out), in row-major order of W's blocks, with the indices of
 torch's BSR: `rows` (row i has blocks rows[i] to rows[i + 1]) and `columns`. Blocks at W's edges are filled up with
-zeros. (A block that lies as the product reads it: 0.134 of the dense product, 0.146 when stored as in W; measured on a
-CPU, 768 -> 3072, T = 1024, blocks of 64 at 90 %, where torch's BSR product takes 0.5.)
+zeros. Transposed they lie as the product reads them. `python -m bench blocks` times the product beside torch's BSR.
 """
 
 from __future__ import annotations

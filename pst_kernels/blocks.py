@@ -1,9 +1,8 @@
 """Products with a block mask in PyTorch: forward, dx, dU and dV that visit kept blocks only.
 
 The kept blocks of one row of blocks lie side by side in a strip. W' is made for the strips alone, and every product is
-one GEMM a block, straight on columns of x, gy and the result. (Measured on a CPU, 768 -> 3072, blocks of 64 at 90 %: a
-batched product of gathered blocks takes twice the time, for it writes a result of x's size for every column of blocks.)
-For few tokens blocks of 16 and 32 are too thin for that: the columns of x that a strip needs are gathered for one GEMM.
+one GEMM a block, straight on columns of x, gy and the result: a batched product of gathered blocks would write a result
+of x's size for every column of blocks. For few tokens blocks of 16 and 32 are too thin for that: the columns of x that a strip needs are gathered for one GEMM.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from .packing import WORD
 from .rows import buffers, compute_dtype
 
 THICK = 64  # blocks of at least this size are multiplied one by one
-# Thinner ones too from so many tokens on. Measured on a CPU, 768 -> 3072, blocks of 32 at 90 %, a step against
-# gathering: 1.11 of its time for 16 tokens, 0.91 for 512, 0.78 for 1024.
+# Thinner ones too from so many tokens on, where a step with gathering is no longer the faster one on a CPU.
 MANY_TOKENS = 512
 
 

@@ -197,7 +197,7 @@ def _without_smallest_of(scores: Tensor, count: Count) -> Tensor:
         return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     if size > COMPARED or bool(scores.isnan().any()):
         return _without_smallest_by_sorting(scores, count)
-    # Sorting rows of four takes four times as long as comparing their pairs, a column of all rows with another.
+    # Sorting rows of four takes longer than comparing their pairs, a column of all rows with another.
     columns = scores.t().contiguous()
     rank = torch.zeros(columns.shape, dtype=torch.int8, device=scores.device)
     for later in range(1, size):

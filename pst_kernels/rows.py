@@ -16,10 +16,9 @@ from torch import Tensor
 
 from .packing import PAIRS, packed_width, unpack_flags
 
-# Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads (measured:
-# 256 rows of 1024 columns take twice the time a weight that 512 rows of 768 do).
+# Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads.
 BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
-GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of 341 rows costs a tenth more than one of 1024
+GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of fewer costs more a row
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
