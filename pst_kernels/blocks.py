@@ -2,7 +2,8 @@
 
 The kept blocks of one row of blocks lie side by side in a strip. W' is made for the strips alone, and every product is
 one GEMM a block, straight on columns of x, gy and the result: a batched product of gathered blocks would write a result
-of x's size for every column of blocks. For few tokens blocks of 16 and 32 are too thin for that: the columns of x that a strip needs are gathered for one GEMM.
+of x's size for every column of blocks. For few tokens blocks of 16 and 32 are too thin for that: the columns of x that
+a strip needs are gathered for one GEMM.
 """
 
 from __future__ import annotations
