@@ -15,7 +15,7 @@ from .methods import Method, Setting, dense, lora, pst, trains_all, variant, wan
 WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
 FACTOR_RATES = tuple({"factors": rate} for rate in (5e-4, 2e-3, 8e-3))
 PST_RATES = tuple({"factors": rate, "scores": rate} for rate in (1.25e-4, 5e-4, 2e-3))
-PENALISED = tuple({"weights": 2e-4, "scores": 1e-1, "penalty": penalty} for penalty in (25.0, 125.0, 400.0))
+PENALISED = tuple({"weights": 2e-4, "scores": 1e-1, "penalty": penalty} for penalty in (125.0, 400.0, 1600.0))
 
 PST, DENSE = "PST", "dense"
 BASELINES = (
