@@ -275,7 +275,8 @@ def factor_gradients(
             WORDS_AT_ONCE=tiles.mask_at_once(architecture, rank_w + rank_s), **constants, **all_registers(x.device),
         )  # fmt: skip
     else:
-        many_ranks_kernel[across, down, shares](*tensors, tokens, share, *sizes, WIDTH=16, **constants)
+        registers = all_registers(x.device) if x.dtype == torch.float32 else {}  # the others need no more than they take
+        many_ranks_kernel[across, down, shares](*tensors, tokens, share, *sizes, WIDTH=16, **constants, **registers)
     block = 256
     add_shares_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](
         row_sums, column_sums, dU, dV, dA, dB, dR, dC, shares * walks, shares * down, rows, columns,
