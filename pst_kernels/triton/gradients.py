@@ -275,7 +275,7 @@ def factor_gradients(
             WORDS_AT_ONCE=tiles.mask_at_once(architecture, rank_w + rank_s), **constants, **all_registers(x.device),
         )  # fmt: skip
     else:
-        registers = all_registers(x.device) if x.dtype == torch.float32 else {}  # the others need no more than they take
+        registers = all_registers(x.device) if x.dtype == torch.float32 else {}  # the others take what they need
         many_ranks_kernel[across, down, shares](*tensors, tokens, share, *sizes, WIDTH=16, **constants, **registers)
     block = 256
     add_shares_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](

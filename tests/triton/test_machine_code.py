@@ -156,6 +156,7 @@ def test_a_row_names_what_exceeds_its_budget() -> None:
     assert right._replace(products=False, tensor_core="").problems == []
     for empty in (right._replace(registers=4), right._replace(tensor_core="")):
         assert [problem[:8] for problem in empty.problems] == ["is empty"]
+    assert right._replace(registers=8, target="gfx942").problems == []
 
 
 def test_an_empty_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
