@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ops
+from . import env
 from .config import PSTConfig, matches
 from .export import formats
 from .layers.linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d, refuse_meta
@@ -194,7 +194,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     return [
         LayerStatus(
             name, tuple(layer.oriented_weight.shape), layer.weight.dtype,
-            ops.backend_for(layer.weight.device.type)[0], layer.sparsity, layer.config.sparsity, layer.merged,
+            env.backend_for(layer.weight.device.type)[0], layer.sparsity, layer.config.sparsity, layer.merged,
         )
         for name, layer in pst_layers(model)
     ]  # fmt: skip

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels import reference
-from pst_kernels.cpu import ops as fallback
-from pst_kernels.cpu import row_blocks as rows
+from pst_kernels import cpu, reference
+from pst_kernels.cpu import row_blocks
 from pst_kernels.layers import linear
 
 
@@ -31,8 +30,8 @@ def layer(request):
 def refreshes(monkeypatch):
     """Counts how often a mask is computed."""
     calls = []
-    compute = fallback.prune_mask
-    monkeypatch.setattr(fallback, "prune_mask", lambda *args: calls.append(1) or compute(*args))
+    compute = cpu.prune_mask
+    monkeypatch.setattr(cpu, "prune_mask", lambda *args: calls.append(1) or compute(*args))
     return calls
 
 
@@ -262,8 +261,8 @@ def test_inference_mode(layer):
 
 def test_trains_after_an_evaluation_in_inference_mode(monkeypatch):
     """The scratch buffers that the evaluation made are then written by the training step."""
-    monkeypatch.setattr(rows, "buffers", rows._Buffers())
-    monkeypatch.setattr(fallback, "buffers", rows.buffers)
+    monkeypatch.setattr(row_blocks, "buffers", row_blocks._Buffers())
+    monkeypatch.setattr(cpu.ops, "buffers", row_blocks.buffers)
     layer, x = pst.PSTLinear(40, 24), torch.randn(4, 40)
     with torch.inference_mode():
         expected = layer(x)
