@@ -122,6 +122,18 @@ def pst_layers(model: nn.Module) -> Iterator[tuple[str, PSTLayer]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, PSTLayer))
 
 
+def refresh_masks(model: nn.Module) -> None:
+    """Bring every mask of a model up to date now, whatever was changed: also through `tensor.data`, which leaves no
+    trace for a layer to notice.
+
+    Forwards, saving and merging do it for what they can notice. Of a model that is sharded over processes every process
+    must call this. Raises ValueError when the model has no PST layers.
+    """
+    get_config(model)
+    for _, layer in pst_layers(model):
+        layer.refresh_mask(force=True)
+
+
 def get_config(model: nn.Module) -> PSTConfig:
     """The config a model was converted with. Raises ValueError when it has no PST layers, or layers of several
     configs.

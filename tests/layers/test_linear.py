@@ -1,6 +1,7 @@
 """PSTLinear and PSTConv1D: when a mask is made, merging, dtypes, and what a state dict means."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -130,6 +131,36 @@ def test_mask_interval(refreshes):
         step(layer, x)
         made.append(len(refreshes))
     assert made == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_steps_of_other_optimizers_do_not_shorten_an_interval(refreshes):
+    layer = pst.PSTLinear(16, 16, config=pst.PSTConfig(sparsity=0.5, mask_interval=3))
+    other = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    x, made = torch.randn(2, 16), []
+    for _ in range(9):
+        step(layer, x)
+        for _ in range(4):  # a discriminator, say, that is trained beside it
+            other.step()
+            layer(x)
+        made.append(len(refreshes))
+    assert made == [1, 1, 2, 2, 2, 3, 3, 3, 4]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_notices_the_steps_of_its_own_optimizer(refreshes, copied):
+    """A fused optimizer moves no version counter."""
+    layer = pst.PSTLinear(16, 16, config=pst.PSTConfig(sparsity=0.5))
+    layer.refresh_mask()
+    again, x = copied(layer), torch.randn(2, 16)
+    again(x)
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=0.1, fused=True)
+    again(x).pow(2).mean().backward()
+    made = len(refreshes)
+    optimizer.step()
+    layer(x)
+    assert len(refreshes) == made
+    again(x)
+    assert len(refreshes) == made + 1
 
 
 def test_starts_as_magnitude_pruning():
