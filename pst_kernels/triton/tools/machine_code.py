@@ -36,7 +36,9 @@ from pst_kernels import env
 from ..tiles import TARGETS, Case, Target, compiling_for
 
 # each has cases() -> Iterator[tiles.Case]
-KERNEL_FILES = ("score", "select", "mask", "matmul", "gradients", "block_lists", "block_matmul", "block_gradients")
+KERNEL_FILES = (
+    "score", "select", "mask", "group_mask", "matmul", "gradients", "block_lists", "block_matmul", "block_gradients",
+)  # fmt: skip
 TENSOR_CORE = re.compile(r"[HQI]?G?MMA$|UTC\w*MMA$")
 PRODUCT = re.compile(r"warp_group_dot|tc_gen5_mma|nvidia_mma|amd_mfma")  # in Triton's GPU code
 FEWEST_REGISTERS = 10  # of an NVIDIA GPU: an empty kernel has 4 there; on AMD's, small ones that are whole have 8
