@@ -29,7 +29,8 @@ TILES = tl.constexpr(19)  # of the launch that gathers, each of one program
 BETA, ALPHA1, ALPHA2 = tl.constexpr(20), tl.constexpr(21), tl.constexpr(22)  # fp32 bits
 FIELDS = tl.constexpr(32)
 
-RADIX_BINS = tl.constexpr(2048)  # int32 beside the row, and `select.SLOTS` of state
+# Beside its row a layer has `select.SLOTS` of state, and copies of int32 bins: in one of them all weights could meet
+RADIX_BINS, COPIES = tl.constexpr(2048), tl.constexpr(4)
 
 # A tile's place is one int64: the layer, the band along i, the block of BLOCK_J along j
 LAYERS, BANDS = tl.constexpr(1 << 16), tl.constexpr(1 << 24)

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from .group_row import (
     CAPACITY,
+    COPIES,
     FIRST_CANDIDATE,
     GUESS,
     INDEX_BITS,
@@ -119,7 +120,7 @@ def refine_layer(b_row, p_state, p_bins, p_key, p_index):
     refine(
         p_state, p_bins, p_key, p_index, pointer_of(b_row, GUESS, tl.float32, False),
         pointer_of(b_row, PRUNED, tl.int64, False), load_state(p_state), row_numel(b_row), field_of(b_row, CAPACITY),
-        field_of(b_row, INDEX_BITS).to(tl.int32), True, RADIX_BINS,
+        field_of(b_row, INDEX_BITS).to(tl.int32), True, COPIES * RADIX_BINS,
     )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def group_gather_kernel(
         )
     tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64))
     if last_of(p_state, field_of(b_row, TILES)):
-        refine_layer(b_row, p_state, p_bins + layer * RADIX_BINS, p_key, p_index)
+        refine_layer(b_row, p_state, p_bins + layer * (COPIES * RADIX_BINS), p_key, p_index)
 
 
 @triton.jit
@@ -178,24 +179,12 @@ def any_waits(p_state, layers, TURN: tl.constexpr):
 
 
 @triton.jit
-def count_half(b_digit, m_digit, HALF: tl.constexpr):
-    """How often each of one half of the digits comes."""
-    BINS: tl.constexpr = RADIX_BINS // 2
-    return tl.histogram(b_digit % BINS, BINS, mask=m_digit & (b_digit // BINS == HALF))
-
-
-@triton.jit
-def add_half(p_bins, b_bins, HALF: tl.constexpr):
-    BINS: tl.constexpr = b_bins.shape[0]
-    tl.atomic_add(p_bins + HALF * BINS + tl.arange(0, BINS), b_bins, mask=b_bins > 0, sem="relaxed")
-
-
-@triton.jit
 def narrow(p_state, p_bins, b_state, shift, stop, indices, capacity):
     """Narrow a range to the bin of the answer's rank; to 2^stop keys, which is more, where those can be collected."""
     # Read where the atomics were, and reset. Not an exchange: AMD has none in its buffer instructions.
+    b_copies = tl.atomic_and(p_bins + tl.arange(0, COPIES * RADIX_BINS), tl.zeros([COPIES * RADIX_BINS], tl.int32))
+    b_bins = tl.sum(tl.reshape(b_copies, [COPIES, RADIX_BINS]), 0)
     bins = tl.arange(0, RADIX_BINS)
-    b_bins = tl.atomic_and(p_bins + bins, tl.zeros([RADIX_BINS], tl.int32))
     place, rank = bin_of_rank(b_bins, slot_of(b_state, RANK))
     inside = tl.sum(tl.where(bins == place, b_bins, 0), 0)
     part = (place << shift) >> stop
@@ -244,8 +233,7 @@ def group_radix_kernel(
             shift = tl.where(indices, field_of(b_row, INDEX_BITS) - DIGIT, 32 - DIGIT * (turn + 1))
             shift = tl.maximum(shift, 0)
             across = tl.cdiv(n_j, BLOCK_J)
-            b_low = tl.zeros([RADIX_BINS // 2], tl.int32)  # two halves, or the counters of one step would spill
-            b_high = tl.zeros([RADIX_BINS // 2], tl.int32)
+            p_layer_bins = p_bins + tl.full([], layer, tl.int64) * (COPIES * RADIX_BINS)
             for tile in range(tl.program_id(0), across * tl.cdiv(n_i, RARE_SPAN), tl.num_programs(0)):
                 place = tl.full([], tile, tl.int64)
                 first_i, length, j, m_j = tile_indices_at(
@@ -264,13 +252,8 @@ def group_radix_kernel(
                     m_tile = m_tile & (b_key >= lower) & (b_key <= upper)  # for indices, one key
                     index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
                     b_digit = tl.where(indices, index, b_key - lower) >> shift
-                    b_digit = tl.reshape(tl.where(m_tile, b_digit, 0).to(tl.int32), [BLOCK_I * BLOCK_J])
-                    m_digit = tl.reshape(m_tile, [BLOCK_I * BLOCK_J])
-                    b_low += count_half(b_digit, m_digit, 0)
-                    b_high += count_half(b_digit, m_digit, 1)
-            p_layer_bins = p_bins + tl.full([], layer, tl.int64) * RADIX_BINS
-            add_half(p_layer_bins, b_low, 0)
-            add_half(p_layer_bins, b_high, 1)
+                    b_bin = (j % COPIES)[None, :] * RADIX_BINS + b_digit.to(tl.int32)
+                    tl.atomic_add(p_layer_bins + b_bin, m_tile.to(tl.int32), mask=m_tile, sem="relaxed")
             if last_of(p_layer, tl.num_programs(0)):
                 narrow(p_layer, p_layer_bins, b_state, shift, 24 - 8 * turn, indices, field_of(b_row, CAPACITY))
 
@@ -321,7 +304,7 @@ def group_collect_kernel(
                     )  # fmt: skip
             tl.atomic_add(p_layer + BELOW, tl.sum(b_below, 0).to(tl.int64))
             if last_of(p_layer, tl.num_programs(0)):
-                p_layer_bins = p_bins + tl.full([], layer, tl.int64) * RADIX_BINS
+                p_layer_bins = p_bins + tl.full([], layer, tl.int64) * (COPIES * RADIX_BINS)
                 refine_layer(b_row, p_layer, p_layer_bins, p_key + first_candidate, p_index + first_candidate)
 
 

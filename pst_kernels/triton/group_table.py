@@ -88,7 +88,9 @@ class Group:
         ]
         self.rows = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.state = torch.zeros((len(rows), select.SLOTS.value), dtype=torch.int64, device=self.device)
-        self.bins = torch.zeros((len(rows), row.RADIX_BINS.value), dtype=torch.int32, device=self.device)
+        self.bins = torch.zeros(
+            (len(rows), row.COPIES.value, row.RADIX_BINS.value), dtype=torch.int32, device=self.device
+        )
 
     def _constants(self, tile: walk.Tile) -> dict[str, Any]:
         return self.kind.constants | walk._constants(tile, self.device)
