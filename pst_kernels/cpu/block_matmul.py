@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..masks.packing import WORD
 from ..operands import MaskedWeight, Needs, compute_dtype
-from .row_blocks import buffers
+from .scratch import buffers
 
 THICK = 64  # blocks of at least this size are multiplied one by one
 # Thinner ones too from so many tokens on, where a step with gathering is no longer the faster one on a CPU.

@@ -20,7 +20,8 @@ from ..masks.packing import pack_mask
 from ..operands import Factors, MaskedWeight, Needs, Scales, compute_dtype
 from . import block_matmul
 from .compiled import compiled
-from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, buffers, multiply_into, row_blocks
+from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, multiply_into, row_blocks
+from .scratch import buffers
 from .select import BlockScores, Scores, select
 
 SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache

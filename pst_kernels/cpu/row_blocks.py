@@ -1,13 +1,10 @@
 """W' and the scores S, a block of rows at a time, in buffers that stay in cache and are used again.
 
-Each thread has one set of buffers, as large as the largest block so far: fresh memory costs half as much as a pass
-over it. So every block is overwritten by the next.
+So every block is overwritten by the next.
 """
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from ..masks.packing import PAIRS, packed_width, unpack_flags
 from ..operands import compute_dtype
+from .scratch import buffers
 
 # Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads.
 BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
@@ -31,32 +29,6 @@ def block_rows(rows: int, columns: int) -> int:
 
 def row_blocks(first: int, last: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, last)) for start in range(first, last, step))
-
-
-class _Buffers(threading.local):
-    def __init__(self) -> None:
-        self.flat: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer of this shape whose content is whatever the last user of `name` left."""
-        if device.type != "cpu":  # other devices have caching allocators
-            return torch.empty(shape, dtype=dtype, device=device)
-        view = self.views.get((name, dtype, shape))
-        return self._made(name, shape, dtype) if view is None else view
-
-    @torch.inference_mode(False)  # a buffer made while evaluating must be writable in training
-    def _made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        numel = math.prod(shape)
-        flat = self.flat.get((name, dtype))
-        if flat is None or flat.numel() < numel:
-            flat = self.flat[name, dtype] = torch.empty(numel, dtype=dtype)
-            self.views.clear()  # they would keep the smaller buffer
-        view = self.views[name, dtype, shape] = flat[:numel].view(shape)
-        return view
-
-
-buffers = _Buffers()
 
 
 class UpdatedRows:

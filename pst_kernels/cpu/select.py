@@ -12,23 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from ..masks.guess import Bracket, Selection
+from ..masks.guess import Bracket, Candidates, Selection
 
 Blocks = Callable[[], Iterator[tuple[int, np.ndarray]]]  # yields (first flat index, 1-d fp32 scores), in order
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What one pass found: how many scores lie below the bracket, and those inside it by ascending flat index."""
-
-    below: int
-    scores: np.ndarray  # fp32
-    index: np.ndarray  # int64, flat
 
 
 class Scores(Protocol):

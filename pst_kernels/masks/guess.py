@@ -22,6 +22,15 @@ class Bracket(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """What one pass found: how many scores lie below the bracket, and those inside it by ascending flat index."""
+
+    below: int
+    scores: np.ndarray  # fp32
+    index: np.ndarray  # int64, flat
+
+
+@dataclass(frozen=True)
 class Selection:
     """The k-th smallest score as (value, flat index), and how many scores a unit of score spans around it."""
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import pst_kernels as pst
 from pst_kernels import cpu, reference
-from pst_kernels.cpu import row_blocks
+from pst_kernels.cpu import scratch
 from pst_kernels.layers import linear
 
 
@@ -261,8 +261,8 @@ def test_inference_mode(layer):
 
 def test_trains_after_an_evaluation_in_inference_mode(monkeypatch):
     """The scratch buffers that the evaluation made are then written by the training step."""
-    monkeypatch.setattr(row_blocks, "buffers", row_blocks._Buffers())
-    monkeypatch.setattr(cpu.ops, "buffers", row_blocks.buffers)
+    monkeypatch.setattr(scratch, "buffers", scratch._Buffers())
+    monkeypatch.setattr(cpu.ops, "buffers", scratch.buffers)
     layer, x = pst.PSTLinear(40, 24), torch.randn(4, 40)
     with torch.inference_mode():
         expected = layer(x)

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pst_kernels.masks.guess import Bracket, Candidates
 from pst_kernels.masks.packing import packed_width
 
-from ..row_blocks import GEMM_ROWS, buffers, row_blocks
-from ..select import Bracket, Candidates
+from ..row_blocks import GEMM_ROWS, row_blocks
+from ..scratch import buffers
 from . import kernels as passes
 from .arguments import Frame, share_rows, share_rows_of_sums
 
