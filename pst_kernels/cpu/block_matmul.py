@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..masks.packing import WORD
 from ..operands import MaskedWeight, Needs, compute_dtype
-from .scratch import buffers
+from . import scratch
 
 THICK = 64  # blocks of at least this size are multiplied one by one
 # Thinner ones too from so many tokens on, where a step with gathering is no longer the faster one on a CPU.
@@ -72,7 +72,7 @@ class StripWeights:
 
     def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """Room for all strips."""
-        return buffers.get(name, (self.size * self.layout.gather.numel(),), dtype, self.weight.device)
+        return scratch.get(name, (self.size * self.layout.gather.numel(),), dtype, self.weight.device)
 
     def of(self, strip: Strip, flat: Tensor) -> Tensor:
         """The place of a strip (rows, columns) in such a buffer."""
