@@ -17,7 +17,7 @@ from . import scratch
 
 # Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads.
 BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
-GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of fewer costs more a row
+GEMM_ROWS = 1024  # about so many rows of G are made at once: a library GEMM of fewer costs more a row
 
 
 def rows_per_block(rows: int, columns: int) -> int:

@@ -1,9 +1,9 @@
-"""When a mask is due: computed once per change of what it depends on, not once per forward.
+"""When a mask is due: computed after changes of what it depends on, not once per forward.
 
-A write in place moves a tensor's version counter, except that of a fused optimizer, so the optimizers that own a
-layer's factors report their steps too. Gradient accumulation, evaluation and the recomputation of activation
-checkpointing move nothing, and reuse the mask. `seen` (int64, on the CPU) remembers the counters of the last look; a
-tensor, so that a compiled graph can carry it.
+A write in place moves a tensor's version counter. That of a fused optimizer does not, so the optimizers that own a
+layer's factors report their steps too; writes through `.data` go unnoticed. Gradient accumulation, evaluation and the
+recomputation of activation checkpointing move nothing, and reuse the mask. `seen` (int64, on the CPU) remembers the
+counters of the last look; a tensor, so that a compiled graph can carry it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# Changes since the last refresh; whether the counters count; whether an optimizer has stepped; the counters
+# Looks that found a change since the last refresh; whether the counters count; whether an optimizer has stepped; they
 _CHANGES, _VALID, _STEPPED, _FIRST = 0, 1, 2, 3
 
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()  # that wait for optimizer steps; each has `factors` and `_seen`
@@ -31,7 +31,7 @@ def watch_optimizers(layer: Any) -> None:
 
 @functools.cache
 def _hook_optimizers() -> None:
-    """Once a process, when its first layer is made: no other optimizer pays for it."""
+    """For all optimizers of the process, when its first layer is made: without layers none pays for it."""
     register_optimizer_step_post_hook(_after_step)
 
 
@@ -56,7 +56,7 @@ def never_seen(tensors: int) -> Tensor:
 def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval: int) -> bool:
     """Whether to recompute the mask now, and remember this look.
 
-    A changed sparsity is due at once, changed factors at every `interval`-th change.
+    A changed sparsity is due at once, changed factors at the `interval`-th look that finds them changed.
     """
     before, now = seen.tolist(), _counters(num_pruned, factors)
     if before[_VALID] and not before[_STEPPED] and before[_FIRST:] == now:
@@ -91,5 +91,5 @@ def _counters(num_pruned: Tensor, factors: Sequence[Tensor]) -> list[int]:
 
 
 def _counter(tensor: Tensor) -> list[int]:
-    # The address tells a replaced tensor from its predecessor. Inference tensors have no version, and never change.
+    # The address tells a replaced tensor from its predecessor. Inference tensors have no version: changes go unnoticed.
     return [0 if tensor.is_inference() else tensor._version, tensor.data_ptr()]
