@@ -27,7 +27,7 @@ from .gradient_products import product, product_over_tokens, split, splitting
 from .gradients import linear_backward
 from .matmul import one_stride
 from .score import checked
-from .walk import all_registers
+from .sweep import all_registers
 
 RANKS = tl.constexpr(16)  # reduced at a time, as tensor cores take them
 

@@ -22,7 +22,7 @@ from ..operands import MaskedWeight
 from . import block_lists, tiles
 from .matmul import one_stride, split, split_factors, store_result
 from .score import checked
-from .walk import all_registers
+from .sweep import all_registers
 
 ROWS, COLUMNS = False, True  # what a line is
 

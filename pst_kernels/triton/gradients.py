@@ -40,7 +40,7 @@ from .gradient_products import gate, product_of_pairs, product_tile, split, spli
 from .gradient_ranks import many_ranks_kernel
 from .matmul import input_gradient, one_stride
 from .score import checked
-from .walk import all_registers
+from .sweep import all_registers
 
 
 @triton.jit

@@ -19,8 +19,8 @@ from ..masks.packing import WORD, packed_width
 from ..operands import Factors, MaskedWeight, Scales
 from .score import checked, layouts
 from .select import INDEX, KEY, key_of, signed, threshold
+from .sweep import Tile, band, hold_right, hold_rights, step_indices, step_scores, step_updated, tile_of, walk
 from .tiles import Case
-from .walk import Tile, band, hold_right, hold_rights, step_indices, step_scores, step_updated, tile_of, walk
 
 BITS = tl.constexpr(WORD)
 

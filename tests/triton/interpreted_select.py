@@ -10,7 +10,7 @@ from oracle import grouped, masked_weight
 from pst_kernels import reference
 from pst_kernels import triton as kernels
 from pst_kernels.masks import packing
-from pst_kernels.triton import select, walk
+from pst_kernels.triton import select, sweep
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SCALES = (1.0, 1.0, 1.0)
@@ -99,7 +99,7 @@ def test_mask_and_masked_weight_in_one_pass() -> None:
 @pytest.mark.parametrize("values", [1, 2, 5])
 def test_ties_of_thousands(values: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More equal scores than there is room for candidates: the radix search ends among indices."""
-    monkeypatch.setattr(walk, "programs_wanted", lambda device: programs)
+    monkeypatch.setattr(sweep, "programs_wanted", lambda device: programs)
     tensors = problem(96, 384, 1)
     for factor in tensors[1:]:
         factor.zero_()
