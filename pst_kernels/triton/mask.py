@@ -19,7 +19,17 @@ from ..masks.packing import WORD, packed_width
 from ..operands import Factors, MaskedWeight, Scales
 from .score import checked, layouts
 from .select import INDEX, KEY, key_of, signed, threshold
-from .sweep import Tile, band, hold_right, hold_rights, step_indices, step_scores, step_updated, tile_of, walk
+from .sweep import (
+    SweepTile,
+    hold_right,
+    hold_rights,
+    program_indices,
+    step_indices,
+    step_scores,
+    step_updated,
+    sweep_weight,
+    tile_of,
+)
 from .tiles import Case
 
 BITS = tl.constexpr(WORD)
@@ -75,11 +85,11 @@ def store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED: t
     tl.store(p_out + offset, tl.where(b_kept, b_updated, 0.0).to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit(do_not_specialize=("span",))
+@triton.jit(do_not_specialize=("rows_per_program",))
 def mask_kernel(
     p_mask, p_out, p_state,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    n_i, n_j, stride_i, stride_j, span, beta, alpha1, alpha2,
+    n_i, n_j, stride_i, stride_j, rows_per_program, beta, alpha1, alpha2,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -90,11 +100,11 @@ def mask_kernel(
     last_row, last_column = index // n_row, index % n_row
     none = index < 0
     last_row = tl.where(none, -1, last_row)
-    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
     )
-    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+    for step in tl.range(0, rows_per_program, BLOCK_I, num_stages=STAGES):
         i, m_i, m_tile, b_updated, b_score = step_scores(
             p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
             first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, 0, beta, alpha1, alpha2,
@@ -111,15 +121,15 @@ def mask_kernel(
             store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED)
 
 
-@triton.jit(do_not_specialize=("span",))
+@triton.jit(do_not_specialize=("rows_per_program",))
 def masked_weight_kernel(
-    p_mask, p_out, p_weight, p_left_w, p_right_w, n_i, n_j, stride_i, stride_j, span, beta,
+    p_mask, p_out, p_weight, p_left_w, p_right_w, n_i, n_j, stride_i, stride_j, rows_per_program, beta,
     RANK_W: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
-    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+    for step in tl.range(0, rows_per_program, BLOCK_I, num_stages=STAGES):
         i, m_i, m_tile = step_indices(first_i, step, m_j, n_i, BLOCK_I)
         b_updated = step_updated(
             p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
@@ -135,15 +145,15 @@ def mask_from(
 ) -> Tensor:  # fmt: skip
     """The packed mask from a threshold's state; `masked`, contiguous (out, in) of any dtype, is filled with M * W'."""
     mask = weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
-    over = walk(weight, [(U, V), (A, B), (R, C)], tile_for_words(weight, U.shape[1] + A.shape[1]))
+    sweep = sweep_weight(weight, [(U, V), (A, B), (R, C)], tile_for_words(weight, U.shape[1] + A.shape[1]))
     if weight.numel():
-        mask_kernel[over.grid](
-            mask, masked, state, *over.operands, *over.shape, beta, alpha1, alpha2, **over.constants
+        mask_kernel[sweep.grid](
+            mask, masked, state, *sweep.operands, *sweep.shape, beta, alpha1, alpha2, **sweep.constants
         )  # fmt: skip
     return mask
 
 
-def tile_for_words(weight: Tensor, ranks: int) -> Tile:
+def tile_for_words(weight: Tensor, ranks: int) -> SweepTile:
     """The usual tile, but a step of one word's 32 columns where the columns of W run along i."""
     tile = tile_of(ranks, weight.shape[1])
     if weight.stride(0) == 1 and weight.stride(1) != 1:
@@ -168,10 +178,10 @@ def masked_weight(operands: MaskedWeight, dtype: torch.dtype, out: Tensor | None
     U, V, *_ = checked(weight, factors)
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    over = walk(weight, [(U, V)], tile_for_words(weight, U.shape[1]))
+    sweep = sweep_weight(weight, [(U, V)], tile_for_words(weight, U.shape[1]))
     if weight.numel():
-        masked_weight_kernel[over.grid](
-            mask.contiguous(), out, *over.operands, *over.shape, beta, **over.constants
+        masked_weight_kernel[sweep.grid](
+            mask.contiguous(), out, *sweep.operands, *sweep.shape, beta, **sweep.constants
         )  # fmt: skip
     return out
 

@@ -2,11 +2,11 @@
 
 Guess, verify, refine, as selection.py does on the CPU, with everything decided on the device:
 
-    bracket   a range of scores that should hold the k-th, from the last threshold or from a sample
-    gather    one read of W: count what lies below the range, collect (key, index) of what lies inside
-    refine    if the count proves that the k-th is inside and all of it was collected, select among those few; done
-    digits    else an exact radix search over W narrows the range, 8 bits a pass, until what lies inside can be
-              collected; five passes at most, the last over the indices of equal scores; then gather and refine
+    bracket           a range of scores that should hold the k-th, from the last threshold or from a sample
+    gather            one read of W: count what lies below the range, collect (key, index) of what lies inside
+    refine            if the count proves that the k-th is inside and all of it was collected, select among those few
+    radix_histogram   else an exact radix search over W narrows the range, 8 bits a pass, until what lies inside can be
+                      collected; five passes at most, the last over the indices of equal scores; then gather and refine
 
 All launches are always made: none depends on the host knowing a value. A kernel whose turn it is not returns at once
 (STATUS). No kernel waits for another program, and no loop depends on the data for its end.
@@ -27,7 +27,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .score import layouts, score_from, updated_from
-from .sweep import RARE, Walk, all_registers, band, flat_index, hold_rights, step_scores, walk, walk_scores  # fmt: skip
+from .sweep import (  # fmt: skip
+    RARE,
+    Sweep,
+    all_registers,
+    flat_index,
+    hold_rights,
+    program_indices,
+    step_scores,
+    sweep_scores,
+    sweep_weight,
+)
 from .tiles import Case
 
 # Slots of the state, int64
@@ -38,7 +48,7 @@ FIRST = tl.constexpr(3)  # where the range is one key: the range of its indices,
 LAST = tl.constexpr(4)
 BELOW = tl.constexpr(5)  # how many lie below the range
 COUNT = tl.constexpr(6)  # how many lie in it
-RANK = tl.constexpr(7)  # of the answer among those in the range, from 0: for the digits passes
+RANK = tl.constexpr(7)  # of the answer among those in the range, from 0: for the radix passes
 TICKET = tl.constexpr(8)  # programs that have finished
 KEY = tl.constexpr(9)  # the answer
 INDEX = tl.constexpr(10)
@@ -188,11 +198,11 @@ def bracket_kernel(
     tl.store(p_state + slot, state)
 
 
-@triton.jit(do_not_specialize=("span", "numel", "capacity"))
+@triton.jit(do_not_specialize=("rows_per_program", "numel", "capacity"))
 def gather_kernel(
     p_state, p_key, p_index,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    n_i, n_j, stride_i, stride_j, span, numel, capacity, beta, alpha1, alpha2,
+    n_i, n_j, stride_i, stride_j, rows_per_program, numel, capacity, beta, alpha1, alpha2,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
@@ -202,12 +212,12 @@ def gather_kernel(
         return
     lower, upper = signed(slot_of(b_state, LOWER)), signed(slot_of(b_state, UPPER))
     first, last = slot_of(b_state, FIRST), slot_of(b_state, LAST)
-    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
     )
     b_below = tl.zeros([BLOCK_J], tl.int32)
-    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+    for step in tl.range(0, rows_per_program, BLOCK_I, num_stages=STAGES):
         i, _, m_tile, _, b_score = step_scores(
             p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
             first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, numel, beta, alpha1, alpha2,
@@ -330,11 +340,11 @@ def update_guess(p_guess, b_state, key, count, k, numel):
     tl.store(p_guess + 3, margin)
 
 
-@triton.jit(do_not_specialize=("span", "numel", "capacity", "shift", "indices"))
-def digits_kernel(
+@triton.jit(do_not_specialize=("rows_per_program", "numel", "capacity", "shift", "indices"))
+def radix_histogram_kernel(
     p_state, p_bins,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    n_i, n_j, stride_i, stride_j, span, numel, capacity, beta, alpha1, alpha2, shift, indices,
+    n_i, n_j, stride_i, stride_j, rows_per_program, numel, capacity, beta, alpha1, alpha2, shift, indices,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -342,12 +352,12 @@ def digits_kernel(
     if tl.load(p_state + STATUS) != SEARCH:
         return
     lower = tl.load(p_state + LOWER)
-    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
     )
     b_bins = tl.zeros([BINS], tl.int32)
-    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+    for step in tl.range(0, rows_per_program, BLOCK_I, num_stages=STAGES):
         i, _, m_tile, _, b_score = step_scores(
             p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
             first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, numel, beta, alpha1, alpha2,
@@ -385,9 +395,9 @@ def digits_kernel(
 
 
 def search(
-    over: tuple[Walk, Walk], given: tuple, numel: int, num_pruned: Tensor, guess: Tensor | None, scales: tuple
+    sweeps: tuple[Sweep, Sweep], given: tuple, numel: int, num_pruned: Tensor, guess: Tensor | None, scales: tuple
 ) -> Tensor:
-    """Run the search: the usual walk and the rare one, and what a sample is taken from, (weight, U, V, A, B, R, C).
+    """Run the search: the usual sweep and the rare one, and what a sample is taken from, (weight, U, V, A, B, R, C).
 
     Returns the state, whose KEY and INDEX are the answer.
     """
@@ -397,16 +407,16 @@ def search(
     key = weight.new_empty(capacity, dtype=torch.int32)
     index = weight.new_empty(capacity, dtype=torch.int32 if numel < 2**31 else torch.int64)
     columns, strides = (weight.shape[1], weight.stride()) if weight.dim() == 2 else (numel, (numel, 1))
-    usual, rare = over
+    usual, rare = sweeps
     registers = all_registers(weight.device)
     bracket_kernel[(1,)](
         state, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
         RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=4, **registers,
     )  # fmt: skip
 
-    def collect(walk: Walk, ties: bool) -> None:
-        gather_kernel[walk.grid](
-            state, key, index, *walk.operands, *walk.shape, numel, capacity, *scales, **walk.constants, TIES=ties
+    def collect(sweep: Sweep, ties: bool) -> None:
+        gather_kernel[sweep.grid](
+            state, key, index, *sweep.operands, *sweep.shape, numel, capacity, *scales, **sweep.constants, TIES=ties
         )
         refine_kernel[(1,)](
             state, bins, key, index, guess, num_pruned, numel, capacity, index_bits,
@@ -418,7 +428,7 @@ def search(
         for digit in range(KEY_PASSES.value + 1):
             indices = digit == KEY_PASSES.value
             shift = max(0, index_bits - DIGIT.value) if indices else 32 - DIGIT.value * (digit + 1)
-            digits_kernel[rare.grid](
+            radix_histogram_kernel[rare.grid](
                 state, bins, *rare.operands, *rare.shape, numel, capacity, *scales, shift, int(indices),
                 **rare.constants,
             )  # fmt: skip
@@ -437,15 +447,15 @@ def threshold(
 ) -> Tensor:  # fmt: skip
     """The state whose KEY and INDEX are the num_pruned-th smallest score; updates `guess`."""
     pairs = [(U, V), (A, B), (R, C)]
-    over = walk(weight, pairs), walk(weight, pairs, RARE)
-    return search(over, (weight, U, V, A, B, R, C), weight.numel(), num_pruned, guess, (beta, alpha1, alpha2))
+    sweeps = sweep_weight(weight, pairs), sweep_weight(weight, pairs, RARE)
+    return search(sweeps, (weight, U, V, A, B, R, C), weight.numel(), num_pruned, guess, (beta, alpha1, alpha2))
 
 
 def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     flat = scores.reshape(-1)
     rank = torch.full((), k, dtype=torch.int64, device=scores.device)
-    over = walk_scores(flat), walk_scores(flat, RARE)
-    state = search(over, (flat, *[None] * 6), flat.numel(), rank, None, (1.0, 1.0, 1.0))
+    sweeps = sweep_scores(flat), sweep_scores(flat, RARE)
+    state = search(sweeps, (flat, *[None] * 6), flat.numel(), rank, None, (1.0, 1.0, 1.0))
     index = state[INDEX.value].clone()
     return flat.take(index), index  # indexing by a tensor would wait for the device
 

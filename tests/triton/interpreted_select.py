@@ -188,7 +188,7 @@ def test_signed_zeros_and_denormals_tie_by_value() -> None:
 
 
 def test_the_same_bits_whatever_the_tile() -> None:
-    """Scores that do round: the walk's tiles and the scores kernel's must find the same threshold and mask."""
+    """Scores that do round: the sweep's tiles and the scores kernel's must find the same threshold and mask."""
     rows, columns, rank, r = 96, 384, 8, torch.randn
     tensors = [r(rows, columns), r(rows, rank), r(rank, columns), r(rows, rank), r(rank, columns), r(rows), r(columns)]
     scores = kernels.scores(*grouped(tensors, (0.3, -0.7, 1.9)))

@@ -25,7 +25,7 @@ from pst_kernels.triton.tools import machine_code as shipping  # noqa: E402
 SELECTION = {
     "scores_kernel": ("rows", "columns"),
     "gather_kernel": ("n_i", "n_j"),
-    "digits_kernel": ("n_i", "n_j"),
+    "radix_histogram_kernel": ("n_i", "n_j"),
     "mask_kernel": ("n_i", "n_j"),
     "masked_weight_kernel": ("n_i", "n_j"),
 }
@@ -59,7 +59,7 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
 
 
 def run_selection(rows: int, columns: int, transposed: bool = False) -> None:
-    """All passes: a bracket above all scores, where there is not room for all of them, leads to the digits passes."""
+    """All passes: a bracket above all scores, where there is not room for all of them, leads to the radix passes."""
     tensors = problem(rows, columns, 5)
     if transposed:
         tensors[0] = tensors[0].T.contiguous().T
@@ -119,7 +119,7 @@ def test_every_kernel_stays_inside(
         run_linear(*shape, transposed=transposed, rank=9)
         run_blocks(*shape, 16, transposed=transposed)
     every = {binary.kernel.__name__ for binary in shipping.shipped(f"sm_{architecture}", shipping.KERNEL_FILES)}
-    assert set(session.stats) == every - ({"digits_kernel"} if shape == (1, 1) else set())
+    assert set(session.stats) == every - ({"radix_histogram_kernel"} if shape == (1, 1) else set())
     assert {*SELECTION, *LINEAR, *BLOCKS, "bracket_kernel", "refine_kernel"} == every
 
 

@@ -18,7 +18,7 @@ tiles = pytest.importorskip("pst_kernels.triton.tiles")
 
 FILES = ("matmul", "gradients")
 PRODUCTS = ("masked_matmul_kernel", "factor_gradients_kernel", "many_ranks_kernel")
-WALKS = ("score", "select", "mask")
+SWEEPS = ("score", "select", "mask")
 BLOCK_FILES = ("block_lists", "block_matmul", "block_gradients")
 TARGETS = ["sm_80", "sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_100", "sm_120"))]
 
@@ -116,17 +116,17 @@ def test_block_kernels_keep_their_budgets(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection_and_masks_spill_nothing(target: str) -> None:
-    rows = kernels.report(target, files=WALKS)
+    rows = kernels.report(target, files=SWEEPS)
     assert {row.case: row.problems for row in rows if row.problems} == {}
     assert {row.kernel for row in rows} == {
-        "scores_kernel", "bracket_kernel", "gather_kernel", "refine_kernel", "digits_kernel", "mask_kernel",
+        "scores_kernel", "bracket_kernel", "gather_kernel", "refine_kernel", "radix_histogram_kernel", "mask_kernel",
         "masked_weight_kernel",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("rank", [10, 24, 32])
 def test_ranks_that_once_spilled_on_sm_100(rank: int) -> None:
-    """Sampling did at 10, the walks did at 24 and 32, where the compiler unrolled all ranks."""
+    """Sampling did at 10, the sweeps did at 24 and 32, where the compiler unrolled all ranks."""
     tensors = score.operands(1024, 1001, rank, torch.bfloat16, torch.float32)
     pruned, guess = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
     target = kernels.gpu_target("sm_100")
@@ -141,7 +141,7 @@ def test_ranks_that_once_spilled_on_sm_100(rank: int) -> None:
         binary.kernel.__name__: kernels._read_cubin(binary.compile(target).asm["cubin"], code=False)
         for binary in binaries.values()
     }
-    assert used.keys() == {"bracket_kernel", "gather_kernel", "refine_kernel", "digits_kernel", "mask_kernel"}
+    assert used.keys() == {"bracket_kernel", "gather_kernel", "refine_kernel", "radix_histogram_kernel", "mask_kernel"}
     assert {name for name, one in used.items() if one["stack"] or one["local"]} == set()
     assert all(kernels.FEWEST_REGISTERS < one["registers"] <= 255 for one in used.values())
 
