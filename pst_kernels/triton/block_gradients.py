@@ -3,8 +3,8 @@
     Q = G * M * (1 + |W'|), or G * M            dU = beta Q V^T         dV = beta U^T Q
 
 A program makes the blocks of a part of one strip (see block_lists.py: several thin blocks, or a part of a thick one)
-over its share of the tokens, and stores its share of the sums in a place of its own; programs past the end of their
-strip end at once. A second kernel adds the shares that exist, along the same lists, in a fixed order: no atomics, the
+over one of `split_k` parts of the tokens, and stores its partial sums in a place of its own; programs past the end of
+their strip end at once. A second kernel adds those that exist, along the same lists, in a fixed order: no atomics, the
 same bits every time.
 
 The sums of a row of G lie part by part of its strip, those of a column under its row of blocks. The places for all
@@ -44,17 +44,17 @@ def load_factors(
     return b_u.to(tl.float32) * beta, b_v.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens", "share", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "tokens_per_split", "capacity"])
 def block_gradients_kernel(
     p_gy, p_x, p_weight, p_u, p_v, p_row_sums, p_column_sums, p_blocks, p_counts, p_order,
-    tokens, share, rows, columns, stride, capacity, beta,
+    tokens, tokens_per_split, rows, columns, stride, capacity, beta,
     RANK: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a part of a strip; the grid is (parts of the longest strip, rows of blocks, shares of the tokens).
+    """The sums of a part of a strip; the grid is (parts of the longest strip, rows of blocks, split_k).
 
-    row_sums is fp32 (shares, parts, rows, RANK): Q V^T; column_sums (shares, rows of blocks, RANK, columns):
+    row_sums is fp32 (split_k, parts, rows, RANK): Q V^T; column_sums (split_k, rows of blocks, RANK, columns):
     (beta U)^T Q.
     """
     line = tl.load(p_order + tl.program_id(1))
@@ -72,7 +72,18 @@ def block_gradients_kernel(
             i = tl.minimum(i, columns - 1)
             r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
         b_q = product_over_tokens(
-            p_gy + i_rows, p_x, tokens, share, rows, columns, r_in, i, UPCAST, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH
+            p_gy + i_rows,
+            p_x,
+            tokens,
+            tokens_per_split,
+            rows,
+            columns,
+            r_in,
+            i,
+            UPCAST,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_DEPTH,
         )
         p_u += i_rows * RANK
         if THROUGH:
@@ -103,13 +114,13 @@ def block_gradients_kernel(
             tl.store(p_column_sums + o_column, b_dv, mask=m[:, None] & (k < RANK)[None, :])
 
 
-@triton.jit(do_not_specialize=["shares", "parts", "part", "rows", "columns", "down", "size", "rank"])
-def add_block_shares_kernel(
+@triton.jit(do_not_specialize=["split_k", "parts", "part", "rows", "columns", "down", "size", "rank"])
+def add_block_partials_kernel(
     p_row_sums, p_column_sums, p_du, p_dv, p_row_counts, p_column_blocks, p_column_counts,
-    shares, parts, part, rows, columns, down, size, rank, beta, BLOCK: tl.constexpr,
+    split_k, parts, part, rows, columns, down, size, rank, beta, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of dU in one row of blocks, or of dV in one column of blocks: the shares that exist, one after
-    another. There are `down` rows of blocks; `part` is what a program of the gradients took of a strip.
+    """BLOCK numbers of dU in one row of blocks, or of dV in one column of blocks: adds the partial sums that exist, one
+    after another. There are `down` rows of blocks; `part` is what a program of the gradients took of a strip.
     """
     line = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -119,11 +130,11 @@ def add_block_shares_kernel(
         i_row = line * size
         m = exists & (i_row + e // rank < rows)
         used = tl.cdiv(tl.load(p_row_counts + line) * size, part)
-        for z in range(shares):
-            p_share = p_row_sums + (tl.full([], z, tl.int64) * parts * rows + i_row) * rank
+        for z in range(split_k):
+            p_partial = p_row_sums + (tl.full([], z, tl.int64) * parts * rows + i_row) * rank
             for _ in range(used):
-                b_sum += tl.load(p_share + e, mask=m, other=0.0)
-                p_share += tl.full([], rank, tl.int64) * rows
+                b_sum += tl.load(p_partial + e, mask=m, other=0.0)
+                p_partial += tl.full([], rank, tl.int64) * rows
         tl.store(p_du + i_row * rank + e, b_sum * beta, mask=m)
     else:
         line -= down
@@ -132,7 +143,7 @@ def add_block_shares_kernel(
         o = (e // size).to(tl.int64) * columns + i_column
         count = tl.load(p_column_counts + line)
         p_column_blocks += line * down
-        for z in range(shares):
+        for z in range(split_k):
             for n in range(count):
                 row = tl.load(p_column_blocks + n) + tl.full([], z, tl.int64) * down
                 b_sum += tl.load(p_column_sums + row * rank * columns + o, mask=m, other=0.0)
@@ -156,21 +167,22 @@ def block_factor_gradients(
     down, across = block_lists.grid_of(weight.shape, size)
     parts = triton.cdiv(across * size, tile.columns)
     # How many blocks are kept is not known here; at the sparsity of 0.9 that blocks are for, a tenth.
-    share = tiles.token_share(architecture, max(1, down * parts // 10), tokens, tile.depth)
-    shares = triton.cdiv(tokens, share)
-    row_sums = torch.empty((shares, parts, rows, rank), dtype=torch.float32, device=x.device)
-    column_sums = torch.empty((shares, down, rank, columns), dtype=torch.float32, device=x.device)
-    block_gradients_kernel[parts, down, shares](
-        gy, x, weight, U, V, row_sums, column_sums, *row_lines, tokens, share, rows, columns, stride, across, beta,
+    tokens_per_split = tiles.tokens_per_split(architecture, max(1, down * parts // 10), tokens, tile.depth)
+    split_k = triton.cdiv(tokens, tokens_per_split)
+    row_sums = torch.empty((split_k, parts, rows, rank), dtype=torch.float32, device=x.device)
+    column_sums = torch.empty((split_k, down, rank, columns), dtype=torch.float32, device=x.device)
+    block_gradients_kernel[parts, down, split_k](
+        gy, x, weight, U, V, row_sums, column_sums, *row_lines,
+        tokens, tokens_per_split, rows, columns, stride, across, beta,
         RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
         **splitting(x.dtype, architecture), UPCAST=tiles.interpreted(), EVEN=not ragged,
         BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
     )  # fmt: skip
     block = 256
-    add_block_shares_kernel[down + across, triton.cdiv(size * rank, block)](
+    add_block_partials_kernel[down + across, triton.cdiv(size * rank, block)](
         row_sums, column_sums, dU, dV, row_lines.counts, column_lines.blocks, column_lines.counts,
-        shares, parts, tile.columns, rows, columns, down, size, rank, beta, BLOCK=block, num_warps=4,
+        split_k, parts, tile.columns, rows, columns, down, size, rank, beta, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return dU, dV
 

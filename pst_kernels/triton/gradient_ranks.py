@@ -63,24 +63,24 @@ def reduce_tile(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "share"])
+@triton.jit(do_not_specialize=["tokens", "tokens_per_split"])
 def many_ranks_kernel(
     p_gy, p_x, p_g, p_weight, p_u, p_v, p_a, p_b, p_mask, p_row_sums, p_column_sums,
-    tokens, share, rows, columns, stride, words, beta,
+    tokens, tokens_per_split, rows, columns, stride, words, beta,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
-    GIVEN: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
+    G_STORED: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile's share of all six sums; the grid is (column tiles, row tiles, shares of the tokens).
+    """The partial sums of one tile; the grid is (column tiles, row tiles, split_k).
 
-    row_sums is fp32 (shares * column tiles, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (shares * row tiles,
-    RANKS, columns): (beta U)^T Q, A^T D and D.sum(0). GIVEN: G is read from p_g, and p_gy and p_x are not.
+    row_sums is fp32 (split_k * column tiles, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (split_k * row tiles,
+    RANKS, columns): (beta U)^T Q, A^T D and D.sum(0). G_STORED: G is read from p_g, and p_gy and p_x are not.
     """
     RANKS: tl.constexpr = RANK_W + RANK_S + 1
     i_columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     b_g = product_tile(
-        p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
+        p_gy, p_x, p_g, tokens, tokens_per_split, rows, columns, i_rows, i_columns, G_STORED, UPCAST, EVEN,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
     )  # fmt: skip
     r = tl.arange(0, BLOCK_ROWS)

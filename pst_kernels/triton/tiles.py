@@ -153,9 +153,9 @@ MATMUL: dict[str, Table] = {
 }  # fmt: skip
 
 # Factor gradients: rows and columns of G, depth in tokens. The budget is the plain GEMM of the same tile plus 10 %.
-# Where the registers cannot hold U beside A and V beside B (STACKED), and where a matrix is no multiple of the tile, it
-# is the MEDIUM tile for as many sums a row (ranks, and one for R) as it has room for, where the matrix is a multiple of
-# it, else the SMALL one.
+# Where the registers cannot hold U beside A and V beside B (see FEW_RANKS), and where a matrix is no multiple of the
+# tile, it is the MEDIUM tile for as many sums a row (ranks, and one for R) as it has room for, where the matrix is a
+# multiple of it, else the SMALL one.
 _FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
@@ -173,7 +173,7 @@ MEDIUM = {  # with the most sums that it is used for
 }  # fmt: skip
 SMALL = {"half": Tile(64, 32, 32, 4, 3), "mixed": Tile(64, 32, 32, 4, 3), "float": Tile(32, 32, 32, 8, 2)}
 
-STACKED = tuple(name for name in TARGETS if name != "gfx942")  # for up to 16 ranks of both kinds together
+FEW_RANKS = tuple(name for name in TARGETS if name != "gfx942")  # where up to 16 of both kinds stand side by side
 GRADIENT_PART = {"sm_100": 64}  # columns of a tile that are reduced at a time, others: 32
 
 # Where a tile loads its words of the mask once, with 16 ranks. Elsewhere that spills or lengthens the main loop: a word
@@ -196,10 +196,8 @@ WIDEST_FACTOR = 64  # padded columns of U and V that a loop step multiplies; for
 # and read, against a main loop that runs at an assumed 0.9 of the library's speed. 4 B / bandwidth = T (1 / 0.9 - 1) /
 # rate gives 3,500 tokens on sm_90 and 2,250 on sm_80; some twice that, because G in x's dtype costs a rounding.
 # fp32 multiply-adds of this kernel are so much slower than the library's that G is worth making for few tokens already.
-GIVEN_TOKENS = {"half": 8192, "mixed": 8192, "float": 64}
-SHARE_TOKENS = (
-    1024  # at least so many for each program that shares a tile of G: storing sums costs as much as about 200
-)
+G_STORED_TOKENS = {"half": 8192, "mixed": 8192, "float": 64}
+SPLIT_K_TOKENS = 1024  # at least so many a split of a tile of G: storing its sums costs as much as about 200
 
 # Reducing a tile of 128 x 128 takes about 3,700 instructions of 8 warps on sm_90, as many cycles as the tensor cores
 # take for so many tokens.
@@ -269,13 +267,13 @@ def matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, 
 
 
 def gradients(
-    architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int, stacked: bool
+    architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int, few_ranks: bool
 ) -> Tile:
     """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
     tile = _tuning(architecture)["gradients"].get(key) or GRADIENTS[architecture][key]
     whole = rows % tile.rows == 0 and columns % tile.columns == 0
-    if whole and (stacked or (key == "float" and ranks <= 16)):
+    if whole and (few_ranks or (key == "float" and ranks <= 16)):
         return tile
     most, medium = (0, tile) if key == "float" else MEDIUM[architecture]
     fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
@@ -314,45 +312,45 @@ def block_slots(
     return BLOCK_SLOTS.get(architecture(torch.device("meta")), (None, None))
 
 
-def stacked(architecture: str, ranks: int) -> bool:
+def few_ranks(architecture: str, ranks: int) -> bool:
     """Whether a program holds the factors of W' and of S side by side; `ranks` is the number of both together."""
-    return architecture in STACKED and ranks <= 16
+    return architecture in FEW_RANKS and ranks <= 16
 
 
 def mask_at_once(architecture: str, ranks: int) -> bool:
     return architecture in MASK_AT_ONCE and ranks == 16
 
 
-def gradient_parts(architecture: str, columns: int, given: bool) -> int:
-    """In how many parts of its columns a tile is reduced; where G is given, its own offsets take registers."""
-    return max(1, columns // (32 if given else GRADIENT_PART.get(architecture, 32)))
+def gradient_parts(architecture: str, columns: int, g_stored: bool) -> int:
+    """In how many parts of its columns a tile is reduced; where G is stored, its own offsets take registers."""
+    return max(1, columns // (32 if g_stored else GRADIENT_PART.get(architecture, 32)))
 
 
 @functools.lru_cache(maxsize=256)
-def walk(architecture: str, tile: Tile, across: int, down: int, tokens: int, ranks: int) -> int:
+def sweep_length(architecture: str, tile: Tile, across: int, down: int, tokens: int, ranks: int) -> int:
     """How many of the `across` tiles of each of `down` rows a program of the gradient kernel makes one after another.
 
-    A longer walk reads the strips of two factors and stores and reads the sums of `ranks` columns less often, but may
-    leave multiprocessors idle: the walk with the least time for both is taken, each number of programs that the device
-    runs at a time being one round.
+    A longer sweep reads the strips of two factors and stores and reads the sums of `ranks` columns less often, but may
+    leave multiprocessors idle: the length with the least time for both is taken, each number of programs that the
+    device runs at a time being one round.
     """
     target = TARGETS[architecture]
     resident = target.multiprocessors * max(1, 8 // tile.warps)  # each has the registers of 8 warps
     a_tile = (tokens + REDUCTION_TOKENS) * tile.rows * tile.columns * resident / target.multiprocessors
-    a_walk = 3 * 4 * ranks * tile.rows * down  # bytes: strips read, sums stored, sums read
+    a_sweep = 3 * 4 * ranks * tile.rows * down  # bytes: strips read, sums stored, sums read
 
     def time(steps: int) -> float:
-        walks = triton.cdiv(across, steps)
-        rounds = triton.cdiv(walks * down, resident)
-        return rounds * steps * a_tile * target.multiprocessors / target.rate + walks * a_walk / target.bandwidth
+        sweeps = triton.cdiv(across, steps)
+        rounds = triton.cdiv(sweeps * down, resident)
+        return rounds * steps * a_tile * target.multiprocessors / target.rate + sweeps * a_sweep / target.bandwidth
 
     return min(range(1, across + 1), key=time)
 
 
-def token_share(architecture: str, tiles: int, tokens: int, depth: int) -> int:
-    """How many tokens a program sums over, whole loop steps: not all where the tiles of G leave processors idle."""
-    shares = max(1, min(TARGETS[architecture].multiprocessors // tiles, tokens // SHARE_TOKENS))
-    return triton.cdiv(triton.cdiv(tokens, shares), depth) * depth
+def tokens_per_split(architecture: str, tiles: int, tokens: int, depth: int) -> int:
+    """How many tokens a program sums over, in whole loop steps: not all where the tiles of G leave processors idle."""
+    split_k = max(1, min(TARGETS[architecture].multiprocessors // tiles, tokens // SPLIT_K_TOKENS))
+    return triton.cdiv(triton.cdiv(tokens, split_k), depth) * depth
 
 
 def pair_name(weight: torch.dtype, x: torch.dtype) -> str:

@@ -51,7 +51,7 @@ def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
     assert problem.wrong(errors) == {}
     assert {name: stats.launches for name, stats in session.stats.items()} == {
         "list_blocks_kernel": 3, "split_factors_kernel": 2, "block_matmul_kernel": 2, "block_gradients_kernel": 1,
-        "add_block_shares_kernel": 1,
+        "add_block_partials_kernel": 1,
     }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def test_scores_learn_from_all_of_the_gradient(emulator, arch: int) -> None:
 
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one tile of tokens, and the tokens shared among programs: the same bits, and right."""
-    monkeypatch.setattr(tiles, "SHARE_TOKENS", 64)
+    monkeypatch.setattr(tiles, "SPLIT_K_TOKENS", 64)
     problem = Problem(32, 48, 260, 8, 16, "bfloat16", kept=0.5)
     results = []
     for order in ("forward", "reversed", "shuffled"):

@@ -34,13 +34,13 @@ LINEAR = {
     "masked_matmul_kernel": ("tokens", "rows", "depth"),
     "factor_gradients_kernel": ("tokens", "rows", "columns"),
     "many_ranks_kernel": ("tokens", "rows", "columns"),
-    "add_shares_kernel": ("rows", "columns", "row_shares", "column_shares"),
+    "add_partials_kernel": ("rows", "columns", "row_partials", "column_partials"),
 }
 BLOCKS = {
     "list_blocks_kernel": ("capacity",),
     "block_matmul_kernel": ("tokens", "rows", "depth"),
     "block_gradients_kernel": ("tokens", "rows", "columns"),
-    "add_block_shares_kernel": ("rows", "columns", "shares"),
+    "add_block_partials_kernel": ("rows", "columns", "split_k"),
 }
 
 

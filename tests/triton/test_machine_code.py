@@ -41,7 +41,7 @@ def test_every_binary_keeps_its_budget(report: list[kernels.Row]) -> None:
     assert {row.case: row.problems for row in report if row.problems} == {}
     assert {row.kernel for row in report} == {
         "masked_matmul_kernel", "split_factors_kernel", "factor_gradients_kernel", "many_ranks_kernel",
-        "add_shares_kernel",
+        "add_partials_kernel",
     } | ({"masked_weight_kernel"} & {row.kernel for row in report})  # fmt: skip
     products = [row for row in report if row.kernel in PRODUCTS]
     assert all(row.products or "float32, rank" in row.case for row in products)
@@ -103,7 +103,7 @@ def test_block_kernels_keep_their_budgets(target: str) -> None:
     assert {row.case: row.problems for row in rows if row.problems} == {}
     assert {row.kernel for row in rows} == {
         "list_blocks_kernel", "split_factors_kernel", "block_matmul_kernel", "block_gradients_kernel",
-        "add_block_shares_kernel",
+        "add_block_partials_kernel",
     }  # fmt: skip
     products = [row for row in rows if row.kernel in ("block_matmul_kernel", "block_gradients_kernel")]
     assert all(row.products or "float32, rank" in row.case for row in products)

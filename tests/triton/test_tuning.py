@@ -36,7 +36,7 @@ def test_the_file_overrides_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert chosen(16) == tiles.Tile(64, 16, 64, 4, 2)
     assert chosen(17) == tiles.Tile(64, 32, 64, 4, 2)
     assert chosen(101) is None
-    assert tiles.gradients("sm_90", BF16, BF16, 128, 128, 9, stacked=True) == tiles.Tile(64, 64, 64, 4, 2)
+    assert tiles.gradients("sm_90", BF16, BF16, 128, 128, 9, few_ranks=True) == tiles.Tile(64, 64, 64, 4, 2)
     assert tiles.block_matmul("sm_90", BF16, BF16, 64, 32, 32, False) == tiles.Tile(32, 64, 16, 4, 2)
     assert tiles.block_matmul("sm_90", BF16, BF16, 64, 64, 32, False) == tiles.BLOCK_MATMUL["sm_90"]["half"][64]
     assert tiles.block_gradients("sm_90", FP32, 16, 8, False) == tiles.Tile(16, 64, 32, 4, 2)
@@ -97,15 +97,15 @@ def test_switch_follows_the_arithmetic() -> None:
         ((4096, 11008), 8192, 1),  # but not a round of so many tokens
     ],
 )
-def test_a_walk_leaves_no_multiprocessor_idle(shape: tuple[int, int], tokens: int, steps: int) -> None:
+def test_a_sweep_leaves_no_multiprocessor_idle(shape: tuple[int, int], tokens: int, steps: int) -> None:
     tile = tiles.GRADIENTS["sm_90"]["half"]
     down, across = shape[0] // tile.rows, shape[1] // tile.columns
-    assert tiles.walk("sm_90", tile, across, down, tokens, 17) == steps
+    assert tiles.sweep_length("sm_90", tile, across, down, tokens, 17) == steps
 
 
-def test_walks_of_small_tiles_leave_as_many_warps() -> None:
+def test_sweeps_of_small_tiles_leave_as_many_warps() -> None:
     tile = tiles.GRADIENTS["sm_90"]["half"]._replace(warps=4)
-    assert tiles.walk("sm_90", tile, 32, 32, 1024, 17) == 4
+    assert tiles.sweep_length("sm_90", tile, 32, 32, 1024, 17) == 4
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | Non
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     tile = [binary.constants[side] for side in TILE if side in binary.constants]
     slots = None
-    if read["loop"] is not None and len(tile) == len(TILE) and not binary.constants.get("GIVEN"):
+    if read["loop"] is not None and len(tile) == len(TILE) and not binary.constants.get("G_STORED"):
         cycles = math.prod(tile) / target.fma_per_cycle
         slots = round(read["loop"] * warps / 4 / cycles, 3)  # a multiprocessor issues four instructions a cycle
     return Row(
