@@ -46,7 +46,7 @@ def load_factors(
 
 @triton.jit(do_not_specialize=["tokens", "tokens_per_split", "capacity"])
 def block_gradients_kernel(
-    p_gy, p_x, p_weight, p_u, p_v, p_row_sums, p_column_sums, p_blocks, p_counts, p_order,
+    p_gy, p_x, p_weight, p_u, p_v, p_row_sums, p_column_sums, p_indices, p_counts, p_order,
     tokens, tokens_per_split, rows, columns, stride, capacity, beta,
     RANK: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
@@ -57,12 +57,12 @@ def block_gradients_kernel(
     row_sums is fp32 (split_k, parts, rows, RANK): Q V^T; column_sums (split_k, rows of blocks, RANK, columns):
     (beta U)^T Q.
     """
-    line = tl.load(p_order + tl.program_id(1))
-    count = tl.load(p_counts + line)
+    i_list = tl.load(p_order + tl.program_id(1))
+    count = tl.load(p_counts + i_list)
     first = tl.program_id(0) * BLOCK_COLUMNS
     if first < count * BLOCK_ROWS:
-        i, m = block_lists.strip(p_blocks + line * capacity, first, count, BLOCK_ROWS, BLOCK_COLUMNS)
-        i_rows = line * BLOCK_ROWS
+        i, m = block_lists.strip(p_indices + i_list * capacity, first, count, BLOCK_ROWS, BLOCK_COLUMNS)
+        i_rows = i_list * BLOCK_ROWS
         r = tl.arange(0, BLOCK_ROWS)
         m_rows = i_rows + r < rows
         r_in = r
@@ -100,7 +100,7 @@ def block_gradients_kernel(
         b_q = tl.where(m_rows[:, None] & m[None, :], b_q, 0.0)
         z = tl.program_id(2).to(tl.int64)
         p_row_sums += ((z * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANK
-        p_column_sums += (z * tl.num_programs(1) + line) * RANK * columns
+        p_column_sums += (z * tl.num_programs(1) + i_list) * RANK * columns
         b_high, b_low = split(b_q, FAST, SPLIT)
         for rank in tl.range(0, RANK, RANKS, num_stages=1):
             b_u, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
@@ -116,20 +116,20 @@ def block_gradients_kernel(
 
 @triton.jit(do_not_specialize=["split_k", "parts", "part", "rows", "columns", "down", "size", "rank"])
 def add_block_partials_kernel(
-    p_row_sums, p_column_sums, p_du, p_dv, p_row_counts, p_column_blocks, p_column_counts,
+    p_row_sums, p_column_sums, p_du, p_dv, p_row_counts, p_column_indices, p_column_counts,
     split_k, parts, part, rows, columns, down, size, rank, beta, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK numbers of dU in one row of blocks, or of dV in one column of blocks: adds the partial sums that exist, one
     after another. There are `down` rows of blocks; `part` is what a program of the gradients took of a strip.
     """
-    line = tl.program_id(0).to(tl.int64)
+    i_list = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = e < size * rank
     b_sum = tl.zeros((BLOCK,), tl.float32)
-    if line < down:
-        i_row = line * size
+    if i_list < down:
+        i_row = i_list * size
         m = exists & (i_row + e // rank < rows)
-        used = tl.cdiv(tl.load(p_row_counts + line) * size, part)
+        used = tl.cdiv(tl.load(p_row_counts + i_list) * size, part)
         for z in range(split_k):
             p_partial = p_row_sums + (tl.full([], z, tl.int64) * parts * rows + i_row) * rank
             for _ in range(used):
@@ -137,22 +137,22 @@ def add_block_partials_kernel(
                 p_partial += tl.full([], rank, tl.int64) * rows
         tl.store(p_du + i_row * rank + e, b_sum * beta, mask=m)
     else:
-        line -= down
-        i_column = line * size + e % size
+        i_list -= down
+        i_column = i_list * size + e % size
         m = exists & (i_column < columns)
         o = (e // size).to(tl.int64) * columns + i_column
-        count = tl.load(p_column_counts + line)
-        p_column_blocks += line * down
+        count = tl.load(p_column_counts + i_list)
+        p_column_indices += i_list * down
         for z in range(split_k):
             for n in range(count):
-                row = tl.load(p_column_blocks + n) + tl.full([], z, tl.int64) * down
+                row = tl.load(p_column_indices + n) + tl.full([], z, tl.int64) * down
                 b_sum += tl.load(p_column_sums + row * rank * columns + o, mask=m, other=0.0)
         tl.store(p_dv + o, b_sum, mask=m)  # U came with its beta
 
 
 def block_factor_gradients(
     gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, beta: float, through_magnitude: bool,
-    row_lines: block_lists.Lines, column_lines: block_lists.Lines, size: int,
+    by_rows: block_lists.BlockLists, by_columns: block_lists.BlockLists, size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dU and dV in fp32; weight and factors as `checked` leaves them."""
     (rows, columns), rank, tokens = weight.shape, V.shape[0], x.shape[0]
@@ -172,7 +172,7 @@ def block_factor_gradients(
     row_sums = torch.empty((split_k, parts, rows, rank), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((split_k, down, rank, columns), dtype=torch.float32, device=x.device)
     block_gradients_kernel[parts, down, split_k](
-        gy, x, weight, U, V, row_sums, column_sums, *row_lines,
+        gy, x, weight, U, V, row_sums, column_sums, *by_rows,
         tokens, tokens_per_split, rows, columns, stride, across, beta,
         RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
         **splitting(x.dtype, architecture), UPCAST=tiles.interpreted(), EVEN=not ragged,
@@ -181,7 +181,7 @@ def block_factor_gradients(
     )  # fmt: skip
     block = 256
     add_block_partials_kernel[down + across, triton.cdiv(size * rank, block)](
-        row_sums, column_sums, dU, dV, row_lines.counts, column_lines.blocks, column_lines.counts,
+        row_sums, column_sums, dU, dV, by_rows.counts, by_columns.indices, by_columns.counts,
         split_k, parts, tile.columns, rows, columns, down, size, rank, beta, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return dU, dV
@@ -195,12 +195,12 @@ def block_backward(
     weight, factors, mask, (beta, _, _) = operands
     factors = checked(weight, factors)
     U, V, mask = factors.U, factors.V, mask.contiguous()
-    by_columns = block_lists.lines(mask, weight.shape, size, COLUMNS)
+    by_columns = block_lists.list_blocks(mask, weight.shape, size, COLUMNS)
     dx = block_input_gradient(gy, weight, U, V, beta, by_columns, size) if needs.input else gy.new_empty(0)
     if not needs.factors:
         dU, dV, dA, dB, dR, dC = (U.new_empty(0, dtype=torch.float32) for _ in range(6))
         return dx, dU, dV, dA, dB, dR, dC
-    by_rows = block_lists.lines(mask, weight.shape, size, ROWS)
+    by_rows = block_lists.list_blocks(mask, weight.shape, size, ROWS)
     dU, dV = block_factor_gradients(gy, x, weight, U, V, beta, through_magnitude, by_rows, by_columns, size)
     if bool(learn_scores):
         return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]

@@ -1,10 +1,10 @@
 """y = x (M * W')^T + bias and dx = gy (M * W') for a mask of blocks: loops over the kept blocks alone.
 
 Both are one kernel, as in matmul.py: left (rows, depth) times x^T (depth, tokens), left being M * W', or its transpose
-for the input gradient. A program makes one block's rows of the result for a tile of tokens. It walks over the strip of
-the kept blocks of its line (see block_lists.py): several thin blocks, or a part of a thick one, in a step, so that work
-and traffic are proportional to the kept blocks. W' = W + beta U V of a step is made in registers in fp32, rounded once
-to x's dtype, and multiplied. No bit of the mask is read here.
+for the input gradient. A program makes one block's rows of the result for a tile of tokens. It goes along the strip
+of their kept blocks (see block_lists.py): several thin blocks, or a part of a thick one, in a step, so that the work,
+and what is read of W and x, are proportional to the kept blocks. W' = W + beta U V of a step is made in registers in
+fp32, rounded once to x's dtype, and multiplied. No bit of the mask is read here.
 
 Precision is that of matmul.py: U V from pairs of bf16, 16 bits together; all in fp32 multiply-add for fp32 x.
 """
@@ -24,7 +24,7 @@ from .matmul import one_stride, split, split_factors, store_result
 from .score import checked
 from .sweep import all_registers
 
-ROWS, COLUMNS = False, True  # what a line is
+ROWS, COLUMNS = False, True  # what a list of blocks is of
 
 # Rounds a pair of W'. W itself is an operand only so that its load is pipelined: Triton pipelines what reaches a dot's
 # first two operands, and W enters through the accumulator.
@@ -53,7 +53,7 @@ def add_product(b_updated, b_left, p_right, o_right, m_inner, ALONG_ROWS: tl.con
 
 @triton.jit(do_not_specialize=["tokens", "has_bias", "capacity"])
 def block_matmul_kernel(
-    p_x, p_weight, p_left, p_right, p_bias, p_y, p_blocks, p_counts, p_order,
+    p_x, p_weight, p_left, p_right, p_bias, p_y, p_indices, p_counts, p_order,
     tokens, rows, depth, stride, capacity, has_bias,
     WIDTH: tl.constexpr, PART: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, EVEN: tl.constexpr,
     UPCAST: tl.constexpr, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, WAIT: tl.constexpr,
@@ -66,11 +66,11 @@ def block_matmul_kernel(
     (depth, rows). EVEN: every block is whole.
     """
     tl.assume(tokens > 0)
-    line = tl.load(p_order + tl.program_id(1))
+    i_list = tl.load(p_order + tl.program_id(1))
     i_tokens = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
-    i_rows = line * BLOCK_ROWS
-    count = tl.load(p_counts + line)
-    p_blocks += line * capacity
+    i_rows = i_list * BLOCK_ROWS
+    count = tl.load(p_counts + i_list)
+    p_indices += i_list * capacity
     r = tl.arange(0, BLOCK_ROWS)
     t = tl.arange(0, BLOCK_COLUMNS)
     k = tl.arange(0, PART)
@@ -92,7 +92,7 @@ def block_matmul_kernel(
     b_y = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     MASKED: tl.constexpr = BLOCK_DEPTH > BLOCK_ROWS or not EVEN
     for first in range(0, count * BLOCK_ROWS, BLOCK_DEPTH):
-        i, m = block_lists.strip(p_blocks, first, count, BLOCK_ROWS, BLOCK_DEPTH)
+        i, m = block_lists.strip(p_indices, first, count, BLOCK_ROWS, BLOCK_DEPTH)
         if not EVEN:
             m = m & (i < depth)
         if WEIGHT_ALONG_ROWS:
@@ -134,12 +134,12 @@ def block_matmul_kernel(
 
 
 def block_matmul(
-    x: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, lines: block_lists.Lines, size: int,
-    transposed: bool,
+    x: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None,
+    kept: block_lists.BlockLists, size: int, transposed: bool,
 ) -> Tensor:  # fmt: skip
     """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
 
-    `left` and `right` are from `split_factors`; `lines` are the rows of blocks, with `transposed` the columns.
+    `left` and `right` are from `split_factors`; `kept` are lists by rows of blocks, with `transposed` by columns.
     """
     rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
     if transposed:
@@ -155,8 +155,8 @@ def block_matmul(
     plain = x.dtype == torch.float32 or interpreted or architecture.startswith("gfx")
     tile = tiles.block_matmul(architecture, x.dtype, weight.dtype, tokens, size, left.shape[1], ragged)
     block_matmul_kernel[triton.cdiv(tokens, tile.columns), triton.cdiv(rows, size)](
-        x, weight, left, right, y if bias is None else bias, y, *lines, tokens, rows, depth, stride,
-        lines.blocks.shape[1], int(bias is not None),
+        x, weight, left, right, y if bias is None else bias, y, *kept, tokens, rows, depth, stride,
+        kept.indices.shape[1], int(bias is not None),
         WIDTH=left.shape[1], PART=min(left.shape[1], tiles.FACTOR_PART[tiles.dtype_key(x.dtype, weight.dtype)]),
         WEIGHT_ALONG_ROWS=along_rows_of_tile, EVEN=not ragged, UPCAST=interpreted,
         ASSEMBLY="" if plain else _ROUND[x.dtype],
@@ -173,15 +173,15 @@ def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: 
     weight, factors, mask, (beta, _, _) = operands
     U, V, *_ = checked(weight, factors)
     bias = None if bias is None else bias.to(x.dtype)
-    kept = block_lists.lines(mask.contiguous(), weight.shape, size, ROWS)
+    kept = block_lists.list_blocks(mask.contiguous(), weight.shape, size, ROWS)
     return block_matmul(x, weight, *split_factors(U, V, beta, split(x)), bias, kept, size, transposed=False)
 
 
 def block_input_gradient(
-    gy: Tensor, weight: Tensor, U: Tensor, V: Tensor, beta: float, lines: block_lists.Lines, size: int
+    gy: Tensor, weight: Tensor, U: Tensor, V: Tensor, beta: float, kept: block_lists.BlockLists, size: int
 ) -> Tensor:
-    """dx = gy (M * W'); weight and factors as `checked` leaves them, `lines` are columns of blocks."""
-    return block_matmul(gy, weight, *split_factors(U, V, beta, split(gy)), None, lines, size, transposed=True)
+    """dx = gy (M * W'); weight and factors as `checked` leaves them, `kept` are lists by columns of blocks."""
+    return block_matmul(gy, weight, *split_factors(U, V, beta, split(gy)), None, kept, size, transposed=True)
 
 
 def cases() -> Iterator[tiles.Case]:

@@ -209,7 +209,7 @@ def _block_matmul_runs(problem: dict[str, Any], tokens: int, key: str, size: int
     mask, M = _kept_blocks(problem, size)
     x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
     kept = ((weight.float() + SCALES[0] * U @ V) * M).to(x.dtype)
-    by_columns = block_lists.lines(mask, weight.shape, size, block_matmul.COLUMNS)
+    by_columns = block_lists.list_blocks(mask, weight.shape, size, block_matmul.COLUMNS)
 
     def launch() -> list[Tensor]:
         return [
@@ -226,7 +226,7 @@ def _block_gradient_runs(problem: dict[str, Any], tokens: int, key: str, size: i
     x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
     Q = gy.float().T @ x.float() * M * (1.0 + (weight.float() + SCALES[0] * U @ V).abs())
     by_rows, by_columns = (
-        block_lists.lines(mask, weight.shape, size, of) for of in (block_matmul.ROWS, block_matmul.COLUMNS)
+        block_lists.list_blocks(mask, weight.shape, size, of) for of in (block_matmul.ROWS, block_matmul.COLUMNS)
     )
 
     def launch() -> tuple[Tensor, Tensor]:
