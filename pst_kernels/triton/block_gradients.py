@@ -23,9 +23,10 @@ from torch import Tensor
 from ..operands import MaskedWeight, Needs
 from . import block_lists, tiles
 from .block_matmul import COLUMNS, ROWS, block_input_gradient
-from .gradient_products import product, product_over_tokens, split, splitting
+from .gradient_products import product, product_over_tokens, splitting
 from .gradients import linear_backward
 from .matmul import one_stride
+from .ptx import split
 from .score import checked
 from .sweep import all_registers
 

@@ -21,24 +21,11 @@ from torch import Tensor
 from ..operands import MaskedWeight
 from . import block_lists, tiles
 from .matmul import one_stride, split, split_factors, store_result
+from .ptx import ROUNDING, rounded, used
 from .score import checked
 from .sweep import all_registers
 
 ROWS, COLUMNS = False, True  # what a list of blocks is of
-
-# Rounds a pair of W'. W itself is an operand only so that its load is pipelined: Triton pipelines what reaches a dot's
-# first two operands, and W enters through the accumulator.
-_ROUND = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
-
-
-@triton.jit
-def rounded(b_updated, b_weight, b_x, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr):
-    """W' in the dtype of `b_x`."""
-    if ASSEMBLY == "":
-        return b_updated.to(b_x.dtype)
-    return tl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, [b_updated, b_weight], dtype=b_x.dtype, is_pure=True, pack=2
-    )
 
 
 @triton.jit
@@ -128,7 +115,7 @@ def block_matmul_kernel(
             b_kept = rounded(b_updated, b_weight, b_x, ASSEMBLY, CONSTRAINTS)
         b_y = tl.dot(b_kept, b_x, b_y, input_precision="ieee")
         if WAIT:  # as in matmul.py: or ptxas issues the step's wgmmas one by one
-            b_y = tl.inline_asm_elementwise("", "=f,0", [b_y], dtype=tl.float32, is_pure=True, pack=1)
+            b_y = used(b_y)
 
     store_result(b_y, p_y, p_bias, has_bias, i_tokens, i_rows, tokens, rows, BLOCK_ROWS, BLOCK_COLUMNS)
 
@@ -152,15 +139,16 @@ def block_matmul(
     weight, stride, _ = one_stride(weight)
     architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
     ragged = depth % size != 0 or rows % size != 0
+    wide = weight.dtype == torch.float32
     plain = x.dtype == torch.float32 or interpreted or architecture.startswith("gfx")
+    assembly, constraints = ("", "") if plain else ROUNDING[x.dtype, wide]
     tile = tiles.block_matmul(architecture, x.dtype, weight.dtype, tokens, size, left.shape[1], ragged)
     block_matmul_kernel[triton.cdiv(tokens, tile.columns), triton.cdiv(rows, size)](
         x, weight, left, right, y if bias is None else bias, y, *kept, tokens, rows, depth, stride,
         kept.indices.shape[1], int(bias is not None),
         WIDTH=left.shape[1], PART=min(left.shape[1], tiles.FACTOR_PART[tiles.dtype_key(x.dtype, weight.dtype)]),
         WEIGHT_ALONG_ROWS=along_rows_of_tile, EVEN=not ragged, UPCAST=interpreted,
-        ASSEMBLY="" if plain else _ROUND[x.dtype],
-        CONSTRAINTS="" if plain else "=r,r,r,r" + ",r" * (weight.dtype == torch.float32),
+        ASSEMBLY=assembly, CONSTRAINTS=constraints,
         WAIT=architecture == "sm_90" and not plain,
         BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),

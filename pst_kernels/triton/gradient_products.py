@@ -10,31 +10,7 @@ import triton
 import triton.language as tl
 
 from . import tiles
-
-# In one block of assembly so that the fp32 parts of a large tile do not all live at once: they would not fit.
-_SPLIT = """{
-.reg .b32 %first, %second;
-cvt.rn.bf16x2.f32 $0, $3, $2;
-shl.b32 %first, $0, 16;
-and.b32 %second, $0, 0xffff0000;
-sub.f32 %first, $2, %first;
-sub.f32 %second, $3, %second;
-cvt.rn.bf16x2.f32 $1, %second, %first;
-}"""
-
-
-@triton.jit
-def split(b, FAST: tl.constexpr, SPLIT: tl.constexpr):
-    """b as the sum of a high and a low part in bf16, 16 bits together; without FAST b itself, twice."""
-    if not FAST:
-        return b, b
-    elif SPLIT != "":
-        return tl.inline_asm_elementwise(
-            SPLIT, "=&r,=&r,r,r", [b], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
-    else:
-        b_high = b.to(tl.bfloat16)
-        return b_high, (b - b_high.to(tl.float32)).to(tl.bfloat16)
+from .ptx import SPLITTING, split
 
 
 @triton.jit
@@ -141,5 +117,5 @@ def splitting(x: torch.dtype, architecture: str) -> dict[str, bool | str]:
     """How products are made, as constexprs: FAST in pairs of bf16, SPLIT the assembly that makes a pair."""
     return {
         "FAST": x != torch.float32 and not tiles.interpreted(),
-        "SPLIT": "" if architecture.startswith("gfx") else _SPLIT,
+        "SPLIT": "" if architecture.startswith("gfx") else SPLITTING,
     }

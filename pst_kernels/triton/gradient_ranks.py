@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gradient_products import gate, product, product_tile, split
+from .gradient_products import gate, product, product_tile
+from .ptx import split
 
 
 @triton.jit

@@ -37,9 +37,10 @@ from torch import Tensor
 from ..masks.packing import packed_width
 from ..operands import MaskedWeight, Needs
 from . import scratch, tiles
-from .gradient_products import gate, product_of_pairs, product_tile, split, splitting
+from .gradient_products import gate, product_of_pairs, product_tile, splitting
 from .gradient_ranks import many_ranks_kernel
 from .matmul import input_gradient, one_stride
+from .ptx import split
 from .score import checked
 from .sweep import all_registers
 

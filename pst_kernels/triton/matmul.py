@@ -26,60 +26,8 @@ from ..masks.packing import packed_width
 from ..operands import MaskedWeight
 from . import scratch, tiles
 from .mask import masked_weight
+from .ptx import MASKING, keep, used, widen
 from .score import checked
-
-# A packed pair of weights is ANDed with a pair of masks: PRMT with bit 3 of a selector set fills a byte with a sign
-# bit. Columns in a row of the tile: bits p and p + 16 of the word, shifted to 7 and 23 (or 15 and 31 for p >= 8), by
-# `shift`. Columns in a column of the tile: the two bits come from two words, of which `select` takes the half with even
-# columns or that with odd ones. W itself is an operand only so that its load is pipelined: Triton pipelines what
-# reaches a dot's first two operands, and W enters through the accumulator.
-_PACK = {"bf16": "cvt.rn.bf16x2.f32 %pair, $2, $1;", "fp16": "cvt.rn.f16x2.f32 %pair, $2, $1;"}
-_ALONG_DEPTH = "shl.b32 %keep, ${word}, ${shift}; prmt.b32 %keep, %keep, %keep, ${select};"
-_ALONG_ROWS = (
-    "prmt.b32 %keep, ${word}, ${word1}, ${select};"
-    " shl.b32 %keep, %keep, ${shift}; prmt.b32 %keep, %keep, %keep, 0xBB99;"
-)
-
-
-def _assembly(dtype: str, along_rows: bool, wide_weight: bool) -> tuple[str, str]:
-    first = 5 if wide_weight else 4  # $3 is a pair of W: one register, or two where it is fp32
-    places = {"word": first, "word1": first + 1, "shift": first + 2, "select": first + 4}
-    mask = _ALONG_ROWS if along_rows else _ALONG_DEPTH
-    for name, place in places.items():
-        mask = mask.replace("${" + name + "}", f"${place}")
-    return f"{{\n.reg .b32 %pair, %keep;\n{_PACK[dtype]} {mask} and.b32 $0, %pair, %keep;\n}}", "=r" + ",r" * (
-        first + 5
-    )
-
-
-_ASSEMBLY = {
-    (dtype, along_rows, wide): _assembly(dtype, along_rows, wide)
-    for dtype in _PACK for along_rows in (False, True) for wide in (False, True)
-}  # fmt: skip
-
-
-@triton.jit
-def widen(b_weight, ASSEMBLY: tl.constexpr):
-    if ASSEMBLY and b_weight.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
-            [b_weight],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=2,
-        )
-    return b_weight.to(tl.float32)
-
-
-@triton.jit
-def keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr):
-    """W' where its bit is set, else 0, in the dtype of `b_x`."""
-    if ASSEMBLY == "":
-        return tl.where(((b_word >> b_shift) & 1) != 0, b_updated, 0.0).to(b_x.dtype)
-    return tl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, [b_updated, b_weight, b_word, b_shift, b_select], dtype=b_x.dtype, is_pure=True, pack=2
-    )
 
 
 @triton.jit
@@ -210,7 +158,7 @@ def masked_matmul_kernel(
         if WAIT:
             # An empty use of the accumulator: the wait comes here, not after the next step's small product, and ptxas
             # issues the step's wgmmas back to back instead of one by one (its warning C7515).
-            b_y = tl.inline_asm_elementwise("", "=f,0", [b_y], dtype=tl.float32, is_pure=True, pack=1)
+            b_y = used(b_y)
         p_weight += weight_step
         p_x += BLOCK_DEPTH
         p_right += BLOCK_DEPTH * WIDTH
@@ -293,8 +241,7 @@ def masked_matmul(
     architecture = tiles.architecture(x.device)
     assembly, constraints = "", ""
     if x.dtype != torch.float32 and not interpreted and not architecture.startswith("gfx"):
-        name = "bf16" if x.dtype == torch.bfloat16 else "fp16"
-        assembly, constraints = _ASSEMBLY[name, transposed != along_rows, weight.dtype == torch.float32]
+        assembly, constraints = MASKING[x.dtype, transposed != along_rows, weight.dtype == torch.float32]
     grid = (triton.cdiv(tokens, tile.columns), triton.cdiv(rows, tile.rows))
     masked_matmul_kernel[grid](
         x, weight, left, right, y if bias is None else bias, mask, y,
