@@ -154,7 +154,7 @@ IN_LOOP_TOKENS = 2048  # assumed up to here; break-even by arithmetic lies betwe
 def shipped_tiles(architecture: str, shape: Shape, tokens: int, dtype: torch.dtype) -> Tiles:
     """From the table that the Triton kernels use; assumed ones where triton or the kernels are not there."""
     try:
-        table: Any = importlib.import_module("pst_kernels.triton.tiles")
+        table: Any = importlib.import_module("pst_kernels.triton.tiles.choice")
         products = [table.matmul(architecture, dtype, dtype, tokens, d, RANK) for d in (shape.columns, shape.out)]
         forward, backward = (None if t is None else Tile(t.rows, t.columns) for t in products)
         few_ranks = table.few_ranks(architecture, 2 * RANK)

@@ -13,15 +13,13 @@ blocks are allocated, 4 r (1 / size + 1 / tile columns) bytes a weight for r ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight, Needs
-from . import block_lists, tiles
+from . import block_lists
 from .block_matmul import COLUMNS, ROWS, block_input_gradient
 from .gradient_products import product, product_over_tokens, splitting
 from .gradients import linear_backward
@@ -29,6 +27,7 @@ from .matmul import one_stride
 from .ptx import split
 from .score import checked
 from .sweep import all_registers
+from .tiles import choice, targets
 
 RANKS = tl.constexpr(16)  # reduced at a time, as tensor cores take them
 
@@ -162,13 +161,13 @@ def block_factor_gradients(
         return dU, dV
     dU, dV = (torch.empty(factor.shape, dtype=torch.float32, device=x.device) for factor in (U, V))
     weight, stride, along_columns = one_stride(weight)
-    architecture = tiles.architecture(x.device)
+    architecture = targets.architecture(x.device)
     ragged = rows % size != 0 or columns % size != 0
-    tile = tiles.block_gradients(architecture, x.dtype, size, rank, ragged)
+    tile = choice.block_gradients(architecture, x.dtype, size, rank, ragged)
     down, across = block_lists.grid_of(weight.shape, size)
     parts = triton.cdiv(across * size, tile.columns)
     # How many blocks are kept is not known here; at the sparsity of 0.9 that blocks are for, a tenth.
-    tokens_per_split = tiles.tokens_per_split(architecture, max(1, down * parts // 10), tokens, tile.depth)
+    tokens_per_split = choice.tokens_per_split(architecture, max(1, down * parts // 10), tokens, tile.depth)
     split_k = triton.cdiv(tokens, tokens_per_split)
     row_sums = torch.empty((split_k, parts, rows, rank), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((split_k, down, rank, columns), dtype=torch.float32, device=x.device)
@@ -176,7 +175,7 @@ def block_factor_gradients(
         gy, x, weight, U, V, row_sums, column_sums, *by_rows,
         tokens, tokens_per_split, rows, columns, stride, across, beta,
         RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
-        **splitting(x.dtype, architecture), UPCAST=tiles.interpreted(), EVEN=not ragged,
+        **splitting(x.dtype, architecture), UPCAST=targets.interpreted(), EVEN=not ragged,
         BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
     )  # fmt: skip
@@ -207,29 +206,3 @@ def block_backward(
         return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
     dA, dB, dR, dC = (factor.new_zeros(factor.shape, dtype=torch.float32) for factor in factors[2:])
     return dx, dU, dV, dA, dB, dR, dC
-
-
-def cases() -> Iterator[tiles.Case]:
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for size in (16, 32, 64, 128):
-        yield _case(bf16, bf16, size)
-    yield _case(fp16, fp16, 128)
-    yield _case(fp32, bf16, 128)
-    yield _case(fp32, fp32, 128)
-    yield _case(bf16, bf16, 128, rank=64)
-    yield _case(bf16, bf16, 128, rows=1003, columns=1001)
-    yield _case(bf16, bf16, 128, through=False)
-
-
-def _case(
-    weight: torch.dtype, x: torch.dtype, size: int, rows: int = 1024, columns: int = 1024, rank: int = 8,
-    through: bool = True,
-) -> tiles.Case:  # fmt: skip
-    def call() -> None:
-        given = block_lists.example(weight, rows, columns, rank, size)
-        gy, x_ = (torch.empty((64, width), dtype=x, device="meta") for width in (rows, columns))
-        block_factor_gradients(gy, x_, given.weight, given.U, given.V, 1.0, through, given.rows, given.columns, size)
-
-    shape, note = f"{rows} x {columns}" * (rows % 2), "not through |W'|" * (not through)
-    name = block_lists.case_name("factor gradients", size, weight, x, rank, shape, note)
-    return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, rows % size > 0)[1])

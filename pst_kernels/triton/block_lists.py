@@ -14,8 +14,6 @@ itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..masks.packing import WORD, packed_width
-from .tiles import Case, pair_name
+from ..masks.packing import WORD
 
 BITS = tl.constexpr(WORD)
 CHUNK = 128  # blocks looked at together, one a thread
@@ -90,35 +87,3 @@ def list_blocks(mask: Tensor, shape: torch.Size, size: int, of_columns: bool) ->
             mask, indices, counts, mask.shape[1], capacity, size, OF_COLUMNS=of_columns, CHUNK=CHUNK, num_warps=4
         )  # fmt: skip
     return BlockLists(indices, counts, torch.argsort(counts, descending=True, stable=True))
-
-
-class Example(NamedTuple):
-    """What the launchers of the block kernels take, on device "meta"."""
-
-    weight: Tensor
-    U: Tensor
-    V: Tensor
-    rows: BlockLists
-    columns: BlockLists
-
-
-def example(weight: torch.dtype, rows: int, columns: int, rank: int, size: int) -> Example:
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    W, mask = empty(rows, columns, dtype=weight), empty(rows, packed_width(columns), dtype=torch.int32)
-    by_rows, by_columns = (list_blocks(mask, W.shape, size, of_columns) for of_columns in (False, True))
-    return Example(W, empty(rows, rank), empty(rank, columns), by_rows, by_columns)
-
-
-def case_name(kind: str, size: int, weight: torch.dtype, x: torch.dtype, rank: int, shape: str, note: str) -> str:
-    """Such as "forward, blocks of 64, bfloat16, rank 8"; shape and note are left out where they are empty."""
-    details = [f"{kind}, blocks of {size}", pair_name(weight, x), f"rank {rank}", shape, note]
-    return ", ".join(detail for detail in details if detail)
-
-
-def cases() -> Iterator[Case]:
-    mask = torch.empty((1024, packed_width(1024)), dtype=torch.int32, device="meta")
-    for of_columns in (False, True):
-        name = "columns of blocks" if of_columns else "rows of blocks"
-        yield Case(name, partial(list_blocks, mask, torch.Size((1024, 1024)), 64, of_columns))

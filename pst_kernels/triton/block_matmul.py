@@ -11,19 +11,18 @@ Precision is that of matmul.py: U V from pairs of bf16, 16 bits together; all in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight
-from . import block_lists, tiles
+from . import block_lists
 from .matmul import one_stride, split, split_factors, store_result
 from .ptx import ROUNDING, rounded, used
 from .score import checked
 from .sweep import all_registers
+from .tiles import choice, tables, targets
 
 ROWS, COLUMNS = False, True  # what a list of blocks is of
 
@@ -137,16 +136,16 @@ def block_matmul(
         return y
     along_rows_of_tile = one_stride(weight)[2] == transposed
     weight, stride, _ = one_stride(weight)
-    architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
+    architecture, interpreted = targets.architecture(x.device), targets.interpreted()
     ragged = depth % size != 0 or rows % size != 0
     wide = weight.dtype == torch.float32
     plain = x.dtype == torch.float32 or interpreted or architecture.startswith("gfx")
     assembly, constraints = ("", "") if plain else ROUNDING[x.dtype, wide]
-    tile = tiles.block_matmul(architecture, x.dtype, weight.dtype, tokens, size, left.shape[1], ragged)
+    tile = choice.block_matmul(architecture, x.dtype, weight.dtype, tokens, size, left.shape[1], ragged)
     block_matmul_kernel[triton.cdiv(tokens, tile.columns), triton.cdiv(rows, size)](
         x, weight, left, right, y if bias is None else bias, y, *kept, tokens, rows, depth, stride,
         kept.indices.shape[1], int(bias is not None),
-        WIDTH=left.shape[1], PART=min(left.shape[1], tiles.FACTOR_PART[tiles.dtype_key(x.dtype, weight.dtype)]),
+        WIDTH=left.shape[1], PART=min(left.shape[1], tables.FACTOR_PART[choice.dtype_key(x.dtype, weight.dtype)]),
         WEIGHT_ALONG_ROWS=along_rows_of_tile, EVEN=not ragged, UPCAST=interpreted,
         ASSEMBLY=assembly, CONSTRAINTS=constraints,
         WAIT=architecture == "sm_90" and not plain,
@@ -170,35 +169,3 @@ def block_input_gradient(
 ) -> Tensor:
     """dx = gy (M * W'); weight and factors as `checked` leaves them, `kept` are lists by columns of blocks."""
     return block_matmul(gy, weight, *split_factors(U, V, beta, split(gy)), None, kept, size, transposed=True)
-
-
-def cases() -> Iterator[tiles.Case]:
-    """Every size of blocks in both directions; the thickest with other dtypes, a high rank, ragged, few tokens."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for transposed in (False, True):
-        for size in (16, 32, 64, 128):
-            yield _case(bf16, bf16, size, transposed)
-        yield _case(fp16, fp16, 128, transposed)
-        yield _case(fp32, bf16, 128, transposed)
-        yield _case(fp32, fp32, 128, transposed)
-        yield _case(bf16, bf16, 128, transposed, rank=64)
-        yield _case(bf16, bf16, 128, transposed, rows=1003, columns=1001)
-    yield _case(fp32, fp32, 128, False, rank=64)
-    yield _case(bf16, bf16, 128, False, tokens=16)
-
-
-def _case(
-    weight: torch.dtype, x: torch.dtype, size: int, transposed: bool, rows: int = 1024, columns: int = 1024,
-    rank: int = 8, tokens: int = 1024,
-) -> tiles.Case:  # fmt: skip
-    def call() -> None:
-        given = block_lists.example(weight, rows, columns, rank, size)
-        factors = split_factors(given.U, given.V, 1.0, x != torch.float32)
-        left = torch.empty((tokens, rows if transposed else columns), dtype=x, device="meta")
-        kept = given.columns if transposed else given.rows
-        block_matmul(left, given.weight, *factors, None, kept, size, transposed)
-
-    kind = "input gradient" if transposed else "forward"
-    shape, note = f"{rows} x {columns}" * (rows % 2), "few tokens" * (tokens < 64)
-    name = block_lists.case_name(kind, size, weight, x, rank, shape, note)
-    return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, tokens < 64 or rows % size > 0)[0])

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
 from .ptx import SPLITTING, split
+from .tiles import targets
 
 
 @triton.jit
@@ -116,6 +116,6 @@ def gate(b_updated, b_words, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
 def splitting(x: torch.dtype, architecture: str) -> dict[str, bool | str]:
     """How products are made, as constexprs: FAST in pairs of bf16, SPLIT the assembly that makes a pair."""
     return {
-        "FAST": x != torch.float32 and not tiles.interpreted(),
+        "FAST": x != torch.float32 and not targets.interpreted(),
         "SPLIT": "" if architecture.startswith("gfx") else SPLITTING,
     }

@@ -19,7 +19,7 @@ to add them up, and the gradients themselves. That is 5.25 for r = 8 and n = 1, 
 gradients of a 512 x 1024 matrix. All but W, mask, factors and gradients, 2.51 in all on that matrix, is what programs
 share through memory, or what lies in the cache when it is read again.
 
-`tiles.sweep_length` weighs what a sweep saves against multiprocessors that it leaves idle. 4,096 x 4,096 has 1,024
+`choice.sweep_length` weighs what a sweep saves against multiprocessors that it leaves idle. 4,096 x 4,096 has 1,024
 tiles for the 132 of an H100, and 128 sweeps of eight take no longer than 1,024 of one. 512 x 1024 has only 32: there
 sweeps of eight would take eight times as long, 100 us instead of 13 with 1,024 tokens by the same arithmetic, and would
 save 0.7 MB of traffic, 0.2 us.
@@ -27,22 +27,20 @@ save 0.7 MB of traffic, 0.2 us.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..masks.packing import packed_width
 from ..operands import MaskedWeight, Needs
-from . import scratch, tiles
+from . import scratch
 from .gradient_products import gate, product_of_pairs, product_tile, splitting
 from .gradient_ranks import many_ranks_kernel
 from .matmul import input_gradient, one_stride
 from .ptx import split
 from .score import checked
 from .sweep import all_registers
+from .tiles import choice, tables, targets
 
 
 @triton.jit
@@ -248,19 +246,19 @@ def factor_gradients(
         return dU, dV, dA, dB, dR, dC
     dU, dV, dA, dB, dR, dC = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
     weight, stride, along_columns = one_stride(weight)
-    architecture = tiles.architecture(x.device)
-    few_ranks = tiles.few_ranks(architecture, rank_w + rank_s)
-    tile = tiles.gradients(architecture, x.dtype, weight.dtype, rows, columns, max(rank_w, rank_s + 1), few_ranks)
-    g_stored = tokens >= tiles.G_STORED_TOKENS[tiles.dtype_key(x.dtype, weight.dtype)]
+    architecture = targets.architecture(x.device)
+    few_ranks = choice.few_ranks(architecture, rank_w + rank_s)
+    tile = choice.gradients(architecture, x.dtype, weight.dtype, rows, columns, max(rank_w, rank_s + 1), few_ranks)
+    g_stored = tokens >= tables.G_STORED_TOKENS[choice.dtype_key(x.dtype, weight.dtype)]
     g = scratch.get((rows, columns), x.dtype, x.device) if g_stored else x
     if g_stored:
         torch.mm(gy.T, x, out=g)
     across, down = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    tokens_per_split = tokens if g_stored else tiles.tokens_per_split(architecture, across * down, tokens, tile.depth)
+    tokens_per_split = tokens if g_stored else choice.tokens_per_split(architecture, across * down, tokens, tile.depth)
     split_k = triton.cdiv(tokens, tokens_per_split)
     ranks = rank_w + rank_s + 1
     sweep_length = (
-        tiles.sweep_length(architecture, tile, across, down * split_k, 0 if g_stored else tokens_per_split, ranks)
+        choice.sweep_length(architecture, tile, across, down * split_k, 0 if g_stored else tokens_per_split, ranks)
         if few_ranks
         else 1
     )
@@ -271,7 +269,7 @@ def factor_gradients(
     sizes = rows, columns, stride, mask.shape[1], beta
     constants = {
         "RANK_W": rank_w, "RANK_S": rank_s, "WEIGHT_ALONG_ROWS": not along_columns, "THROUGH": through_magnitude,
-        "G_STORED": g_stored, "UPCAST": tiles.interpreted(),
+        "G_STORED": g_stored, "UPCAST": targets.interpreted(),
         "EVEN": rows % tile.rows == 0 and columns % tile.columns == 0,
         "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
         **splitting(x.dtype, architecture), "num_warps": tile.warps, "num_stages": tile.stages,
@@ -279,8 +277,8 @@ def factor_gradients(
     if few_ranks:
         factor_gradients_kernel[sweeps, down, split_k](
             *tensors, tokens, tokens_per_split, sweep_length, *sizes,
-            PARTS=tiles.gradient_parts(architecture, tile.columns, g_stored),
-            WORDS_AT_ONCE=tiles.mask_at_once(architecture, rank_w + rank_s), **constants, **all_registers(x.device),
+            PARTS=choice.gradient_parts(architecture, tile.columns, g_stored),
+            WORDS_AT_ONCE=choice.mask_at_once(architecture, rank_w + rank_s), **constants, **all_registers(x.device),
         )  # fmt: skip
     else:
         registers = all_registers(x.device) if x.dtype == torch.float32 else {}  # the others take what they need
@@ -306,47 +304,3 @@ def linear_backward(
         return dx, *factor_gradients(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude)
     dU, dV, dA, dB, dR, dC = (gy.new_empty(0, dtype=torch.float32) for _ in range(6))
     return dx, dU, dV, dA, dB, dR, dC
-
-
-def cases() -> Iterator[tiles.Case]:
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for weight, x in ((bf16, bf16), (fp16, fp16), (fp32, bf16), (fp32, fp16), (fp32, fp32)):
-        yield _case(weight, x)
-    yield _case(fp32, fp32, rank=16)
-    for rank in (5, 9, 15, 16, 64):
-        yield _case(bf16, bf16, rank=rank)
-    yield _case(fp32, bf16, rank=64)
-    yield _case(bf16, bf16, factor=bf16)
-    yield _case(fp16, fp16, factor=fp16)
-    yield _case(bf16, bf16, rows=960)
-    for weight in (bf16, fp32):
-        yield _case(weight, weight, rows=1003, columns=1001)
-    yield _case(bf16, bf16, stored_transposed=True)
-    yield _case(bf16, bf16, through=False)
-    for dtype, key in ((bf16, "half"), (fp16, "half"), (fp32, "float")):
-        yield _case(dtype, dtype, tokens=tiles.G_STORED_TOKENS[key])
-
-
-def _case(
-    weight: torch.dtype, x: torch.dtype, rows: int = 1024, columns: int = 1024, rank: int = 8, tokens: int = 32,
-    through: bool = True, stored_transposed: bool = False, factor: torch.dtype = torch.float32,
-) -> tiles.Case:  # fmt: skip
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def call() -> None:
-        W = empty(columns, rows, dtype=weight).t() if stored_transposed else empty(rows, columns, dtype=weight)
-        mask = empty(rows, packed_width(columns), dtype=torch.int32)
-        shapes = ((rows, rank), (rank, columns)) * 2
-        U, V, A, B = (empty(*shape, dtype=factor) for shape in shapes)
-        gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
-        factor_gradients(gy, x_, W, U, V, A, B, mask, 1.0, 1.0, 1.0, through)
-
-    architecture = tiles.architecture(torch.device("meta"))
-    tile = tiles.gradients(architecture, x, weight, rows, columns, rank + 1, tiles.few_ranks(architecture, 2 * rank))
-    odd, g_stored = rows % 2 == 1, tokens >= tiles.G_STORED_TOKENS[tiles.dtype_key(x, weight)]
-    details = [f"{rows} x {columns}"] * (rows != 1024) + ["W transposed"] * stored_transposed
-    details += [f"factors {factor}".replace("torch.", "")] * (factor != torch.float32)
-    details += ["G stored"] * g_stored + ["not through |W'|"] * (not through)
-    name = ", ".join(["factor gradients", tiles.pair_name(weight, x), f"rank {rank}", *details])
-    return tiles.Case(name, call, None if odd or g_stored else tile.slots)

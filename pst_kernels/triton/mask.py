@@ -6,10 +6,6 @@ bits instead of A, B, R and C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +13,7 @@ from torch import Tensor
 
 from ..masks.packing import WORD, packed_width
 from ..operands import Factors, MaskedWeight, Scales
-from .score import checked, layouts
+from .score import checked
 from .select import INDEX, KEY, key_of, signed, threshold
 from .sweep import (
     SweepTile,
@@ -30,7 +26,6 @@ from .sweep import (
     sweep_weight,
     tile_of,
 )
-from .tiles import Case
 
 BITS = tl.constexpr(WORD)
 
@@ -184,16 +179,3 @@ def masked_weight(operands: MaskedWeight, dtype: torch.dtype, out: Tensor | None
             mask.contiguous(), out, *sweep.operands, *sweep.shape, beta, **sweep.constants
         )  # fmt: skip
     return out
-
-
-def cases() -> Iterator[Case]:
-    for name, tensors in layouts():
-        weight = tensors[0]
-        state = torch.empty(16, dtype=torch.int64, device="meta")
-        mask = torch.empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32, device="meta")
-        masked = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        arguments: list[Any] = [state, *tensors, 1.0, 1.0, 1.0]
-        yield Case(name, partial(mask_from, *arguments))
-        yield Case(f"{name}, with the masked weight", partial(mask_from, *[*arguments, masked]))
-        operands = MaskedWeight(weight, Factors(*tensors[1:]), mask, Scales())
-        yield Case(name, partial(masked_weight, operands, weight.dtype))

@@ -10,24 +10,22 @@ Precision. beta U V inside the loop is U_hi V_hi + U_lo V_hi + U_hi V_lo in bf16
 added to W in fp32, and W' is rounded once, to x's dtype. With fp32 x everything is fp32 multiply-add, no tf32.
 
 For many tokens the masked weight is made once, in a scratch buffer shared by all layers, and the library multiplies.
-`tiles.py` has the switch.
+`tiles/choice.py` has the switch.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..masks.packing import packed_width
 from ..operands import MaskedWeight
-from . import scratch, tiles
+from . import scratch
 from .mask import masked_weight
 from .ptx import MASKING, keep, used, widen
 from .score import checked
+from .tiles import choice, tables, targets
 
 
 @triton.jit
@@ -204,7 +202,7 @@ def split_factors_kernel(
 def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tensor, Tensor]:
     """beta U and V^T, padded to what a tensor core multiplies; with `split` as bf16 pairs that hold 16 bits of each."""
     rows, rank, columns = U.shape[0], V.shape[0], V.shape[1]
-    width = tiles.factor_width(rank, split)
+    width = choice.factor_width(rank, split)
     dtype = torch.bfloat16 if split else torch.float32
     left = torch.empty((rows, width), dtype=dtype, device=U.device)
     right = torch.empty((columns, width), dtype=dtype, device=U.device)
@@ -223,7 +221,7 @@ def masked_matmul(
     right: Tensor,
     bias: Tensor | None,
     mask: Tensor,
-    tile: tiles.Tile,
+    tile: tables.Tile,
     transposed: bool,
 ) -> Tensor:
     """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
@@ -237,8 +235,8 @@ def masked_matmul(
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     weight, stride, along_columns = one_stride(weight)
     along_rows = along_columns == transposed  # of the tile, whose rows are the columns of W where it is transposed
-    interpreted = tiles.interpreted()
-    architecture = tiles.architecture(x.device)
+    interpreted = targets.interpreted()
+    architecture = targets.architecture(x.device)
     assembly, constraints = "", ""
     if x.dtype != torch.float32 and not interpreted and not architecture.startswith("gfx"):
         assembly, constraints = MASKING[x.dtype, transposed != along_rows, weight.dtype == torch.float32]
@@ -271,8 +269,8 @@ def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) 
     """Where M * W' belongs for a forward of so many tokens; None where the mask is applied in the product's loop."""
     if not tokens or not weight.numel():
         return None
-    architecture = tiles.architecture(weight.device)
-    if tiles.matmul(architecture, dtype, weight.dtype, tokens, weight.shape[1], rank) is not None:
+    architecture = targets.architecture(weight.device)
+    if choice.matmul(architecture, dtype, weight.dtype, tokens, weight.shape[1], rank) is not None:
         return None
     return scratch.get(weight.shape, dtype, weight.device)
 
@@ -287,17 +285,17 @@ def input_gradient(gy: Tensor, operands: MaskedWeight) -> Tensor:
     return masked_matmul(gy, weight, left, right, None, mask, tile, transposed=True)
 
 
-def in_loop_tile(x: Tensor, weight: Tensor, rank: int, transposed: bool) -> tiles.Tile | None:
+def in_loop_tile(x: Tensor, weight: Tensor, rank: int, transposed: bool) -> tables.Tile | None:
     """The tile to mask inside the loop with, or None where the library shall multiply."""
     if 0 in x.shape or 0 in weight.shape:
         return None  # an empty product: nothing to launch
     depth = weight.shape[0] if transposed else weight.shape[1]
-    return tiles.matmul(tiles.architecture(x.device), x.dtype, weight.dtype, x.shape[0], depth, rank)
+    return choice.matmul(targets.architecture(x.device), x.dtype, weight.dtype, x.shape[0], depth, rank)
 
 
 def split(x: Tensor) -> bool:
     """Whether U V inside the loop is a product of bf16 pairs; else of fp32, which the interpreter and fp32 x need."""
-    return x.dtype != torch.float32 and not tiles.interpreted()
+    return x.dtype != torch.float32 and not targets.interpreted()
 
 
 def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
@@ -313,43 +311,3 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
 def masked_in_scratch(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
     out = scratch.get(operands.weight.shape, dtype, operands.weight.device)
     return masked_weight(operands, dtype, out=out)
-
-
-def cases() -> Iterator[tiles.Case]:
-    """Every tile of the table with every dtype it serves, in both directions; the widest also with W transposed."""
-    architecture = tiles.architecture(torch.device("meta"))
-    pairs = {
-        "half": [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
-        "mixed": [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
-        "float": [(torch.float32, torch.float32)],
-    }
-    for key, dtypes in pairs.items():
-        table = tiles.MATMUL[architecture][key]
-        for weight, x in dtypes:
-            for transposed in (False, True):
-                for _, tile in table:
-                    yield _case(weight, x, tile, transposed)
-                yield _case(weight, x, tiles.ODD[key], transposed, rows=1003, depth=1001)
-                if weight == torch.bfloat16:
-                    yield _case(weight, x, table[-1][1], transposed, rank=16)
-                    yield _case(weight, x, table[-1][1], transposed, stored_transposed=True)
-
-
-def _case(
-    weight: torch.dtype, x: torch.dtype, tile: tiles.Tile, transposed: bool,
-    rows: int = 1024, depth: int = 1024, rank: int = 8, stored_transposed: bool = False,
-) -> tiles.Case:  # fmt: skip
-    out, columns = (depth, rows) if transposed else (rows, depth)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def call() -> None:
-        W = empty(columns, out, dtype=weight).t() if stored_transposed else empty(out, columns, dtype=weight)
-        mask = empty(out, packed_width(columns), dtype=torch.int32)
-        factors = split_factors(empty(out, rank), empty(rank, columns), 1.0, x != torch.float32)
-        masked_matmul(empty(tile.columns, depth, dtype=x), W, *factors, None, mask, tile, transposed)
-
-    name = "input gradient" if transposed else "forward"
-    details = [f"{rows} x {depth}"] * (rows % 2) + ["W transposed"] * stored_transposed
-    return tiles.Case(", ".join([name, tiles.pair_name(weight, x), f"rank {rank}", *details]), call, tile.slots)

@@ -14,16 +14,12 @@ that the caller masks. The factors are contiguous, in any floating dtype; W has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..operands import Factors, Scales
-from .tiles import Case
 
 UNROLL = tl.constexpr(16)  # ranks up to here are unrolled; above, code size and compile time would grow with them
 
@@ -164,37 +160,3 @@ def checked(weight: Tensor, factors: Factors) -> Factors:
                 " set PST_KERNELS_BACKEND=torch, or cast the layer"
             )
     return factors.map(Tensor.contiguous)
-
-
-def layouts() -> Iterator[tuple[str, list[Tensor]]]:
-    """Every kind of (weight, U, V, A, B, R, C) that the kernels are compiled for, as meta tensors with a description.
-
-    Other ranks up to 64 differ in how often a loop is unrolled, or runs.
-    """
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for factor in dict.fromkeys((torch.float32, dtype)):
-            yield f"{dtype} weight, {factor} factors, rank 8", operands(1024, 1024, 8, dtype, factor)
-    yield (
-        "bfloat16 weight of 512 columns, float32 factors, rank 8",
-        operands(512, 512, 8, torch.bfloat16, torch.float32),
-    )
-    for rank in (16, 64):
-        yield (
-            f"bfloat16 weight, float32 factors, rank {rank}",
-            operands(1024, 1024, rank, torch.bfloat16, torch.float32),
-        )
-    weight, *factors = operands(1024, 1024, 8, torch.bfloat16, torch.float32)
-    yield "bfloat16 weight transposed, float32 factors, rank 8", [weight.T, *factors]
-    yield "bfloat16 weight unaligned, float32 factors, rank 5", operands(1023, 1023, 5, torch.bfloat16, torch.float32)
-
-
-def operands(rows: int, columns: int, rank: int, dtype: torch.dtype, factor: torch.dtype) -> list[Tensor]:
-    shapes = [(rows, rank), (rank, columns), (rows, rank), (rank, columns), (rows,), (columns,)]
-    weight = torch.empty((rows, columns), dtype=dtype, device="meta")
-    return [weight, *(torch.empty(shape, dtype=factor, device="meta") for shape in shapes)]
-
-
-def cases() -> Iterator[Case]:
-    for name, tensors in layouts():
-        weight, *factors = tensors
-        yield Case(name, partial(scores, weight, Factors(*factors), Scales()))

@@ -17,16 +17,12 @@ integer atomics, and the order in which they collect does not matter, so the res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .score import layouts, score_from, updated_from
+from .score import score_from, updated_from
 from .sweep import (  # fmt: skip
     RARE,
     Sweep,
@@ -38,7 +34,6 @@ from .sweep import (  # fmt: skip
     sweep_scores,
     sweep_weight,
 )
-from .tiles import Case
 
 # Slots of the state, int64
 STATUS = tl.constexpr(0)  # whose turn it is
@@ -458,12 +453,3 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     state = search(sweeps, (flat, *[None] * 6), flat.numel(), rank, None, (1.0, 1.0, 1.0))
     index = state[INDEX.value].clone()
     return flat.take(index), index  # indexing by a tensor would wait for the device
-
-
-def cases() -> Iterator[Case]:
-    for name, tensors in layouts():
-        pruned = torch.empty((), dtype=torch.int64, device="meta")
-        guess = torch.empty(4, device="meta")
-        arguments: list[Any] = [*tensors, pruned, guess, 1.0, 1.0, 1.0]
-        yield Case(name, partial(threshold, *arguments))
-    yield Case("scores", lambda: kth_value(torch.empty(1 << 20, device="meta"), 1))

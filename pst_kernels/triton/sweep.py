@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .score import low_rank_step, not_unrolled, score_from, updated_from
-from .tiles import architecture
+from .tiles.targets import architecture
 
 MOST_ROWS = 512  # of a program; more save little: it reads 64 bytes of factors for each j, at ranks 8 + 8
 AT_ONCE = tl.constexpr(4)  # ranks whose vectors are loaded together where they are not held

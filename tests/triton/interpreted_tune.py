@@ -10,11 +10,12 @@ import pytest
 import torch
 import triton
 
-from pst_kernels.triton import block_matmul, matmul, tiles
+from pst_kernels.triton import block_matmul, matmul
+from pst_kernels.triton.tiles import tables
 from pst_kernels.triton.tools import tune
 
 SIZES = argparse.Namespace(out_features=96, in_features=64, rank=4)
-TILE = tiles.Tile(32, 16, 32, 4, 2)
+TILE = tables.Tile(32, 16, 32, 4, 2)
 
 
 @pytest.fixture(params=list(tune.DTYPES))
@@ -49,10 +50,10 @@ def test_the_fastest_right_tile_wins(problem: dict, key: str, monkeypatch: pytes
 
 def test_gradient_tiles(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timed_by(monkeypatch, lambda launch: 1.0)
-    shipped, tile = tiles.GRADIENTS["sm_90"][key], TILE._replace(columns=32)
+    shipped, tile = tables.GRADIENTS["sm_90"][key], TILE._replace(columns=32)
     runs = tune._gradient_runs(problem, tile, 16, key)
     assert tune._best(runs, tune.TOLERANCE[key]) == tile  # the first of equals
-    assert tiles.GRADIENTS["sm_90"][key] == shipped
+    assert tables.GRADIENTS["sm_90"][key] == shipped
 
 
 @pytest.mark.parametrize("size", [16, 32])
@@ -78,7 +79,7 @@ def test_wrong_block_tiles_are_not_timed(problem: dict, key: str, monkeypatch: p
     original = block_matmul.block_matmul
     monkeypatch.setattr(block_matmul, "block_matmul", lambda *args, **options: original(*args, **options) * 1.5)
     runs = tune._block_matmul_runs(problem, 20, key, 16)
-    assert tune._best(runs, tune.TOLERANCE[key]) == tiles.BLOCK_MATMUL["sm_90"][key][16]
+    assert tune._best(runs, tune.TOLERANCE[key]) == tables.BLOCK_MATMUL["sm_90"][key][16]
 
 
 @pytest.mark.parametrize(("fast_up_to", "found"), [(0, 0), (16, 16), (40, 32), (1 << 20, 64)])

@@ -14,7 +14,8 @@ from linear_problem import operands_of, relative_error
 
 from pst_kernels import ops
 from pst_kernels.masks.packing import pack_mask
-from pst_kernels.triton import block_gradients, block_lists, block_matmul, tiles
+from pst_kernels.triton import block_gradients, block_lists, block_matmul
+from pst_kernels.triton.tiles import choice, tables
 
 POISONED = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,7 +66,7 @@ def test_scores_learn_from_all_of_the_gradient(emulator, arch: int) -> None:
 
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one tile of tokens, and the tokens shared among programs: the same bits, and right."""
-    monkeypatch.setattr(tiles, "SPLIT_K_TOKENS", 64)
+    monkeypatch.setattr(tables, "SPLIT_K_TOKENS", 64)
     problem = Problem(32, 48, 260, 8, 16, "bfloat16", kept=0.5)
     results = []
     for order in ("forward", "reversed", "shuffled"):
@@ -134,7 +135,7 @@ def test_work_is_proportional_to_the_kept_blocks(emulator, arch: int) -> None:
     assert loaded[1] - loaded[0] == loaded[2] - loaded[1] == 2 * across * block
     products, loaded = counted("block_gradients_kernel")
     parts = [
-        -(-kept * size // tiles.block_gradients(f"sm_{arch}", x.dtype, size, 8, False).columns) for kept in range(3)
+        -(-kept * size // choice.block_gradients(f"sm_{arch}", x.dtype, size, 8, False).columns) for kept in range(3)
     ]
     assert products[0] == 0
     assert products[2] * parts[1] == products[1] * parts[2] > 0

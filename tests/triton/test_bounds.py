@@ -19,7 +19,8 @@ select = pytest.importorskip("pst_kernels.triton.select")
 from block_problem import Problem as BlockProblem  # noqa: E402
 from linear_problem import Problem, operands_of  # noqa: E402
 
-from pst_kernels.triton import block_gradients, block_matmul, gradients, matmul, tiles  # noqa: E402
+from pst_kernels.triton import block_gradients, block_matmul, gradients, matmul  # noqa: E402
+from pst_kernels.triton.tiles import tables  # noqa: E402
 from pst_kernels.triton.tools import machine_code as shipping  # noqa: E402
 
 SELECTION = {
@@ -178,6 +179,6 @@ def test_a_sample_stays_inside(emulator, monkeypatch) -> None:
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_the_widest_tile_stays_inside(emulator, architecture: int) -> None:
     """More than one tile either way, the last of them part empty."""
-    assert tiles.GRADIENTS[f"sm_{architecture}"]["half"].rows < 160
+    assert tables.GRADIENTS[f"sm_{architecture}"]["half"].rows < 160
     with emulator.emulate(architecture):
         run_linear(160, 192, tokens=131)

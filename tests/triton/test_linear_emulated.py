@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 from linear_problem import OUTPUTS, SCALES, Problem, operands_of, relative_error
 
 from pst_kernels import ops
-from pst_kernels.triton import gradients, matmul, tiles
+from pst_kernels.triton import gradients, matmul
+from pst_kernels.triton.tiles import choice, tables
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +50,7 @@ def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
 
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The widest tile, more than one block of tokens and of rows, and the tokens shared among programs."""
-    monkeypatch.setattr(tiles, "sweep_length", lambda *_: 3)  # of four tiles
+    monkeypatch.setattr(choice, "sweep_length", lambda *_: 3)  # of four tiles
     problem = Problem(160, 128, 130, 8, "bfloat16")
     results = []
     for order in ("forward", "reversed", "shuffled"):
@@ -68,11 +69,11 @@ def test_widest_tile(emulator, arch: int) -> None:
 
 def test_many_tokens_share_and_use_the_library(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side of each switch: masked weight and library product, tokens in shares; then G by the library."""
-    monkeypatch.setattr(tiles, "SLOTS", dict.fromkeys(tiles.SLOTS, 1e6))
-    monkeypatch.setattr(tiles, "SPLIT_K_TOKENS", 16)
+    monkeypatch.setattr(tables, "SLOTS", dict.fromkeys(tables.SLOTS, 1e6))
+    monkeypatch.setattr(tables, "SPLIT_K_TOKENS", 16)
     problem = Problem(64, 64, 70, 8, "bfloat16")
     for given, launches in ((1 << 30, 1), (1, 1)):
-        monkeypatch.setattr(tiles, "G_STORED_TOKENS", dict.fromkeys(tiles.G_STORED_TOKENS, given))
+        monkeypatch.setattr(tables, "G_STORED_TOKENS", dict.fromkeys(tables.G_STORED_TOKENS, given))
         with emulator.emulate(arch) as session:
             errors = problem.errors()
         rounded = 5e-3 if given == 1 else 0.0  # G in bf16
@@ -130,10 +131,10 @@ def test_gradient_traffic(
     gradients written once. Of different bytes, the factors once, and no sum twice."""
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
     if sweep:
-        monkeypatch.setattr(tiles, "sweep_length", lambda *_: sweep)
+        monkeypatch.setattr(choice, "sweep_length", lambda *_: sweep)
     out, columns, rank, weights = problem.out, problem.columns, problem.rank, problem.out * problem.columns
     few_ranks = rank <= 8
-    tile = tiles.gradients("sm_90", torch.bfloat16, torch.bfloat16, out, columns, rank + 1, few_ranks)
+    tile = choice.gradients("sm_90", torch.bfloat16, torch.bfloat16, out, columns, rank + 1, few_ranks)
     with emulator.emulate(90) as session:
         gradients_of(problem)
     name = "factor_gradients_kernel" if few_ranks else "many_ranks_kernel"
@@ -163,8 +164,8 @@ def test_gradient_traffic(
 
 def test_a_sweep_over_tiles(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tiles in two sweeps, the second one shorter; each order of the programs gives the same bits."""
-    monkeypatch.setattr(tiles, "sweep_length", lambda *_: 2)
-    monkeypatch.setitem(tiles.GRADIENTS[f"sm_{arch}"], "half", tiles.Tile(64, 64, 32, 4, 3))
+    monkeypatch.setattr(choice, "sweep_length", lambda *_: 2)
+    monkeypatch.setitem(tables.GRADIENTS[f"sm_{arch}"], "half", tables.Tile(64, 64, 32, 4, 3))
     problem = Problem(64, 192, 33, 8, "bfloat16")
     exact = problem.solve(exact=True)[2:]
     results = []

@@ -23,7 +23,8 @@ from pst_kernels import cpu
 from pst_kernels.masks.packing import pack_mask
 from pst_kernels.operands import Factors, MaskedWeight, Needs, Scales
 
-from .. import block_gradients, block_lists, block_matmul, gradients, matmul, tiles
+from .. import block_gradients, block_lists, block_matmul, gradients, matmul
+from ..tiles import tables, targets
 
 DTYPES = {
     "half": (torch.bfloat16, torch.bfloat16), "mixed": (torch.float32, torch.bfloat16),
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=4096, help="tokens to time gradients and products with blocks with"
     )
     parser.add_argument(
-        "--block-sizes", type=int, nargs="*", choices=tiles.BLOCK_SIZES, default=tiles.BLOCK_SIZES, metavar="SIZE",
+        "--block-sizes", type=int, nargs="*", choices=tables.BLOCK_SIZES, default=tables.BLOCK_SIZES, metavar="SIZE",
         help="sizes of blocks to tune, default all: 16 32 64 128; without a number none",
     )  # fmt: skip
 
@@ -56,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
         )  # fmt: skip
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    architecture = tiles.architecture(device)
+    architecture = targets.architecture(device)
     found: dict[str, Any] = {
         "architecture": architecture, "device": torch.cuda.get_device_name(device),
         "matmul": {}, "gradients": {}, "in_loop_tokens": {}, "block_matmul": {}, "block_gradients": {},
@@ -66,11 +67,11 @@ def main(args: argparse.Namespace) -> int:
         problem = _problem(key, args, device)
         rows = [
             (most, _best(_matmul_runs(problem, tile, min(most, 1024)), TOLERANCE[key]))
-            for most, tile in tiles.MATMUL[architecture][key]
+            for most, tile in tables.MATMUL[architecture][key]
         ]
         found["matmul"][key] = [[most, list(tile[:5])] for most, tile in rows]
         found["in_loop_tokens"][key] = _switch(problem, rows)
-        tile = tiles.GRADIENTS[architecture][key]
+        tile = tables.GRADIENTS[architecture][key]
         found["gradients"][key] = list(_best(_gradient_runs(problem, tile, args.tokens, key), TOLERANCE[key])[:5])
         for table, runs in (("block_matmul", _block_matmul_runs), ("block_gradients", _block_gradient_runs)):
             if key in _TABLES[table][architecture]:
@@ -83,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def neighbours(tile: tiles.Tile, columns: int = tiles.MATMUL_COLUMNS) -> list[tiles.Tile]:
+def neighbours(tile: tables.Tile, columns: int = tables.MATMUL_COLUMNS) -> list[tables.Tile]:
     """The tile itself, and those with one side doubled or halved, or with other warps or stages.
 
     None has fewer than so many columns.
@@ -109,7 +110,7 @@ def write(path: Path, data: dict[str, Any]) -> None:
         raise
 
 
-Run = tuple[tiles.Tile, Callable[[], Any], list[Tensor]]  # a tile, a launch with it, and the results to expect
+Run = tuple[tables.Tile, Callable[[], Any], list[Tensor]]  # a tile, a launch with it, and the results to expect
 
 
 def _problem(key: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def _problem(key: str, args: argparse.Namespace, device: torch.device) -> dict[s
     return {
         "x": lambda tokens, width: normal(tokens, width, dtype=x), "weight": normal(out, columns, dtype=weight) * 0.02,
         "U": normal(out, rank), "V": normal(rank, columns) * 0.01, "A": normal(out, rank), "B": normal(rank, columns),
-        "mask": mask, "split": x != torch.float32 and not tiles.interpreted(),
+        "mask": mask, "split": x != torch.float32 and not targets.interpreted(),
     }  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def _operands(problem: dict[str, Any]) -> MaskedWeight:
     return MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, Scales(*SCALES))
 
 
-def _matmul_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int) -> Iterator[Run]:
+def _matmul_runs(problem: dict[str, Any], tile: tables.Tile, tokens: int) -> Iterator[Run]:
     """Forward and input gradient, which share a table."""
     weight = problem["weight"]
     x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
@@ -143,13 +144,13 @@ def _matmul_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int) -> Iter
     dx = cpu.linear_backward(gy, x, operands, True, Needs(True, False))[0]
     for other in neighbours(tile):
 
-        def launch(tile: tiles.Tile = other) -> list[Tensor]:
+        def launch(tile: tables.Tile = other) -> list[Tensor]:
             return _in_loop(problem, x, gy, tile)
 
         yield other, launch, [y, dx]
 
 
-def _in_loop(problem: dict[str, Any], x: Tensor, gy: Tensor, tile: tiles.Tile) -> list[Tensor]:
+def _in_loop(problem: dict[str, Any], x: Tensor, gy: Tensor, tile: tables.Tile) -> list[Tensor]:
     weight, mask = problem["weight"], problem["mask"]
     factors = matmul.split_factors(problem["U"], problem["V"], SCALES[0], problem["split"])
     return [
@@ -164,7 +165,7 @@ def _made_first(problem: dict[str, Any], x: Tensor, gy: Tensor) -> list[Tensor]:
     return [y, gy @ matmul.masked_in_scratch(operands, x.dtype)]
 
 
-def _switch(problem: dict[str, Any], rows: Sequence[tuple[int, tiles.Tile]]) -> int:
+def _switch(problem: dict[str, Any], rows: Sequence[tuple[int, tables.Tile]]) -> int:
     """The most tokens, of SWITCH_TOKENS, up to which masking in the loop is the faster way; 0 if it never is."""
     most, (out, columns) = 0, problem["weight"].shape
     for tokens in SWITCH_TOKENS:
@@ -181,14 +182,14 @@ def _switch(problem: dict[str, Any], rows: Sequence[tuple[int, tiles.Tile]]) -> 
     return most
 
 
-def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: str) -> Iterator[Run]:
+def _gradient_runs(problem: dict[str, Any], tile: tables.Tile, tokens: int, key: str) -> Iterator[Run]:
     weight, U, V, A, B, mask = (problem[name] for name in ("weight", "U", "V", "A", "B", "mask"))
     x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
     expected = cpu.linear_backward(gy, x, _operands(problem), True, Needs(False, True))[1:]
-    table = tiles.GRADIENTS[tiles.architecture(x.device)]
-    for other in neighbours(tile, tiles.GRADIENT_COLUMNS):
+    table = tables.GRADIENTS[targets.architecture(x.device)]
+    for other in neighbours(tile, tables.GRADIENT_COLUMNS):
 
-        def launch(tile: tiles.Tile = other) -> tuple[Tensor, ...]:
+        def launch(tile: tables.Tile = other) -> tuple[Tensor, ...]:
             shipped, table[key] = table[key], tile
             try:
                 return gradients.factor_gradients(gy, x, weight, U, V, A, B, mask, *SCALES, True)
@@ -198,8 +199,8 @@ def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: 
         yield other, launch, list(expected)
 
 
-_TABLES: dict[str, dict[str, dict[str, dict[int, tiles.Tile]]]] = {
-    "block_matmul": tiles.BLOCK_MATMUL, "block_gradients": tiles.BLOCK_GRADIENTS,
+_TABLES: dict[str, dict[str, dict[str, dict[int, tables.Tile]]]] = {
+    "block_matmul": tables.BLOCK_MATMUL, "block_gradients": tables.BLOCK_GRADIENTS,
 }  # fmt: skip
 
 
@@ -237,12 +238,12 @@ def _block_gradient_runs(problem: dict[str, Any], tokens: int, key: str, size: i
 
 def _block_runs(table: str, key: str, size: int, launch: Callable[[], Any], expected: list[Tensor]) -> Iterator[Run]:
     """`launch` with each neighbour of a tile in its place in the table; its rows are the size of the blocks."""
-    row = _TABLES[table][tiles.architecture(expected[0].device)][key]
+    row = _TABLES[table][targets.architecture(expected[0].device)][key]
     for other in neighbours(row[size]):
         if other.rows != size:
             continue
 
-        def launch_with(tile: tiles.Tile = other) -> Any:
+        def launch_with(tile: tables.Tile = other) -> Any:
             shipped, row[size] = row[size], tile
             try:
                 return launch()
@@ -261,9 +262,9 @@ def _kept_blocks(problem: dict[str, Any], size: int) -> tuple[Tensor, Tensor]:
     return pack_mask(kept), kept.float()
 
 
-def _best(runs: Iterator[Run], tolerance: float) -> tiles.Tile:
+def _best(runs: Iterator[Run], tolerance: float) -> tables.Tile:
     """The fastest tile that is right; the shipped one, which comes first, where no other is."""
-    timed: list[tuple[float, tiles.Tile]] = []
+    timed: list[tuple[float, tables.Tile]] = []
     first, runs = itertools.tee(runs)
     shipped = next(first)[0]
     for tile, launch, expected in runs:
