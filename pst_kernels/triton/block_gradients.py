@@ -19,14 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight, Needs
-from . import block_lists
+from .block_lists import BlockLists, grid_of, list_blocks, strip
 from .block_matmul import COLUMNS, ROWS, block_input_gradient
 from .gradient_products import product, product_over_tokens, splitting
 from .gradients import linear_backward
 from .matmul import one_stride
 from .ptx import split
-from .score import checked
-from .sweep import all_registers
+from .score import checked_operands
 from .tiles import choice, targets
 
 RANKS = tl.constexpr(16)  # reduced at a time, as tensor cores take them
@@ -61,7 +60,7 @@ def block_gradients_kernel(
     count = tl.load(p_counts + i_list)
     first = tl.program_id(0) * BLOCK_COLUMNS
     if first < count * BLOCK_ROWS:
-        i, m = block_lists.strip(p_indices + i_list * capacity, first, count, BLOCK_ROWS, BLOCK_COLUMNS)
+        i, m = strip(p_indices + i_list * capacity, first, count, BLOCK_ROWS, BLOCK_COLUMNS)
         i_rows = i_list * BLOCK_ROWS
         r = tl.arange(0, BLOCK_ROWS)
         m_rows = i_rows + r < rows
@@ -151,23 +150,24 @@ def add_block_partials_kernel(
 
 
 def block_factor_gradients(
-    gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, beta: float, through_magnitude: bool,
-    by_rows: block_lists.BlockLists, by_columns: block_lists.BlockLists, size: int,
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, through_magnitude: bool, by_rows: BlockLists,
+    by_columns: BlockLists,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dU and dV in fp32; weight and factors as `checked` leaves them."""
+    """dU and dV in fp32; operands as of `checked_operands`."""
+    weight, (U, V, *_), _, (beta, _, _) = operands
     (rows, columns), rank, tokens = weight.shape, V.shape[0], x.shape[0]
     if not tokens or not weight.numel():
-        dU, dV = (torch.zeros(factor.shape, dtype=torch.float32, device=x.device) for factor in (U, V))
-        return dU, dV
+        return torch.zeros_like(U, dtype=torch.float32), torch.zeros_like(V, dtype=torch.float32)
     dU, dV = (torch.empty(factor.shape, dtype=torch.float32, device=x.device) for factor in (U, V))
     weight, stride, along_columns = one_stride(weight)
-    architecture = targets.architecture(x.device)
+    platform = targets.platform(x.device)
     ragged = rows % size != 0 or columns % size != 0
-    tile = choice.block_gradients(architecture, x.dtype, size, rank, ragged)
-    down, across = block_lists.grid_of(weight.shape, size)
+    tile = choice.block_gradients(platform.architecture, x.dtype, size, rank, ragged)
+    down, across = grid_of(weight.shape, size)
     parts = triton.cdiv(across * size, tile.columns)
-    # How many blocks are kept is not known here; at the sparsity of 0.9 that blocks are for, a tenth.
-    tokens_per_split = choice.tokens_per_split(architecture, max(1, down * parts // 10), tokens, tile.depth)
+    # How many blocks are kept is not known here; a tenth is assumed, of the sparsity of 0.9 that blocks are for.
+    kept_tiles = max(1, down * parts // 10)
+    tokens_per_split = choice.tokens_per_split(platform.architecture, kept_tiles, tokens, tile.depth)
     split_k = triton.cdiv(tokens, tokens_per_split)
     row_sums = torch.empty((split_k, parts, rows, rank), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((split_k, down, rank, columns), dtype=torch.float32, device=x.device)
@@ -175,9 +175,9 @@ def block_factor_gradients(
         gy, x, weight, U, V, row_sums, column_sums, *by_rows,
         tokens, tokens_per_split, rows, columns, stride, across, beta,
         RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
-        **splitting(x.dtype, architecture), UPCAST=targets.interpreted(), EVEN=not ragged,
+        **splitting(x.dtype, platform), UPCAST=platform.interpreted, EVEN=not ragged,
         BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
+        num_warps=tile.warps, num_stages=tile.stages, **platform.all_registers,
     )  # fmt: skip
     block = 256
     add_block_partials_kernel[down + across, triton.cdiv(size * rank, block)](
@@ -190,19 +190,16 @@ def block_factor_gradients(
 def block_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: Tensor, through_magnitude: bool,
     needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dx, dU and dV from kept blocks of G; the scores' gradients from all of G, or zeros."""
-    weight, factors, mask, (beta, _, _) = operands
-    factors = checked(weight, factors)
-    U, V, mask = factors.U, factors.V, mask.contiguous()
-    by_columns = block_lists.list_blocks(mask, weight.shape, size, COLUMNS)
-    dx = block_input_gradient(gy, weight, U, V, beta, by_columns, size) if needs.input else gy.new_empty(0)
+    operands = checked_operands(operands)
+    factors, mask, shape = operands.factors, operands.mask, operands.weight.shape
+    by_columns = list_blocks(mask, shape, size, COLUMNS)
+    dx = block_input_gradient(gy, operands, by_columns, size) if needs.input else gy.new_empty(0)
     if not needs.factors:
-        dU, dV, dA, dB, dR, dC = (U.new_empty(0, dtype=torch.float32) for _ in range(6))
-        return dx, dU, dV, dA, dB, dR, dC
-    by_rows = block_lists.list_blocks(mask, weight.shape, size, ROWS)
-    dU, dV = block_factor_gradients(gy, x, weight, U, V, beta, through_magnitude, by_rows, by_columns, size)
+        return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in factors)
+    by_rows = list_blocks(mask, shape, size, ROWS)
+    dU, dV = block_factor_gradients(gy, x, operands, size, through_magnitude, by_rows, by_columns)
     if bool(learn_scores):
         return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
-    dA, dB, dR, dC = (factor.new_zeros(factor.shape, dtype=torch.float32) for factor in factors[2:])
-    return dx, dU, dV, dA, dB, dR, dC
+    return dx, dU, dV, *(torch.zeros_like(factor, dtype=torch.float32) for factor in factors[2:])

@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight
-from . import block_lists
-from .matmul import one_stride, split, split_factors, store_result
+from .block_lists import BlockLists, list_blocks, strip
+from .matmul import one_stride, split_factors, store_result
 from .ptx import ROUNDING, rounded, used
-from .score import checked
-from .sweep import all_registers
+from .score import checked_operands
 from .tiles import choice, tables, targets
 
 ROWS, COLUMNS = False, True  # what a list of blocks is of
@@ -78,7 +77,7 @@ def block_matmul_kernel(
     b_y = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     MASKED: tl.constexpr = BLOCK_DEPTH > BLOCK_ROWS or not EVEN
     for first in range(0, count * BLOCK_ROWS, BLOCK_DEPTH):
-        i, m = block_lists.strip(p_indices, first, count, BLOCK_ROWS, BLOCK_DEPTH)
+        i, m = strip(p_indices, first, count, BLOCK_ROWS, BLOCK_DEPTH)
         if not EVEN:
             m = m & (i < depth)
         if WEIGHT_ALONG_ROWS:
@@ -120,52 +119,48 @@ def block_matmul_kernel(
 
 
 def block_matmul(
-    x: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None,
-    kept: block_lists.BlockLists, size: int, transposed: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, kept: BlockLists, size: int, transposed: bool
+) -> Tensor:
     """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
 
-    `left` and `right` are from `split_factors`; `kept` are lists by rows of blocks, with `transposed` by columns.
+    Operands as of `checked_operands`; `kept` are lists by rows of blocks, with `transposed` by columns.
     """
+    weight, factors, _, scales = operands
     rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
-    if transposed:
-        left, right = right, left
     tokens = x.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    along_rows_of_tile = one_stride(weight)[2] == transposed
-    weight, stride, _ = one_stride(weight)
-    architecture, interpreted = targets.architecture(x.device), targets.interpreted()
-    ragged = depth % size != 0 or rows % size != 0
-    wide = weight.dtype == torch.float32
-    plain = x.dtype == torch.float32 or interpreted or architecture.startswith("gfx")
-    assembly, constraints = ("", "") if plain else ROUNDING[x.dtype, wide]
-    tile = choice.block_matmul(architecture, x.dtype, weight.dtype, tokens, size, left.shape[1], ragged)
+    platform = targets.platform(x.device)
+    left, right = split_factors(factors.U, factors.V, scales.beta, platform.pairs(x.dtype))
+    if transposed:
+        left, right = right, left
+    weight, stride, along_columns = one_stride(weight)
+    ragged, width = depth % size != 0 or rows % size != 0, left.shape[1]
+    tile = choice.block_matmul(platform.architecture, x.dtype, weight.dtype, tokens, size, width, ragged)
+    assembly, constraints = "", ""
+    if x.dtype != torch.float32 and platform.assembly:
+        assembly, constraints = ROUNDING[x.dtype, weight.dtype == torch.float32]
     block_matmul_kernel[triton.cdiv(tokens, tile.columns), triton.cdiv(rows, size)](
         x, weight, left, right, y if bias is None else bias, y, *kept, tokens, rows, depth, stride,
         kept.indices.shape[1], int(bias is not None),
-        WIDTH=left.shape[1], PART=min(left.shape[1], tables.FACTOR_PART[choice.dtype_key(x.dtype, weight.dtype)]),
-        WEIGHT_ALONG_ROWS=along_rows_of_tile, EVEN=not ragged, UPCAST=interpreted,
-        ASSEMBLY=assembly, CONSTRAINTS=constraints,
-        WAIT=architecture == "sm_90" and not plain,
+        WIDTH=width, PART=min(width, tables.FACTOR_PART[choice.dtype_key(x.dtype, weight.dtype)]),
+        WEIGHT_ALONG_ROWS=along_columns == transposed, EVEN=not ragged, UPCAST=platform.interpreted,
+        ASSEMBLY=assembly, CONSTRAINTS=constraints, WAIT=platform.architecture == "sm_90" and assembly != "",
         BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
+        num_warps=tile.warps, num_stages=tile.stages, **platform.all_registers,
     )  # fmt: skip
     return y
 
 
 def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: int) -> Tensor:
     """y = x (M * W')^T + bias for a mask of blocks."""
-    weight, factors, mask, (beta, _, _) = operands
-    U, V, *_ = checked(weight, factors)
+    operands = checked_operands(operands)
     bias = None if bias is None else bias.to(x.dtype)
-    kept = block_lists.list_blocks(mask.contiguous(), weight.shape, size, ROWS)
-    return block_matmul(x, weight, *split_factors(U, V, beta, split(x)), bias, kept, size, transposed=False)
+    kept = list_blocks(operands.mask, operands.weight.shape, size, ROWS)
+    return block_matmul(x, operands, bias, kept, size, transposed=False)
 
 
-def block_input_gradient(
-    gy: Tensor, weight: Tensor, U: Tensor, V: Tensor, beta: float, kept: block_lists.BlockLists, size: int
-) -> Tensor:
-    """dx = gy (M * W'); weight and factors as `checked` leaves them, `kept` are lists by columns of blocks."""
-    return block_matmul(gy, weight, *split_factors(U, V, beta, split(gy)), None, kept, size, transposed=True)
+def block_input_gradient(gy: Tensor, operands: MaskedWeight, kept: BlockLists, size: int) -> Tensor:
+    """dx = gy (M * W'); operands as of `checked_operands`, `kept` are lists by columns of blocks."""
+    return block_matmul(gy, operands, None, kept, size, transposed=True)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .ptx import SPLITTING, split
-from .tiles import targets
+from .tiles.targets import Platform
 
 
 @triton.jit
@@ -113,9 +113,6 @@ def gate(b_updated, b_words, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
     return b_gate
 
 
-def splitting(x: torch.dtype, architecture: str) -> dict[str, bool | str]:
+def splitting(x: torch.dtype, platform: Platform) -> dict[str, bool | str]:
     """How products are made, as constexprs: FAST in pairs of bf16, SPLIT the assembly that makes a pair."""
-    return {
-        "FAST": x != torch.float32 and not targets.interpreted(),
-        "SPLIT": "" if architecture.startswith("gfx") else SPLITTING,
-    }
+    return {"FAST": platform.pairs(x), "SPLIT": SPLITTING if platform.assembly else ""}

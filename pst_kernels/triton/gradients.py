@@ -32,15 +32,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import MaskedWeight, Needs
+from ..operands import Factors, MaskedWeight, Needs
 from . import scratch
 from .gradient_products import gate, product_of_pairs, product_tile, splitting
 from .gradient_ranks import many_ranks_kernel
 from .matmul import input_gradient, one_stride
 from .ptx import split
-from .score import checked
-from .sweep import all_registers
-from .tiles import choice, tables, targets
+from .score import checked_operands
+from .tiles import choice, targets
 
 
 @triton.jit
@@ -233,74 +232,57 @@ def add_partials_kernel(
         tl.store(p_dc + i - tl.full([], RANK_S, tl.int64) * columns, b_sum * alpha2, mask=exists & (rank == RANK_S))
 
 
-def factor_gradients(
-    gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, mask: Tensor,
-    beta: float, alpha1: float, alpha2: float, through_magnitude: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dU, dV, dA, dB, dR and dC in fp32; weight and factors as `checked` leaves them."""
+def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool) -> Factors:
+    """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`."""
+    weight, factors, mask, scales = operands
     (rows, columns), tokens = weight.shape, x.shape[0]
-    rank_w, rank_s = V.shape[0], B.shape[0]
-    shapes = (U.shape, V.shape, A.shape, B.shape, (rows,), (columns,))
     if not tokens or not weight.numel():
-        dU, dV, dA, dB, dR, dC = (torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes)
-        return dU, dV, dA, dB, dR, dC
-    dU, dV, dA, dB, dR, dC = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
+        return factors.map(lambda factor: torch.zeros_like(factor, dtype=torch.float32))
+    found = factors.map(lambda factor: torch.empty(factor.shape, dtype=torch.float32, device=x.device))
     weight, stride, along_columns = one_stride(weight)
-    architecture = targets.architecture(x.device)
-    few_ranks = choice.few_ranks(architecture, rank_w + rank_s)
-    tile = choice.gradients(architecture, x.dtype, weight.dtype, rows, columns, max(rank_w, rank_s + 1), few_ranks)
-    g_stored = tokens >= tables.G_STORED_TOKENS[choice.dtype_key(x.dtype, weight.dtype)]
-    g = scratch.get((rows, columns), x.dtype, x.device) if g_stored else x
-    if g_stored:
+    platform = targets.platform(x.device)
+    rank_w, rank_s = factors.weight_rank, factors.score_rank
+    plan = choice.gradient_plan(platform.architecture, x.dtype, weight.dtype, (rows, columns), tokens, (rank_w, rank_s))
+    tile, sweeps, down, split_k = plan.tile, plan.sweeps, plan.down, plan.split_k
+    g = scratch.get((rows, columns), x.dtype, x.device) if plan.g_stored else x
+    if plan.g_stored:
         torch.mm(gy.T, x, out=g)
-    across, down = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    tokens_per_split = tokens if g_stored else choice.tokens_per_split(architecture, across * down, tokens, tile.depth)
-    split_k = triton.cdiv(tokens, tokens_per_split)
     ranks = rank_w + rank_s + 1
-    sweep_length = (
-        choice.sweep_length(architecture, tile, across, down * split_k, 0 if g_stored else tokens_per_split, ranks)
-        if few_ranks
-        else 1
-    )
-    sweeps = triton.cdiv(across, sweep_length)
     row_sums = torch.empty((split_k * sweeps, rows, ranks), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((split_k * down, ranks, columns), dtype=torch.float32, device=x.device)
-    tensors = gy, x, g, weight, U, V, A, B, mask, row_sums, column_sums
-    sizes = rows, columns, stride, mask.shape[1], beta
+    tensors = gy, x, g, weight, *factors[:4], mask, row_sums, column_sums
+    sizes = rows, columns, stride, mask.shape[1], scales.beta
     constants = {
         "RANK_W": rank_w, "RANK_S": rank_s, "WEIGHT_ALONG_ROWS": not along_columns, "THROUGH": through_magnitude,
-        "G_STORED": g_stored, "UPCAST": targets.interpreted(),
+        "G_STORED": plan.g_stored, "UPCAST": platform.interpreted,
         "EVEN": rows % tile.rows == 0 and columns % tile.columns == 0,
         "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
-        **splitting(x.dtype, architecture), "num_warps": tile.warps, "num_stages": tile.stages,
+        **splitting(x.dtype, platform), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    if few_ranks:
+    if plan.few_ranks:
         factor_gradients_kernel[sweeps, down, split_k](
-            *tensors, tokens, tokens_per_split, sweep_length, *sizes,
-            PARTS=choice.gradient_parts(architecture, tile.columns, g_stored),
-            WORDS_AT_ONCE=choice.mask_at_once(architecture, rank_w + rank_s), **constants, **all_registers(x.device),
+            *tensors, tokens, plan.tokens_per_split, plan.sweep_length, *sizes, PARTS=plan.parts,
+            WORDS_AT_ONCE=plan.words_at_once, **constants, **platform.all_registers,
         )  # fmt: skip
     else:
-        registers = all_registers(x.device) if x.dtype == torch.float32 else {}  # the others take what they need
-        many_ranks_kernel[across, down, split_k](
-            *tensors, tokens, tokens_per_split, *sizes, WIDTH=16, **constants, **registers
+        registers = platform.all_registers if x.dtype == torch.float32 else {}  # the others take what they need
+        many_ranks_kernel[sweeps, down, split_k](
+            *tensors, tokens, plan.tokens_per_split, *sizes, WIDTH=16, **constants, **registers
         )
     block = 256
     add_partials_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](
-        row_sums, column_sums, dU, dV, dA, dB, dR, dC, split_k * sweeps, split_k * down, rows, columns,
-        beta, alpha1, alpha2, RANK_W=rank_w, RANK_S=rank_s, BLOCK=block, num_warps=4,
+        row_sums, column_sums, *found, split_k * sweeps, split_k * down, rows, columns, *scales,
+        RANK_W=rank_w, RANK_S=rank_s, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return dU, dV, dA, dB, dR, dC
+    return found
 
 
 def linear_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dx in gy's dtype and the six factor gradients in fp32; empty tensors in place of what is not needed."""
-    operands = operands._replace(factors=checked(operands.weight, operands.factors))
+    operands = checked_operands(operands)
     dx = input_gradient(gy, operands) if needs.input else gy.new_empty(0)
     if needs.factors:
-        weight, (U, V, A, B, _, _), mask, scales = operands
-        return dx, *factor_gradients(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude)
-    dU, dV, dA, dB, dR, dC = (gy.new_empty(0, dtype=torch.float32) for _ in range(6))
-    return dx, dU, dV, dA, dB, dR, dC
+        return dx, *factor_gradients(gy, x, operands, through_magnitude)
+    return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in operands.factors)

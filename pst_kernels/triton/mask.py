@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..masks.packing import WORD, packed_width
 from ..operands import Factors, MaskedWeight, Scales
-from .score import checked
+from .score import checked, checked_operands
 from .select import INDEX, KEY, key_of, signed, threshold
 from .sweep import (
     SweepTile,
@@ -26,6 +26,8 @@ from .sweep import (
     sweep_weight,
     tile_of,
 )
+from .tiles import targets
+from .tiles.targets import Platform
 
 BITS = tl.constexpr(WORD)
 
@@ -134,17 +136,13 @@ def masked_weight_kernel(
         store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED)
 
 
-def mask_from(
-    state: Tensor, weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
-    beta: float, alpha1: float, alpha2: float, masked: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def mask_from(state: Tensor, weight: Tensor, factors: Factors, scales: Scales, masked: Tensor | None = None) -> Tensor:
     """The packed mask from a threshold's state; `masked`, contiguous (out, in) of any dtype, is filled with M * W'."""
     mask = weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
-    sweep = sweep_weight(weight, [(U, V), (A, B), (R, C)], tile_for_words(weight, U.shape[1] + A.shape[1]))
+    tile = tile_for_words(weight, factors.weight_rank + factors.score_rank)
+    sweep = sweep_weight(weight, factors, targets.platform(weight.device), tile)
     if weight.numel():
-        mask_kernel[sweep.grid](
-            mask, masked, state, *sweep.operands, *sweep.shape, beta, alpha1, alpha2, **sweep.constants
-        )  # fmt: skip
+        mask_kernel[sweep.grid](mask, masked, state, *sweep.operands, *sweep.shape, *scales, **sweep.constants)
     return mask
 
 
@@ -159,23 +157,26 @@ def tile_for_words(weight: Tensor, ranks: int) -> SweepTile:
 def prune_mask(
     weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor, masked: Tensor | None = None
 ) -> Tensor:
-    """The packed mask, and M * W' into `masked`, contiguous (out, in), from the same pass."""
+    """The packed mask, and from the same pass M * W' into `masked`, contiguous (out, in), where it is given."""
     factors = checked(weight, factors)
     if not weight.numel():
         return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
-    state = threshold(weight, *factors, num_pruned, guess, *scales)
-    return mask_from(state, weight, *factors, *scales, masked)
+    state = threshold(weight, factors, scales, num_pruned, guess)
+    return mask_from(state, weight, factors, scales, masked)
 
 
 def masked_weight(operands: MaskedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """M * W' in `dtype`, in `out` (contiguous) where it is given."""
-    weight, factors, mask, (beta, _, _) = operands
-    U, V, *_ = checked(weight, factors)
+    """M * W' in `dtype`, or in `out`, contiguous (out, in), where it is given."""
+    operands = checked_operands(operands)
     if out is None:
-        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    sweep = sweep_weight(weight, [(U, V)], tile_for_words(weight, U.shape[1]))
+        out = torch.empty(operands.weight.shape, dtype=dtype, device=operands.weight.device)
+    return fill_masked_weight(operands, out, targets.platform(out.device))
+
+
+def fill_masked_weight(operands: MaskedWeight, out: Tensor, platform: Platform) -> Tensor:
+    """M * W' into `out`, which is returned; operands as of `checked_operands`."""
+    weight, (U, V, *_), mask, (beta, _, _) = operands
+    sweep = sweep_weight(weight, (U, V), platform, tile_for_words(weight, U.shape[1]))
     if weight.numel():
-        masked_weight_kernel[sweep.grid](
-            mask.contiguous(), out, *sweep.operands, *sweep.shape, beta, **sweep.constants
-        )  # fmt: skip
+        masked_weight_kernel[sweep.grid](mask, out, *sweep.operands, *sweep.shape, beta, **sweep.constants)
     return out

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from ..operands import MaskedWeight
 from . import scratch
-from .mask import masked_weight
+from .mask import fill_masked_weight
 from .ptx import MASKING, keep, used, widen
-from .score import checked
-from .tiles import choice, tables, targets
+from .score import checked_operands
+from .tiles import choice, targets
+from .tiles.tables import Tile
+from .tiles.targets import Platform
 
 
 @triton.jit
@@ -215,39 +217,32 @@ def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tenso
 
 
 def masked_matmul(
-    x: Tensor,
-    weight: Tensor,
-    left: Tensor,
-    right: Tensor,
-    bias: Tensor | None,
-    mask: Tensor,
-    tile: tables.Tile,
-    transposed: bool,
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, tile: Tile, platform: Platform, transposed: bool
 ) -> Tensor:
-    """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
+    """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself, masked in the loop.
 
-    `left` and `right` are from `split_factors`.
+    Operands as of `checked_operands`; nothing is empty.
     """
+    weight, factors, mask, scales = operands
     rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
+    left, right = split_factors(factors.U, factors.V, scales.beta, platform.pairs(x.dtype))
     if transposed:
         left, right = right, left
     tokens = x.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     weight, stride, along_columns = one_stride(weight)
     along_rows = along_columns == transposed  # of the tile, whose rows are the columns of W where it is transposed
-    interpreted = targets.interpreted()
-    architecture = targets.architecture(x.device)
     assembly, constraints = "", ""
-    if x.dtype != torch.float32 and not interpreted and not architecture.startswith("gfx"):
+    if x.dtype != torch.float32 and platform.assembly:
         assembly, constraints = MASKING[x.dtype, transposed != along_rows, weight.dtype == torch.float32]
     grid = (triton.cdiv(tokens, tile.columns), triton.cdiv(rows, tile.rows))
     masked_matmul_kernel[grid](
         x, weight, left, right, y if bias is None else bias, mask, y,
         tokens, rows, depth, stride, mask.shape[1], int(bias is not None),
         WIDTH=left.shape[1], BITS_ALONG_ROWS=transposed, WEIGHT_ALONG_ROWS=along_rows,
-        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=interpreted,
+        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=platform.interpreted,
         ASSEMBLY=assembly, CONSTRAINTS=constraints,
-        WAIT=architecture == "sm_90" and assembly != "",
+        WAIT=platform.architecture == "sm_90" and assembly != "",
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -255,14 +250,22 @@ def masked_matmul(
 
 
 def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> Tensor:
-    weight, factors, mask, (beta, _, _) = operands
-    factors = checked(weight, factors)
+    """y = x (M * W')^T + bias."""
+    operands, platform = checked_operands(operands), targets.platform(x.device)
     bias = None if bias is None else bias.to(x.dtype)
-    tile = in_loop_tile(x, weight, factors.weight_rank, transposed=False)
+    tile = in_loop_tile(x, operands, platform, transposed=False)
     if tile is None:
-        return torch.nn.functional.linear(x, masked_in_scratch(operands, x.dtype), bias)
-    left, right = split_factors(factors.U, factors.V, beta, split(x))
-    return masked_matmul(x, weight, left, right, bias, mask, tile, transposed=False)
+        return torch.nn.functional.linear(x, masked_in_scratch(operands, x.dtype, platform), bias)
+    return masked_matmul(x, operands, bias, tile, platform, transposed=False)
+
+
+def input_gradient(gy: Tensor, operands: MaskedWeight) -> Tensor:
+    """dx = gy (M * W'); operands as of `checked_operands`."""
+    platform = targets.platform(gy.device)
+    tile = in_loop_tile(gy, operands, platform, transposed=True)
+    if tile is None:
+        return gy @ masked_in_scratch(operands, gy.dtype, platform)
+    return masked_matmul(gy, operands, None, tile, platform, transposed=True)
 
 
 def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
@@ -275,27 +278,14 @@ def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) 
     return scratch.get(weight.shape, dtype, weight.device)
 
 
-def input_gradient(gy: Tensor, operands: MaskedWeight) -> Tensor:
-    """dx = gy (M * W'); the factors as `checked` leaves them."""
-    weight, factors, mask, (beta, _, _) = operands
-    tile = in_loop_tile(gy, weight, factors.weight_rank, transposed=True)
-    if tile is None:
-        return gy @ masked_in_scratch(operands, gy.dtype)
-    left, right = split_factors(factors.U, factors.V, beta, split(gy))
-    return masked_matmul(gy, weight, left, right, None, mask, tile, transposed=True)
-
-
-def in_loop_tile(x: Tensor, weight: Tensor, rank: int, transposed: bool) -> tables.Tile | None:
+def in_loop_tile(x: Tensor, operands: MaskedWeight, platform: Platform, transposed: bool) -> Tile | None:
     """The tile to mask inside the loop with, or None where the library shall multiply."""
+    weight = operands.weight
     if 0 in x.shape or 0 in weight.shape:
         return None  # an empty product: nothing to launch
     depth = weight.shape[0] if transposed else weight.shape[1]
-    return choice.matmul(targets.architecture(x.device), x.dtype, weight.dtype, x.shape[0], depth, rank)
-
-
-def split(x: Tensor) -> bool:
-    """Whether U V inside the loop is a product of bf16 pairs; else of fp32, which the interpreter and fp32 x need."""
-    return x.dtype != torch.float32 and not targets.interpreted()
+    rank = operands.factors.weight_rank
+    return choice.matmul(platform.architecture, x.dtype, weight.dtype, x.shape[0], depth, rank)
 
 
 def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
@@ -308,6 +298,6 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
     return weight, weight.stride(0), True
 
 
-def masked_in_scratch(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
+def masked_in_scratch(operands: MaskedWeight, dtype: torch.dtype, platform: Platform) -> Tensor:
     out = scratch.get(operands.weight.shape, dtype, operands.weight.device)
-    return masked_weight(operands, dtype, out=out)
+    return fill_masked_weight(operands, out, platform)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import Factors, Scales
+from ..operands import Factors, MaskedWeight, Scales
 
 UNROLL = tl.constexpr(16)  # ranks up to here are unrolled; above, code size and compile time would grow with them
 
@@ -160,3 +160,9 @@ def checked(weight: Tensor, factors: Factors) -> Factors:
                 " set PST_KERNELS_BACKEND=torch, or cast the layer"
             )
     return factors.map(Tensor.contiguous)
+
+
+def checked_operands(operands: MaskedWeight) -> MaskedWeight:
+    """With factors as `checked` leaves them, and the mask contiguous."""
+    factors = checked(operands.weight, operands.factors)
+    return operands._replace(factors=factors, mask=operands.mask.contiguous())

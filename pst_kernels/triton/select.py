@@ -22,11 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Factors, Scales
 from .score import score_from, updated_from
 from .sweep import (  # fmt: skip
     RARE,
     Sweep,
-    all_registers,
     flat_index,
     hold_rights,
     program_indices,
@@ -34,6 +34,8 @@ from .sweep import (  # fmt: skip
     sweep_scores,
     sweep_weight,
 )
+from .tiles import targets
+from .tiles.targets import Platform
 
 # Slots of the state, int64
 STATUS = tl.constexpr(0)  # whose turn it is
@@ -390,22 +392,25 @@ def radix_histogram_kernel(
 
 
 def search(
-    sweeps: tuple[Sweep, Sweep], given: tuple, numel: int, num_pruned: Tensor, guess: Tensor | None, scales: tuple
-) -> Tensor:
+    sweeps: tuple[Sweep, Sweep], sampled: tuple[Tensor | None, ...], num_pruned: Tensor, guess: Tensor | None,
+    scales: Scales, platform: Platform,
+) -> Tensor:  # fmt: skip
     """Run the search: the usual sweep and the rare one, and what a sample is taken from, (weight, U, V, A, B, R, C).
 
     Returns the state, whose KEY and INDEX are the answer.
     """
-    weight, capacity, index_bits = given[0], capacity_of(numel), max(1, (numel - 1).bit_length())
+    usual, rare = sweeps
+    weight = usual.operands[0]
+    numel = weight.numel()
+    capacity, index_bits = capacity_of(numel), max(1, (numel - 1).bit_length())
     state = weight.new_empty(SLOTS.value, dtype=torch.int64)
     bins = weight.new_empty(BINS.value, dtype=torch.int32)
     key = weight.new_empty(capacity, dtype=torch.int32)
     index = weight.new_empty(capacity, dtype=torch.int32 if numel < 2**31 else torch.int64)
     columns, strides = (weight.shape[1], weight.stride()) if weight.dim() == 2 else (numel, (numel, 1))
-    usual, rare = sweeps
-    registers = all_registers(weight.device)
+    registers = platform.all_registers
     bracket_kernel[(1,)](
-        state, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
+        state, guess, num_pruned, key, *sampled, numel, columns, *strides, *scales, capacity,
         RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=4, **registers,
     )  # fmt: skip
 
@@ -436,20 +441,18 @@ def route(state: Tensor) -> str:
     return ROUTES[int(state[ROUTE.value])]
 
 
-def threshold(
-    weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
-    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
-) -> Tensor:  # fmt: skip
-    """The state whose KEY and INDEX are the num_pruned-th smallest score; updates `guess`."""
-    pairs = [(U, V), (A, B), (R, C)]
-    sweeps = sweep_weight(weight, pairs), sweep_weight(weight, pairs, RARE)
-    return search(sweeps, (weight, U, V, A, B, R, C), weight.numel(), num_pruned, guess, (beta, alpha1, alpha2))
+def threshold(weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor) -> Tensor:
+    """The state whose KEY and INDEX are the num_pruned-th smallest score; updates `guess`. Factors as of `checked`."""
+    platform = targets.platform(weight.device)
+    sweeps = sweep_weight(weight, factors, platform), sweep_weight(weight, factors, platform, RARE)
+    return search(sweeps, (weight, *factors), num_pruned, guess, scales, platform)
 
 
 def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    flat = scores.reshape(-1)
+    """The k-th smallest score, from 1, and its flat index, by (score, index); NaN is the largest."""
+    flat, platform = scores.reshape(-1), targets.platform(scores.device)
     rank = torch.full((), k, dtype=torch.int64, device=scores.device)
-    sweeps = sweep_scores(flat), sweep_scores(flat, RARE)
-    state = search(sweeps, (flat, *[None] * 6), flat.numel(), rank, None, (1.0, 1.0, 1.0))
+    sweeps = sweep_scores(flat, platform), sweep_scores(flat, platform, RARE)
+    state = search(sweeps, (flat, *[None] * 6), rank, None, Scales(), platform)
     index = state[INDEX.value].clone()
     return flat.take(index), index  # indexing by a tensor would wait for the device

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .score import low_rank_step, not_unrolled, score_from, updated_from
-from .tiles.targets import architecture
+from .tiles.targets import Platform
 
 MOST_ROWS = 512  # of a program; more save little: it reads 64 bytes of factors for each j, at ranks 8 + 8
 AT_ONCE = tl.constexpr(4)  # ranks whose vectors are loaded together where they are not held
@@ -200,7 +200,7 @@ class Sweep(NamedTuple):
     """One launch over all of W: its grid, its arguments in the order of the kernels that sweep, and its constants."""
 
     grid: tuple[int]
-    operands: tuple[Any, ...]  # weight, left and right of UV, of AB and of R + C as far as `pairs` go; None for scores
+    operands: tuple[Any, ...]  # weight, left and right of UV, of AB and of R + C; None where W is a vector of scores
     shape: tuple[int, int, int, int, int]  # n_i, n_j, stride_i, stride_j, rows_per_program
     constants: dict[str, Any]
 
@@ -218,9 +218,11 @@ def rows_to_sweep(n_i: int, n_j: int, tile: SweepTile, device: torch.device) -> 
     return max(tile.block_i, min(MOST_ROWS, n_i // strips // tile.block_i * tile.block_i))
 
 
-def sweep_weight(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tile: SweepTile | None = None) -> Sweep:
-    """Over a weight of any strides; `pairs` are (left, right) factors, contiguous: (U, V), (A, B), (R, C)."""
-    lefts, rights = [left for left, _ in pairs], [right for _, right in pairs]
+def sweep_weight(
+    weight: Tensor, factors: tuple[Tensor, ...], platform: Platform, tile: SweepTile | None = None
+) -> Sweep:
+    """Over a weight of any strides; contiguous `factors`: U, V, A, B, R and C, or U and V alone."""
+    lefts, rights = factors[::2], factors[1::2]
     (n_i, n_j), (stride_i, stride_j) = weight.shape, weight.stride()
     ranks = [left.shape[1] for left in lefts if left.dim() == 2]
     transposed = stride_i == 1 and stride_j != 1 and n_i > 1
@@ -231,28 +233,23 @@ def sweep_weight(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tile: Sweep
     operands = (weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
     constants = {
         "RANK_W": ranks[0], **({"RANK_S": ranks[1]} if len(ranks) > 1 else {}), "UNIT": stride_j == 1 or n_j == 1,
-        "TRANSPOSED": transposed, **_constants(tile, weight.device),
+        "TRANSPOSED": transposed, **_constants(tile, platform),
     }  # fmt: skip
     grid = (triton.cdiv(n_i, rows_per_program) * triton.cdiv(n_j, tile.block_j),)
     return Sweep(grid, operands, (n_i, n_j, stride_i, stride_j, rows_per_program), constants)
 
 
-def sweep_scores(scores: Tensor, tile: SweepTile | None = None) -> Sweep:
+def sweep_scores(scores: Tensor, platform: Platform, tile: SweepTile | None = None) -> Sweep:
     """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
     rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0, WIDTH)
     rows_per_program = rows_to_sweep(rows, WIDTH, tile, scores.device)
-    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile, scores.device)}
+    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile, platform)}
     grid = (triton.cdiv(rows, rows_per_program) * triton.cdiv(WIDTH, tile.block_j),)
     return Sweep(grid, (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, rows_per_program), constants)
 
 
-def _constants(tile: SweepTile, device: torch.device) -> dict[str, Any]:
+def _constants(tile: SweepTile, platform: Platform) -> dict[str, Any]:
     return {
         "HELD": tile.held, "VECTOR": tile.vector, "BLOCK_I": tile.block_i, "BLOCK_J": tile.block_j,
-        "STAGES": tile.stages, "num_warps": tile.warps, **all_registers(device),
+        "STAGES": tile.stages, "num_warps": tile.warps, **platform.all_registers,
     }  # fmt: skip
-
-
-def all_registers(device: torch.device) -> dict[str, int]:
-    """A launch option: without it ptxas spills a register or two so that one more block may fit."""
-    return {} if architecture(device).startswith("gfx") else {"maxnreg": 255}

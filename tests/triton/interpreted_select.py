@@ -88,9 +88,9 @@ def test_mask_and_masked_weight_in_one_pass() -> None:
         tensors = problem(96, 384, 8)
         if transposed:
             tensors[0] = tensors[0].T.contiguous().T
-        state = select.threshold(*tensors, torch.tensor(9000), no_guess(), *SCALES)
+        state = select.threshold(*grouped(tensors, SCALES), torch.tensor(9000), no_guess())
         masked = torch.full((96, 384), torch.nan)
-        mask = mask_module.mask_from(state, *tensors, *SCALES, masked=masked)
+        mask = mask_module.mask_from(state, *grouped(tensors, SCALES), masked=masked)
         assert torch.equal(mask, packing.pack_mask(reference.prune_mask(exact_scores(tensors), 9000)))
         assert torch.equal(masked, kernels.masked_weight(masked_weight(tensors, mask), torch.float32))
 
@@ -121,7 +121,7 @@ def test_routes() -> None:
     unknown = no_guess()
     starts = {"guess": guess_at(scores, k, 0.01), "sample": unknown, "missed": moved, "overflowed": wide}
     for name, guess in starts.items():
-        state = select.threshold(*tensors, torch.tensor(k), guess, *SCALES)
+        state = select.threshold(*grouped(tensors, SCALES), torch.tensor(k), guess)
         route = select.route(state)
         assert route == {"missed": "radix", "overflowed": "radix"}.get(name, name)
         assert int(state[select.INDEX.value]) == want
@@ -135,7 +135,7 @@ def test_a_guess_follows_the_threshold() -> None:
     """A new guess must be a hit when nothing has changed, and when the sparsity has moved a little."""
     tensors, guess = problem(96, 384, 8), no_guess()
     for k in (18432, 18432, 18500, 18600):
-        state = select.threshold(*tensors, torch.tensor(k), guess, *SCALES)
+        state = select.threshold(*grouped(tensors, SCALES), torch.tensor(k), guess)
         want = torch.argsort(exact_scores(tensors).flatten(), stable=True)[k - 1].item()
         assert int(state[select.INDEX.value]) == want
         assert select.route(state) == ("sample" if k == 18432 and guess[3] >= 0.039 else "guess")
@@ -143,7 +143,7 @@ def test_a_guess_follows_the_threshold() -> None:
 
 def test_small_weights_are_collected_whole() -> None:
     tensors = problem(33, 65, 8)
-    state = select.threshold(*tensors, torch.tensor(700), no_guess(), *SCALES)
+    state = select.threshold(*grouped(tensors, SCALES), torch.tensor(700), no_guess())
     assert select.route(state) == "everything"
 
 

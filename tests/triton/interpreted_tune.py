@@ -24,7 +24,7 @@ def key(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def problem(key: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def problem(key: str, monkeypatch: pytest.MonkeyPatch) -> tune.Problem:
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
     return tune._problem(key, SIZES, torch.device("cpu"))
 
@@ -33,7 +33,7 @@ def timed_by(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[Callable],
     monkeypatch.setattr(triton.testing, "do_bench", milliseconds)
 
 
-def test_the_fastest_right_tile_wins(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_right_tile_wins(problem: tune.Problem, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The later a tile comes, the faster it is said to be; the last of all is made wrong, and must not win."""
     calls = iter(range(100))
     timed_by(monkeypatch, lambda launch: 100.0 - next(calls))
@@ -41,14 +41,14 @@ def test_the_fastest_right_tile_wins(problem: dict, key: str, monkeypatch: pytes
 
     def wrong_for_the_last(*args: Any) -> torch.Tensor:
         y = original(*args)
-        return y * 1.5 if args[6] == last and args[7] else y  # in the input gradient alone
+        return y * 1.5 if args[3] == last and args[5] else y  # in the input gradient alone
 
     monkeypatch.setattr(matmul, "masked_matmul", wrong_for_the_last)
     runs = tune._matmul_runs(problem, TILE, 16)
     assert tune._best(runs, tune.TOLERANCE[key]) == tune.neighbours(TILE)[-2]
 
 
-def test_gradient_tiles(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_tiles(problem: tune.Problem, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timed_by(monkeypatch, lambda launch: 1.0)
     shipped, tile = tables.GRADIENTS["sm_90"][key], TILE._replace(columns=32)
     runs = tune._gradient_runs(problem, tile, 16, key)
@@ -57,7 +57,7 @@ def test_gradient_tiles(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_block_tiles(problem: dict, key: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_tiles(problem: tune.Problem, key: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The later a tile comes, the faster it is said to be: the last one of each table wins, if it is right, and no
     table is left changed."""
     names = ["block_matmul", "block_gradients"] if key != "mixed" else ["block_matmul"]
@@ -74,7 +74,7 @@ def test_block_tiles(problem: dict, key: str, size: int, monkeypatch: pytest.Mon
         assert row == shipped
 
 
-def test_wrong_block_tiles_are_not_timed(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_block_tiles_are_not_timed(problem: tune.Problem, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timed_by(monkeypatch, lambda launch: pytest.fail("timed"))
     original = block_matmul.block_matmul
     monkeypatch.setattr(block_matmul, "block_matmul", lambda *args, **options: original(*args, **options) * 1.5)
@@ -83,7 +83,7 @@ def test_wrong_block_tiles_are_not_timed(problem: dict, key: str, monkeypatch: p
 
 
 @pytest.mark.parametrize(("fast_up_to", "found"), [(0, 0), (16, 16), (40, 32), (1 << 20, 64)])
-def test_switch(problem: dict, monkeypatch: pytest.MonkeyPatch, fast_up_to: int, found: int) -> None:
+def test_switch(problem: tune.Problem, monkeypatch: pytest.MonkeyPatch, fast_up_to: int, found: int) -> None:
     monkeypatch.setattr(tune, "SWITCH_TOKENS", (16, 32, 64))
     results: dict[bool, list[torch.Tensor]] = {}
 

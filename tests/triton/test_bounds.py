@@ -163,14 +163,14 @@ def test_one_candidate_more_is_noticed(emulator, monkeypatch) -> None:
 def test_a_sample_stays_inside(emulator, monkeypatch) -> None:
     """Its places are random, so only being told of a sixteenth more weights than there are must be noticed."""
     monkeypatch.setattr(select, "capacity_of", lambda numel: 9000)
-    arguments = [*problem(129, 131, 5), torch.tensor(9000), no_guess(), 1.0, 1.0, 1.0]
+    arguments = [*grouped(problem(129, 131, 5)), torch.tensor(9000), no_guess()]
     with emulator.emulate(ARCHITECTURE):
         state = select.threshold(*arguments)
     assert select.route(state) == "sample"
     change_arguments(
         emulator, monkeypatch, "bracket_kernel", lambda args: args.update(numel=args["numel"] + args["numel"] // 16)
     )
-    arguments[8] = no_guess()
+    arguments[-1] = no_guess()
     fault = outside("bracket_kernel") + ": ld"
     with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=fault):
         select.threshold(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -116,6 +117,41 @@ def tokens_per_split(architecture: str, number: int, tokens: int, depth: int) ->
     """How many tokens a program sums over, in whole loop steps: not all where the tiles of G leave processors idle."""
     split_k = max(1, min(TARGETS[architecture].multiprocessors // number, tokens // tables.SPLIT_K_TOKENS))
     return triton.cdiv(triton.cdiv(tokens, split_k), depth) * depth
+
+
+class GradientPlan(NamedTuple):
+    """How the six factor gradients of one call are made; the grid is (sweeps, down, split_k)."""
+
+    tile: Tile
+    few_ranks: bool
+    g_stored: bool  # whether the library makes G
+    sweep_length: int  # tiles of a sweep
+    sweeps: int  # of a row of tiles
+    down: int  # rows of tiles
+    tokens_per_split: int
+    split_k: int
+    parts: int  # in which the columns of a tile are reduced
+    words_at_once: bool  # whether a tile loads its words of the mask once
+
+
+def gradient_plan(
+    architecture: str, x: torch.dtype, weight: torch.dtype, shape: tuple[int, int], tokens: int, ranks: tuple[int, int]
+) -> GradientPlan:
+    """For a weight of this shape and ranks (of W', of S)."""
+    (rows, columns), (rank_w, rank_s) = shape, ranks
+    few = few_ranks(architecture, rank_w + rank_s)
+    tile = gradients(architecture, x, weight, rows, columns, max(rank_w, rank_s + 1), few)
+    g_stored = tokens >= tables.G_STORED_TOKENS[dtype_key(x, weight)]
+    across, down = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+    a_split = tokens if g_stored else tokens_per_split(architecture, across * down, tokens, tile.depth)
+    split_k = triton.cdiv(tokens, a_split)
+    length, multiplied = 1, 0 if g_stored else a_split
+    if few:
+        length = sweep_length(architecture, tile, across, down * split_k, multiplied, rank_w + rank_s + 1)
+    return GradientPlan(
+        tile, few, g_stored, length, triton.cdiv(across, length), down, a_split, split_k,
+        gradient_parts(architecture, tile.columns, g_stored), mask_at_once(architecture, rank_w + rank_s),
+    )  # fmt: skip
 
 
 def factor_width(rank: int, split: bool) -> int:

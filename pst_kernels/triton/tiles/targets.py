@@ -39,6 +39,28 @@ TARGETS = {
     "gfx942": Target("gfx942", 64, 65536, 65536, 131072, 32, 2048, 304, 5.3e12, 325e12),
 }
 
+
+class Platform(NamedTuple):
+    """What a launch runs on, looked up once a call: tiles, assembly and launch options follow from it."""
+
+    architecture: str  # a key of TARGETS
+    interpreted: bool
+
+    @property
+    def assembly(self) -> bool:
+        """Whether kernels may use PTX."""
+        return not self.interpreted and not self.architecture.startswith("gfx")
+
+    @property
+    def all_registers(self) -> dict[str, int]:
+        """A launch option: without it ptxas spills a register or two so that one more block may fit."""
+        return {} if self.architecture.startswith("gfx") else {"maxnreg": 255}
+
+    def pairs(self, x: torch.dtype) -> bool:
+        """Whether products of fp32 numbers are made of bf16 pairs; else, as for fp32 x, of fp32 multiply-adds."""
+        return x != torch.float32 and not self.interpreted
+
+
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
 
 
@@ -55,6 +77,10 @@ def compiling_for(architecture: str) -> Iterator[None]:
 def architecture(device: torch.device) -> str:
     """The name of the target that a launch on `device` chooses its tiles for, a key of TARGETS."""
     return _target.get() or env.architecture() or _architecture_of(device)
+
+
+def platform(device: torch.device) -> Platform:
+    return Platform(architecture(device), interpreted())
 
 
 @functools.cache

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -24,8 +27,24 @@ class Tuned:
     block_gradients: dict[str, dict[int, Tile]] = field(default_factory=dict)
 
 
+_used: contextvars.ContextVar[Tuned | None] = contextvars.ContextVar("tuned", default=None)
+
+
+@contextlib.contextmanager
+def using(tables: Tuned) -> Iterator[None]:
+    """Inside, launchers choose from `tables` before the shipped ones, whatever file a variable names."""
+    token = _used.set(tables)
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
 def tuned(architecture: str) -> Tuned:
-    """The user's tables where PST_KERNELS_TUNING names a file for this architecture, else empty ones."""
+    """Those of `using`, else of the file that PST_KERNELS_TUNING names if it is for this architecture, else none."""
+    used = _used.get()
+    if used is not None:
+        return used
     path = env.tuning_file()
     if path is None:
         return Tuned()

@@ -9,7 +9,7 @@ import torch
 
 from pst_kernels.masks.packing import packed_width
 
-from .. import block_gradients, block_lists, block_matmul, matmul
+from .. import block_gradients, block_lists, block_matmul
 from ..tiles import tables
 from .cases import BF16, FP16, FP32, Case, Layout, architecture, empty, pair_name
 
@@ -39,11 +39,10 @@ def of_matmul() -> Iterator[Case]:
 
 def _matmul(layout: Layout, x: torch.dtype, size: int, transposed: bool, tokens: int = 1024) -> Case:
     def call() -> None:
-        weight, factors, bits, scales = layout.operands()
+        operands = layout.operands()
         left = empty(tokens, layout.rows if transposed else layout.columns, dtype=x)
-        kept = block_lists.list_blocks(bits, weight.shape, size, transposed)
-        pair = matmul.split_factors(factors.U, factors.V, scales.beta, x != FP32)
-        block_matmul.block_matmul(left, weight, *pair, None, kept, size, transposed)
+        kept = block_lists.list_blocks(operands.mask, operands.weight.shape, size, transposed)
+        block_matmul.block_matmul(left, operands, None, kept, size, transposed)
 
     few = tokens < 64
     name = _name("input gradient" if transposed else "forward", size, layout, x, "few tokens" * few)
@@ -63,12 +62,10 @@ def of_gradients() -> Iterator[Case]:
 
 def _gradients(layout: Layout, x: torch.dtype, size: int, through: bool = True) -> Case:
     def call() -> None:
-        weight, factors, bits, scales = layout.operands()
-        gy, x_ = (empty(64, width, dtype=x) for width in weight.shape)
-        by_rows, by_columns = (block_lists.list_blocks(bits, weight.shape, size, of) for of in (False, True))
-        block_gradients.block_factor_gradients(
-            gy, x_, weight, factors.U, factors.V, scales.beta, through, by_rows, by_columns, size
-        )
+        operands = layout.operands()
+        gy, x_ = (empty(64, width, dtype=x) for width in operands.weight.shape)
+        lists = [block_lists.list_blocks(operands.mask, operands.weight.shape, size, of) for of in (False, True)]
+        block_gradients.block_factor_gradients(gy, x_, operands, size, through, *lists)
 
     name = _name("factor gradients", size, layout, x, "not through |W'|" * (not through))
     return Case(name, call, _budget(layout, x, size)[1])

@@ -91,7 +91,7 @@ def of_scores() -> Iterator[Case]:
 def of_selection() -> Iterator[Case]:
     for name, (weight, factors, _, scales) in swept():
         num_pruned, guess = empty(dtype=torch.int64), empty(4)
-        yield Case(name, partial(select.threshold, weight, *factors, num_pruned, guess, *scales))
+        yield Case(name, partial(select.threshold, weight, factors, scales, num_pruned, guess))
     yield Case("scores", lambda: select.kth_value(empty(1 << 20), 1))
 
 
@@ -99,8 +99,8 @@ def of_masks() -> Iterator[Case]:
     for name, operands in swept():
         weight, factors, _, scales = operands
         state, masked = empty(16, dtype=torch.int64), empty(*weight.shape, dtype=weight.dtype)
-        yield Case(name, partial(mask.mask_from, state, weight, *factors, *scales))
-        yield Case(f"{name}, with the masked weight", partial(mask.mask_from, state, weight, *factors, *scales, masked))
+        yield Case(name, partial(mask.mask_from, state, weight, factors, scales))
+        yield Case(f"{name}, with the masked weight", partial(mask.mask_from, state, weight, factors, scales, masked))
         yield Case(name, partial(mask.masked_weight, operands, weight.dtype))
 
 
@@ -124,9 +124,8 @@ def _matmul(layout: Layout, x: torch.dtype, tile: tables.Tile, transposed: bool)
     rows, depth = (layout.columns, layout.rows) if transposed else (layout.rows, layout.columns)
 
     def call() -> None:
-        weight, factors, bits, scales = layout.operands()
-        pair = matmul.split_factors(factors.U, factors.V, scales.beta, x != FP32)
-        matmul.masked_matmul(empty(tile.columns, depth, dtype=x), weight, *pair, None, bits, tile, transposed)
+        platform = targets.platform(torch.device("meta"))
+        matmul.masked_matmul(empty(tile.columns, depth, dtype=x), layout.operands(), None, tile, platform, transposed)
 
     name = "input gradient" if transposed else "forward"
     details = [f"{rows} x {depth}"] * (rows % 2) + ["W transposed"] * layout.transposed
@@ -155,9 +154,8 @@ def _gradients(layout: Layout, x: torch.dtype, tokens: int = 32, through: bool =
     weight, factors, rows, columns, rank, transposed = layout
 
     def call() -> None:
-        W, (U, V, A, B, _, _), bits, scales = layout.operands()
         gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
-        gradients.factor_gradients(gy, x_, W, U, V, A, B, bits, *scales, through)
+        gradients.factor_gradients(gy, x_, layout.operands(), through)
 
     few_ranks = choice.few_ranks(architecture(), 2 * rank)
     tile = choice.gradients(architecture(), x, weight, rows, columns, rank + 1, few_ranks)
