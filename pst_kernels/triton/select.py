@@ -64,8 +64,9 @@ SAMPLES = tl.constexpr(8192)
 SMALL = tl.constexpr(4096)  # candidates that one program holds in registers
 CHUNK = tl.constexpr(2048)
 
-# Margins either side of a guess, as fractions of all scores; the widest must fit the room for candidates.
-NARROW, WIDE, WIDEST = tl.constexpr(0.001), tl.constexpr(0.04), tl.constexpr(0.025)
+# Margins either side of a guess, as fractions of all scores. Both sides of the wide one, 5 %, fit the room for
+# candidates.
+NARROW, WIDE = tl.constexpr(0.001), tl.constexpr(0.025)
 
 
 def capacity_of(numel: int) -> int:
@@ -154,7 +155,7 @@ def bracket_kernel(
             value, slope = tl.load(p_guess), tl.load(p_guess + 1)
             moved = fraction - tl.load(p_guess + 2)
             centre = value + slope * moved
-            half = slope * tl.minimum(tl.load(p_guess + 3) + 0.25 * tl.abs(moved), WIDEST)
+            half = slope * tl.minimum(tl.load(p_guess + 3) + 0.25 * tl.abs(moved), WIDE)
             if (centre - half <= centre) & (centre <= centre + half):  # false for NaN
                 lower = unsigned(key_of(centre - half))
                 upper = unsigned(key_of(centre + half))
