@@ -1,4 +1,4 @@
-"""dU and dV for a mask of blocks, from the kept blocks of G = gy^T x alone, which stay in the accumulator.
+"""dU and dV for a mask of blocks, from the kept blocks of G = gy^T x, made in the accumulator; no others are made.
 
     Q = G * M * (1 + |W'|), or G * M            dU = beta Q V^T         dV = beta U^T Q
 

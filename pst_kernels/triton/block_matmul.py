@@ -106,7 +106,7 @@ def block_matmul_kernel(
                 b_updated = add_product(b_updated, b_part, p_right + part, o_right, m_inner, WEIGHT_ALONG_ROWS, MASKED)
         if WEIGHT_ALONG_ROWS:
             b_kept = tl.zeros((BLOCK_DEPTH, BLOCK_ROWS), b_x.dtype)
-            if tokens > 0:  # always, as in matmul.py: or both warpgroups would make the same rows of W'
+            if tokens > 0:  # always true, as in matmul.py: or both warpgroups would make the same rows of W'
                 b_kept = rounded(b_updated, b_weight, b_x, ASSEMBLY, CONSTRAINTS)
             b_kept = tl.trans(b_kept)
         else:

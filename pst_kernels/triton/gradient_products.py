@@ -1,6 +1,7 @@
 """Device functions that the gradient kernels share: products in pairs of bf16, and G = gy^T x over a split of tokens.
 
-A number in fp32 is held as a high and a low part in bf16, 16 bits together, and tensor cores multiply the parts.
+With FAST a number in fp32 is held as a high and a low part in bf16, 16 bits together, and tensor cores multiply the
+parts; without, as for fp32 x, products are multiply-adds in fp32.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The gradient kernel for more ranks than fit side by side: 16 at a time, each factor strip loaded where it is needed.
+"""The gradient kernel where U and A, V and B are not held side by side: for more than 16 ranks of both kinds together,
+and on AMD GPUs for all. It reduces 16 ranks at a time, and loads each factor strip where it is needed.
 
 It does the work of `gradients.factor_gradients_kernel` on one tile of G, U and V apart from A and B: D is reduced with
 A and B, then Q with U and V.
@@ -121,7 +122,7 @@ def many_ranks_kernel(
         b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
 
     b_da = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
-    if rows > 0:  # always: a branch keeps the compiler from holding the operands of D's and Q's products at once
+    if rows > 0:  # always true: a branch keeps the compiler from holding the operands of D's and Q's products at once
         b_high, b_low = split(b_g * b_updated, FAST, SPLIT)
         p_sums = p_column_sums + tl.full([], RANK_W, tl.int64) * columns
         if MANY:

@@ -1,7 +1,7 @@
 """The mask from a threshold, as packed bits, and the masked weight M * W' that library GEMMs take.
 
-One read of W makes the mask; the same pass can write the masked weight. Later masked weights of the same step read the
-bits instead of A, B, R and C.
+One read of W makes the mask; the same pass can write the masked weight. Made later, a masked weight reads the bits
+instead of A, B, R and C.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """y = x (M * W')^T + bias and dx = gy (M * W'), for few tokens with the masking inside the loop.
 
 Both are one kernel: left (rows, depth) times x^T (depth, tokens), left being M * W' in the forward pass and its
-transpose for the input gradient. The weight is the left operand because Triton feeds it to wgmma from registers: masked
-on the way from shared memory to the tensor core, it is never written back. A loop step costs, a pair of 16-bit weights:
-two instructions to widen, none to add beta U V (a small tensor-core product whose accumulator starts as W, in fp32),
-one to round the pair to x's dtype, 1.5 to turn two bits into a pair of 16-bit masks, one AND.
+transpose for the input gradient. The weight is the left operand because Triton feeds that to wgmma (sm_90) from
+registers: masked on the way from shared memory to the tensor core, it is not written back. With PTX a loop step costs,
+a pair of bf16 weights: two instructions to widen, none to add beta U V (a small tensor-core product whose accumulator
+starts as W, in fp32), one to round the pair to x's dtype, 1.5 to turn two bits into a pair of 16-bit masks, one AND.
 
 Precision. beta U V inside the loop is U_hi V_hi + U_lo V_hi + U_hi V_lo in bf16 (hi + lo holds 16 bits of a factor),
 added to W in fp32, and W' is rounded once, to x's dtype. With fp32 x everything is fp32 multiply-add, no tf32.
 
-For many tokens the masked weight is made once, in a scratch buffer shared by all layers, and the library multiplies.
-`tiles/choice.py` has the switch.
+For many tokens, and for high ranks, the masked weight is made once, in a scratch buffer shared by all layers, and the
+library multiplies: choice.matmul is the switch.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def masked_matmul_kernel(
         if WEIGHT_ALONG_ROWS:
             b_updated = tl.dot(b_right, b_left, b_updated, input_precision="ieee")
             b_kept = tl.zeros((OUTER, INNER), b_x.dtype)
-            # Always, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
+            # Always true, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
             # next, or it would give both warpgroups all of `outer`, the same 64 rows twice.
             if tokens > 0:
                 b_kept = keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY, CONSTRAINTS)

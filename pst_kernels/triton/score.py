@@ -1,9 +1,10 @@
-"""W' and S as device functions over a (rows, columns) tile: the one place where a kernel computes either.
+"""W' and S as device functions over a (rows, columns) tile, as scores, thresholds, masks and masked weights need them.
 
     W' = W + beta U V                               S = |W'| + alpha1 A B + alpha2 (R + C)
 
-All in fp32, in a fixed order, with one rounding a step (explicit fma), so that every kernel finds the same bits for a
-weight whatever its tile, its warps or its target (`low_rank_step`, `updated_from`, `score_from`):
+All in fp32, in a fixed order, with one rounding a step (explicit fma), so that all kernels that use `low_rank_step`,
+`updated_from` and `score_from` find the same bits for a weight, whatever their tiles, warps and target. Products and
+gradients need no such bits, and add beta U V to W on tensor cores (matmul.py, gradients.py, block_*.py).
 
     UV = fma(U[:, k], V[k], UV) for k = 0 .. r1 - 1, from 0       W' = fma(beta, UV, W)
     AB = fma(A[:, k], B[k], AB) for k = 0 .. r2 - 1, from 0       S  = fma(alpha2, R + C, fma(alpha1, AB, |W'|))

@@ -1,6 +1,7 @@
-"""The exact threshold on the device: the k-th smallest score as (key, flat index), W read once, no scores stored.
+"""The exact threshold on the device: the k-th smallest score as (key, flat index), without storing the scores.
 
-Guess, verify, refine, as selection.py does on the CPU, with everything decided on the device:
+Guess, verify, refine, as cpu/select.py does, with everything decided on the device. Where the guess holds, W is read
+once:
 
     bracket           a range of scores that should hold the k-th, from the last threshold or from a sample
     gather            one read of W: count what lies below the range, collect (key, index) of what lies inside
@@ -8,8 +9,9 @@ Guess, verify, refine, as selection.py does on the CPU, with everything decided 
     radix_histogram   else an exact radix search over W narrows the range, 8 bits a pass, until what lies inside can be
                       collected; five passes at most, the last over the indices of equal scores; then gather and refine
 
-All launches are always made: none depends on the host knowing a value. A kernel whose turn it is not returns at once
-(STATUS). No kernel waits for another program, and no loop depends on the data for its end.
+Which launches are made depends on the size of the weight alone: the host knows no value. A kernel whose turn it is not
+returns at once (STATUS). No kernel waits for another program, and the loops that depend on the data, over the
+candidates, go on no longer than there is room for them.
 
 A key is the score as an int32 of the same order: -0.0 as 0.0, NaN above everything. Programs meet only in
 integer atomics, and the order in which they collect does not matter, so the result has the same bits in any order.
@@ -70,13 +72,13 @@ NARROW, WIDE = tl.constexpr(0.001), tl.constexpr(0.025)
 
 
 def capacity_of(numel: int) -> int:
-    """Room for candidates: a bracket from a sample holds at most 5.6 % of the scores; few are collected whole."""
+    """Room for candidates, 6.25 % and some: a bracket from a sample is expected to hold at most 5.6 % of the scores."""
     return numel // 16 + 16384
 
 
 @triton.jit
 def load_state(p_state):
-    """All slots by one load, which a scalar load a slot would make as many of, for each thread."""
+    """All slots by one load; a scalar load a slot would be as many loads of every thread."""
     return tl.load(p_state + tl.arange(0, SLOTS))
 
 
@@ -171,7 +173,7 @@ def bracket_kernel(
                 )  # fmt: skip
                 tl.store(p_sample + n, key_of(b_score))
             tl.debug_barrier()
-            # The rank of the answer in the sample is binomial: five standard deviations either side.
+            # The rank of the answer in the sample spreads no more than a binomial: five standard deviations either side.
             spread = 5.0 * tl.sqrt(fraction * SAMPLES * (1.0 - fraction)) + 2.0
             low_rank = tl.floor(fraction * SAMPLES - spread).to(tl.int32)
             high_rank = tl.ceil(fraction * SAMPLES + spread).to(tl.int32)

@@ -105,7 +105,9 @@ def of_masks() -> Iterator[Case]:
 
 
 def of_matmul() -> Iterator[Case]:
-    """Every tile of the table with every dtype it serves, in both directions; the widest also with W transposed."""
+    """Every tile of the table with every dtype it serves, in both directions; the widest for bf16 W also
+    with rank 16, and with W transposed.
+    """
     pairs = {"half": [(BF16, BF16), (FP16, FP16)], "mixed": [(FP32, BF16), (FP32, FP16)], "float": [(FP32, FP32)]}
     for key, dtypes in pairs.items():
         table = tables.MATMUL[architecture()][key]

@@ -1,4 +1,4 @@
-"""Compile every shipped kernel and configuration ahead of time, without a GPU, and read the machine code.
+"""Compile the shipped kernels and configurations ahead of time, without a GPU, and read the machine code.
 
 Behind `pst-kernels kernels`. What is compiled comes from the launchers themselves (see `cases.Case`), so a row is what
 a user's call would run. Triton's own cache is used; it is keyed by source, types, constants, options, target and
@@ -137,7 +137,7 @@ def recorded(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any, Any, An
 
 @functools.lru_cache(maxsize=1)
 def shipped(architecture: str, files: tuple[str, ...] = KERNEL_FILES) -> list[Compilation]:
-    """Every binary that the launchers can ask for on one target, once each."""
+    """The binaries that the cases of these kernel files ask for on one target, once each."""
     found: dict[str, Compilation] = {}
     for name in files:
         with compiling_for(architecture), recorded(gpu_target(architecture)) as launches:
@@ -153,7 +153,7 @@ def shipped(architecture: str, files: tuple[str, ...] = KERNEL_FILES) -> list[Co
 def report(
     architecture: str, dump: Path | None = None, workers: int | None = None, files: tuple[str, ...] = KERNEL_FILES
 ) -> list[Row]:
-    """A row for every binary that `files` ship for a target. `dump` is a folder for one .ptx and .cubin a row."""
+    """A row for each binary of `shipped`. `dump` is a folder for one .ptx and .cubin a row."""
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
     workers = workers or os.cpu_count() or 1
