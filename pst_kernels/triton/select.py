@@ -173,7 +173,7 @@ def bracket_kernel(
                 )  # fmt: skip
                 tl.store(p_sample + n, key_of(b_score))
             tl.debug_barrier()
-            # The rank of the answer in the sample spreads no more than a binomial: five standard deviations either side.
+            # The rank of the answer in the sample spreads as a binomial at most: five standard deviations either side.
             spread = 5.0 * tl.sqrt(fraction * SAMPLES * (1.0 - fraction)) + 2.0
             low_rank = tl.floor(fraction * SAMPLES - spread).to(tl.int32)
             high_rank = tl.ceil(fraction * SAMPLES + spread).to(tl.int32)
