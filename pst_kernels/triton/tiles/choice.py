@@ -10,7 +10,7 @@ import triton
 
 from . import tables
 from .tables import Tile
-from .targets import TARGETS, interpreted
+from .targets import TARGETS, Platform, interpreted
 from .tuning_file import tuned
 
 
@@ -24,7 +24,7 @@ def dtype_key(x: torch.dtype, weight: torch.dtype) -> str:
 def matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, depth: int, rank: int) -> Tile | None:
     """The tile that a masked matmul masks in its loop with, or None where the masked weight shall be made first."""
     key = dtype_key(x, weight)
-    split = x != torch.float32 and not interpreted()
+    split = Platform(architecture, interpreted()).pairs(x)
     users = tuned(architecture)
     table = users.matmul.get(key) or tables.MATMUL[architecture][key]
     tile = next(tile for most, tile in table if tokens <= most)
