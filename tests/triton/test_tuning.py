@@ -132,3 +132,28 @@ def test_neighbours_are_tiles_that_a_file_may_hold() -> None:
                 around = tune.neighbours(tile)
                 assert around[0] == tile
                 assert all(tuning_file._tile(list(other[:5])) == other._replace(slots=None) for other in around)
+
+
+def test_tables_of_a_context_come_first_and_change_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, tmp_path / "t.json", json.dumps(GOOD))
+    shipped, tile = dict(tables.GRADIENTS["sm_90"]), tables.Tile(32, 32, 32, 4, 2)
+
+    def gradient_tile() -> tables.Tile:
+        return choice.gradients("sm_90", BF16, BF16, 128, 128, 9, few_ranks=True)
+
+    with tuning_file.using(tuning_file.Tuned(gradients={"half": tile})):
+        assert gradient_tile() == tile
+        assert chosen(101) is not None  # 100 is the file's limit
+        assert tables.GRADIENTS["sm_90"] == shipped
+    assert gradient_tile() == tables.Tile(64, 64, 64, 4, 2)
+
+
+def test_scratch_is_shared_and_can_be_freed() -> None:
+    from pst_kernels import triton as kernels
+    from pst_kernels.triton import scratch
+
+    kernels.release_scratch()
+    first = scratch.get((4, 8), FP32, torch.device("cpu"))
+    assert scratch.get((2, 8), FP32, torch.device("cpu")).data_ptr() == first.data_ptr()
+    kernels.release_scratch()
+    assert not scratch._buffers
