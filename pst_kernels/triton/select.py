@@ -1,7 +1,7 @@
 """The exact threshold on the device: the k-th smallest score as (key, flat index), without storing the scores.
 
-Guess, verify, refine, as cpu/select.py does, with everything decided on the device. Where the guess holds, W is read
-once:
+Guess, verify, refine, as cpu/select.py does, with everything decided on the device. Where the first range holds the
+answer, W is read once:
 
     bracket           a range of scores that should hold the k-th, from the last threshold or from a sample
     gather            one read of W: count what lies below the range, collect (key, index) of what lies inside
