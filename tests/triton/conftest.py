@@ -76,9 +76,9 @@ def touched(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[tuple
 
 @pytest.fixture
 def many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bands as short as on a GPU with many multiprocessors, so that small problems have many programs."""
-    walk = pytest.importorskip("pst_kernels.triton.walk", reason="triton is not installed")
-    monkeypatch.setattr(walk, "programs_wanted", lambda device: 264)
+    """Sweeps as short as on a GPU with many multiprocessors, so that small problems have many programs."""
+    sweep = pytest.importorskip("pst_kernels.triton.sweep", reason="triton is not installed")
+    monkeypatch.setattr(sweep, "programs_wanted", lambda device: 264)
 
 
 @pytest.fixture(params=[80, 90])
