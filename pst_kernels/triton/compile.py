@@ -85,9 +85,12 @@ class Row(NamedTuple):
     budget: float | None
     seconds: float
     file: str  # in the folder of --dump, without suffix
+    error: str = ""  # the first line of the compiler's; the numbers are then 0
 
     @property
     def problems(self) -> list[str]:
+        if self.error:
+            return [f"does not compile: {self.error}"]
         found = []
         if self.stack or self.local:
             found.append(f"spills {self.stack + self.local} B")
@@ -162,15 +165,13 @@ def report(
 
 def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | None) -> Row:
     binary, target = shipped(architecture, files)[index], TARGETS[architecture]
+    name = f"{architecture}-{index:03d}-{binary.kernel.__name__}"
     start = time.monotonic()
     try:
         compiled = binary.compile(gpu_target(architecture))
-    except Exception as error:  # Triton raises what it likes; the row is what a reader needs
-        raise RuntimeError(
-            f"{binary.kernel.__name__} ({binary.case.name}) does not compile for {architecture}"
-        ) from error
+    except Exception as error:  # Triton raises what it likes; a reader wants the other rows as well
+        return _failed(architecture, binary, name, error)
     seconds = time.monotonic() - start
-    name = f"{architecture}-{index:03d}-{binary.kernel.__name__}"
     if dump is not None:
         for kind in ("ptx", "cubin", "amdgcn", "hsaco"):
             if kind in compiled.asm:
@@ -191,6 +192,16 @@ def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | Non
         read["registers"], read["stack"], read["local"], shared, _blocks(target, read["registers"], warps, shared),
         PRODUCT.search(compiled.asm["ttgir"]) is not None, read["tensor_core"], read["loop"], slots,
         binary.case.slots if len(tile) == len(TILE) else None, round(seconds, 2), name,
+    )  # fmt: skip
+
+
+def _failed(architecture: str, binary: Compilation, name: str, error: Exception) -> Row:
+    """The row of a binary that does not compile."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return Row(
+        architecture, binary.kernel.__name__, binary.case.name, binary.options.get("num_warps", 4),
+        binary.options.get("num_stages", 0), 0, 0, 0, 0, 0, False, "", None, None, binary.case.slots, 0.0, name,
+        f"{type(error).__name__}: {first}",
     )  # fmt: skip
 
 
