@@ -81,8 +81,9 @@ def band(n_j, span, BLOCK_J: tl.constexpr, VECTOR: tl.constexpr):
     across = tl.cdiv(n_j, BLOCK_J)
     program = tl.program_id(0)
     j = (program % across).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    # No more neighbours than VECTOR to a thread: the held factors take that many registers a rank.
-    return (program // across).to(tl.int64) * span, tl.max_contiguous(j, VECTOR), j < n_j
+    # No more neighbours than VECTOR to a thread: the held factors take that many registers a rank. Said as a divisor,
+    # for with neighbours that are not contiguous Triton 3.6 would put a warp's threads along i.
+    return (program // across).to(tl.int64) * span, tl.multiple_of(j, VECTOR), j < n_j
 
 
 @triton.jit
