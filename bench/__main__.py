@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pst_kernels import jobs
+from pst_kernels import subcommands as jobs
 
 JOBS = {
-    "run": ("bench.job", "measure every case and write the CSV, the tables and the plots (the default)"),
-    "table": ("bench.table_job", "print the tables of a CSV again, or write the README's first table from it"),
-    "plots": ("bench.plots", "draw the plots of a CSV again"),
-    "blocks": ("bench.blocks", "what block patterns cost beside dense training and torch's block-sparse product"),
-    "export": ("bench.export", "how large the files of a sparse model are, and that they load back bit for bit"),
-    "profile": ("bench.profile", "where the time of one PST step goes, pass by pass"),
+    "run": ("bench.speed.job", "measure every case and write the CSV, the tables and the plots (the default)"),
+    "table": ("bench.tables.job", "print the tables of a CSV again, or write the README's first table from it"),
+    "plots": ("bench.tables.plots", "draw the plots of a CSV again"),
+    "blocks": ("bench.speed.blocks", "what block patterns cost beside dense training and torch's block-sparse product"),
+    "export": ("bench.speed.export", "how large the files of a sparse model are, and that they load back bit for bit"),
+    "profile": ("bench.speed.profile", "where the time of one PST step goes, pass by pass"),
     "accuracy": ("bench.accuracy", "how good the sparse models are: methods x sparsities x seeds, resumable"),
-    "roofline": ("bench.roofline", "bytes, operations and floor times of a GPU, computed, not measured"),
+    "roofline": ("bench.speed.roofline", "bytes, operations and floor times of a GPU, computed, not measured"),
 }
 
 

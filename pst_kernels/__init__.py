@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from .checkpoint import load_pretrained, save_pretrained
 from .config import PSTConfig
-from .linear import PSTConv1D, PSTLinear
+from .layers.linear import PSTConv1D, PSTLinear
 from .model import get_layer_status, merge_and_unload, print_trainable_parameters, replace_linear
 from .schedule import SparsitySchedule
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .files import replacing
-from .linear import FACTORS, PSTLayer, is_conv1d, refuse_meta, whole
+from .layers.linear import FACTORS, PSTLayer, is_conv1d, refuse_meta, whole
+from .masks.packing import WORD, packed_width, unpack_mask
+from .masks.patterns import Pattern, parse
 from .model import get_config, modules_to_save, pst_layers, replace_linear
-from .packing import WORD, packed_width, unpack_mask
-from .patterns import Pattern, parse
 from .targets import find_targets
 
 ADAPTER_NAME = "pst_adapter.safetensors"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pst_kernels import jobs
+from pst_kernels import subcommands as jobs
 
 JOBS = {
     "finetune": ("pst_kernels.finetune", "fine-tune a model dense and sparse, and compare the two"),
-    "env": ("pst_kernels.report", "print versions, devices, and the backend of every op"),
-    "kernels": ("pst_kernels.triton.compile", "compile every GPU kernel without a GPU and report its machine code"),
-    "tune": ("pst_kernels.triton.tune", "time tile shapes on this machine's GPU and write a tuning file"),
+    "env": ("pst_kernels.env_report", "print versions, devices, and the backend of every op"),
+    "kernels": (
+        "pst_kernels.triton.tools.machine_code",
+        "compile every GPU kernel without a GPU and report its machine code",
+    ),
+    "tune": ("pst_kernels.triton.tools.tune", "time tile shapes on this machine's GPU and write a tuning file"),
 }
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import patterns
 from .files import read_json, write_json
+from .masks import patterns
 
 CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .packing import packed_width, unpack_mask
-from .recompute import make_again, producer_of
-from .rows import compute_dtype
+from .cpu.row_blocks import compute_dtype
+from .layers.recompute import make_again, producer_of
+from .masks.packing import packed_width, unpack_mask
 
 __all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
 

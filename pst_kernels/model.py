@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import formats, ops
+from . import ops
 from .config import PSTConfig, matches
-from .linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d, refuse_meta
+from .export import formats
+from .layers.linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d, refuse_meta
 from .targets import find_targets, head_modules, parameter_uses
 
 logger = logging.getLogger("pst_kernels")

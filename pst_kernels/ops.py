@@ -15,9 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import blocks, env, fallback, patterns, refresh
-from .packing import pack_mask, packed_width
-from .rows import compute_dtype
+from . import env
+from .cpu import block_matmul as blocks
+from .cpu import ops as fallback
+from .cpu.row_blocks import compute_dtype
+from .masks import due as refresh
+from .masks import patterns
+from .masks.packing import pack_mask, packed_width
 
 logger = logging.getLogger("pst_kernels")
 NAMESPACE = "pst_kernels"

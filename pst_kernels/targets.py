@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from .config import ALL_LINEAR, PSTConfig, matches
 from .functional import FLOATING
-from .linear import PSTLayer, check_finite, is_conv1d
+from .layers.linear import PSTLayer, check_finite, is_conv1d
 
 logger = logging.getLogger("pst_kernels")
 

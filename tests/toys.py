@@ -6,10 +6,11 @@ import itertools
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import pst_kernels as pst
 from pst_kernels.checkpoint import RELEASED_NAMES
-from pst_kernels.linear import FACTORS
+from pst_kernels.layers.linear import FACTORS
 from pst_kernels.model import pst_layers
 
 VOCABULARY, WIDTH, LENGTH, LABELS = 50, 32, 7, 3
@@ -174,3 +175,16 @@ def _encoder() -> dict:
         "vocab_size": VOCABULARY, "max_position_embeddings": 32, "num_labels": LABELS,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
+
+
+class Examples(Dataset):
+    """A few labelled token sequences."""
+
+    def __init__(self, size: int = 32, seed: int = 0):
+        self.batch = inputs("bert", rows=size, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: tensor[index] for name, tensor in self.batch.items()}

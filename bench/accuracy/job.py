@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from .. import results
 from ..console import console
+from ..tables import rows as results
 from . import choose, overlap, plots, record, rerun, table, teachers, train
 from .catalogue import ABLATIONS, BASELINES, CANDIDATES, DENSE, METHODS, PATTERNS, RECIPES
 from .methods import Method

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from pst_kernels.files import replacing
 
-from ..table import replace_between
+from ..tables.table import replace_between
 from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS, PST, RECIPES
 from .choose import TUNED_AT
 from .record import FINAL, SHOW, Cell, Row

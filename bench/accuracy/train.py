@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pst_kernels import PSTConfig
 from pst_kernels.schedule import sparsity_at
 
-from .. import results
+from ..tables import rows as results
 from . import final, methods, overlap
 from .methods import Method, Plan
 from .record import FINAL, Cell, Row

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_kernels import functional
-from pst_kernels.patterns import num_pruned_at
+from pst_kernels.masks.patterns import num_pruned_at
 
 
 class SparseLayer(nn.Linear):

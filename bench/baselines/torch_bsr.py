@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pst_kernels.block_linear import BlockSparseLinear
+from pst_kernels.layers.block_sparse_linear import BlockSparseLinear
 
 
 class TorchBSR(BlockSparseLinear):

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import WORD, packed_width
+from ..masks.packing import WORD, packed_width
 from .tiles import Case, pair_name
 
 BITS = tl.constexpr(WORD)

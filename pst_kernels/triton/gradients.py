@@ -33,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import packed_width
+from ..masks.packing import packed_width
 from . import scratch, tiles
 from .gradient_products import gate, product_of_pairs, product_tile, split, splitting
 from .gradient_ranks import many_ranks_kernel

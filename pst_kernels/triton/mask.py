@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import WORD, packed_width
+from ..masks.packing import WORD, packed_width
 from .score import checked, layouts
 from .select import INDEX, KEY, key_of, signed, threshold
 from .tiles import Case

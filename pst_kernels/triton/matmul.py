@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..packing import packed_width
+from ..masks.packing import packed_width
 from . import scratch, tiles
 from .mask import masked_weight
 from .score import checked

@@ -28,17 +28,7 @@ from torch import Tensor
 
 from .score import layouts, score_from, updated_from
 from .tiles import Case
-from .walk import (
-    RARE,
-    Walk,
-    all_registers,
-    band,
-    flat_index,
-    hold_rights,
-    step_scores,
-    walk,
-    walk_scores,
-)  # fmt: skip
+from .walk import RARE, Walk, all_registers, band, flat_index, hold_rights, step_scores, walk, walk_scores  # fmt: skip
 
 # Slots of the state, int64
 STATUS = tl.constexpr(0)  # whose turn it is

@@ -16,7 +16,7 @@ from linear_problem import Problem as LinearProblem
 from torch import Tensor
 
 from pst_kernels import functional
-from pst_kernels.packing import pack_mask
+from pst_kernels.masks.packing import pack_mask
 
 OUTPUTS = ("y", "dx", "dU", "dV", "dA", "dB", "dR", "dC")
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from dyadic import SHAPES, exact_scores, grid, guess_at, no_guess, problem
 
-from pst_kernels import packing, reference
+from pst_kernels import reference
 from pst_kernels import triton as kernels
+from pst_kernels.masks import packing
 from pst_kernels.triton import select, walk
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

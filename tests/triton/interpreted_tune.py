@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton
 
-from pst_kernels.triton import block_matmul, matmul, tiles, tune
+from pst_kernels.triton import block_matmul, matmul, tiles
+from pst_kernels.triton.tools import tune
 
 SIZES = argparse.Namespace(out_features=96, in_features=64, rank=4)
 TILE = tiles.Tile(32, 16, 32, 4, 2)

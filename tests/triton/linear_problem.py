@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pst_kernels import functional, reference
-from pst_kernels.packing import pack_mask
+from pst_kernels.masks.packing import pack_mask
 
 OUTPUTS = ("y", "dx", "dU", "dV", "dA", "dB", "dR", "dC")
 SCALES = {"beta": 0.7, "alpha1": 1.3, "alpha2": 0.9}

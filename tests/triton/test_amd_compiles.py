@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-kernels = pytest.importorskip("pst_kernels.triton.compile")
+kernels = pytest.importorskip("pst_kernels.triton.tools.machine_code")
 
 ARCHITECTURE = "gfx942"
 

@@ -11,7 +11,7 @@ from block_problem import OUTPUTS, Problem
 from linear_problem import SCALES, relative_error
 
 from pst_kernels import ops
-from pst_kernels.packing import pack_mask
+from pst_kernels.masks.packing import pack_mask
 from pst_kernels.triton import block_gradients, block_lists, block_matmul, tiles
 
 POISONED = (torch.float32, torch.float16, torch.bfloat16)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from dyadic import no_guess, problem
 
-from pst_kernels import fallback
-from pst_kernels.packing import pack_mask
+from pst_kernels.cpu import ops as fallback
+from pst_kernels.masks.packing import pack_mask
 
 kernels = pytest.importorskip("pst_kernels.triton", reason="triton is not installed")
 select = pytest.importorskip("pst_kernels.triton.select")
@@ -19,7 +19,7 @@ from block_problem import Problem as BlockProblem  # noqa: E402
 from linear_problem import SCALES, Problem  # noqa: E402
 
 from pst_kernels.triton import block_gradients, block_matmul, gradients, matmul, tiles  # noqa: E402
-from pst_kernels.triton import compile as shipping  # noqa: E402
+from pst_kernels.triton.tools import machine_code as shipping  # noqa: E402
 
 SELECTION = {
     "scores_kernel": ("rows", "columns"),

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from linear_problem import OUTPUTS, SCALES, Problem, relative_error
 
 from pst_kernels import ops
-from pst_kernels.packing import pack_mask
+from pst_kernels.masks.packing import pack_mask
 from pst_kernels.triton import gradients, matmul, tiles
 
 

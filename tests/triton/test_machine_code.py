@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-kernels = pytest.importorskip("pst_kernels.triton.compile")
+kernels = pytest.importorskip("pst_kernels.triton.tools.machine_code")
 mask = pytest.importorskip("pst_kernels.triton.mask")
 score = pytest.importorskip("pst_kernels.triton.score")
 tiles = pytest.importorskip("pst_kernels.triton.tiles")

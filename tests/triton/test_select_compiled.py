@@ -6,7 +6,9 @@ import pytest
 import torch
 from dyadic import exact_scores, guess_at, no_guess, problem
 
-from pst_kernels import fallback, packing, reference
+from pst_kernels import reference
+from pst_kernels.cpu import ops as fallback
+from pst_kernels.masks import packing
 
 kernels = pytest.importorskip("pst_kernels.triton", reason="triton is not installed")
 mask_module = pytest.importorskip("pst_kernels.triton.mask")

@@ -11,7 +11,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from pst_kernels.triton import tiles, tune
+from pst_kernels.triton import tiles
+from pst_kernels.triton.tools import tune
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GOOD = {

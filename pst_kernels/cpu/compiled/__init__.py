@@ -1,0 +1,54 @@
+"""Compiled passes over W for CPUs: each reads a row once, uses it up in a core's own cache, and goes on to the next.
+
+Numba compiles them at their first use, for this processor, and keeps the machine code on disk. They run on the threads
+that PyTorch's own loops run on. team.py starts them, rows.py holds what is done to one row, passes.py the passes,
+operands.py brings tensors into the form that these take, and calls.py is what fallback.py asks of them.
+
+What they do not take (float64, fp16, a weight that is not contiguous, such as Conv1D's) goes the way of rows.py in the
+package above, and so does everything where Numba is not installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from pst_kernels import env
+
+logger = logging.getLogger("pst_kernels")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def compiled(weight: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
+    """calls.py where it takes this weight and a result of this dtype, or None.
+
+    Raises ImportError where PST_KERNELS_CPU=numba and Numba cannot be had.
+    """
+    if weight.device.type != "cpu" or weight.dtype not in DTYPES or (dtype is not None and dtype not in DTYPES):
+        return None
+    if not weight.is_contiguous() or weight.numel() == 0 or (requested := env.cpu()) == "torch":
+        return None
+    calls, reason = _import_calls()
+    if calls is None:
+        if requested == "numba":
+            raise ImportError(f"PST_KERNELS_CPU=numba, but {reason}; install numba or unset the variable")
+        _say_once(f"pst_kernels runs its CPU passes in plain PyTorch, slower: {reason}; install numba")
+    return calls
+
+
+@functools.cache
+def _import_calls() -> tuple[ModuleType | None, str]:
+    try:
+        from . import launch as calls
+    except ImportError as error:  # not installed, or not for this version of NumPy
+        return None, str(error)
+    return calls, ""
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)

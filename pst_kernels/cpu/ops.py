@@ -1,0 +1,176 @@
+"""The ops for CPUs, and for any device that has no Triton.
+
+On CPUs the passes over W are compiled (cpu/). Where those do not serve, they are PyTorch's and NumPy's operators on a
+block of rows at a time, small enough to stay in cache, and used up there (rows.py). The one tensor of W's size is the
+masked weight, written into a scratch buffer for the library's GEMM. W' and S are computed in fp32 (in float64 for a
+float64 weight); a mask is decided by fp32 scores everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from ..masks.packing import pack_mask
+from .compiled import compiled
+from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, buffers, compute_dtype, multiply_into, row_blocks
+from .select import SAMPLE, BlockScores, Bracket, Guess, Scores, sample_bracket, select
+
+SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache
+# integers as wide as a dtype, to write zeros with: NumPy has no bf16
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def widened(columns: Tensor) -> Tensor:
+    """(n, r) with r padded by zeros to a multiple of 16: the library multiplies by 16 columns faster than by 8 or 9."""
+    return pad(columns, (0, -columns.shape[1] % 16))
+
+
+def scores(weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float) -> Tensor:
+    if (passes := compiled(weight)) is not None:
+        return passes.scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
+    by_rows = ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    for rows in by_rows.rows.blocks():
+        updated = by_rows.rows.updated(rows)
+        out[rows] = by_rows.of(updated, rows, out=updated)
+    return out
+
+
+def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    flat = scores.reshape(-1)
+    if scores.device.type != "cpu":
+        values, index = torch.sort(flat, stable=True)
+        return values[k - 1], index[k - 1]
+    array = flat.numpy()
+
+    def blocks() -> Iterator[tuple[int, np.ndarray]]:
+        return ((start, array[start : start + SCORES]) for start in range(0, array.size, SCORES))
+
+    def brackets() -> Iterator[Bracket | None]:
+        if array.size > 4 * SAMPLE:
+            places = np.random.default_rng(0).integers(array.size, size=SAMPLE)
+            yield sample_bracket(array[places], k / array.size)
+
+    chosen = select(BlockScores(blocks), array.size, k, brackets())
+    return torch.tensor(chosen.value, dtype=scores.dtype), torch.tensor(chosen.index)
+
+
+def prune_mask(
+    weight, U, V, A, B, R, C, num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
+    masked: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The packed mask; on a CPU also M * W' into `masked` (out, in), in the dtype that it has, from the same pass."""
+    k, numel = int(num_pruned), weight.numel()
+    if k == 0:
+        everything = pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+        if masked is not None:
+            _masked_into(masked, weight, U, V, everything, beta)
+        return everything
+    if weight.device.type != "cpu":
+        everything = scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2).view(-1)
+        kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+        kept.view(-1)[torch.sort(everything, stable=True).indices[:k]] = False
+        return pack_mask(kept)
+    factors = (weight, U, V, A, B, R, C, beta, alpha1, alpha2)
+    last = Guess.load(guess)
+
+    def brackets() -> Iterator[Bracket | None]:
+        yield last.bracket(k / numel)
+        if numel > 4 * SAMPLE:
+            yield sample_bracket(ScoreRows(*factors).sample(SAMPLE), k / numel)
+
+    passes = compiled(weight, None if masked is None else masked.dtype)
+    if passes is not None:
+        packed = passes.new_mask(weight)
+        search: Scores = passes.CompiledScores(*factors, packed, masked)
+        last.update(guess, select(search, numel, k, brackets()), k / numel)
+        return packed
+    by_rows = ScoreRows(*factors)
+    kept = buffers.get("kept", weight.shape, torch.bool, weight.device)
+    zeroed = None if masked is None else masked.view(_INTEGER[masked.element_size()]).view(-1).numpy()
+    search = BlockScores(lambda: by_rows.blocks(kept, masked), kept.view(-1).numpy(), zeroed)
+    last.update(guess, select(search, numel, k, brackets()), k / numel)
+    return pack_mask(kept)
+
+
+def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
+    """Where `prune_mask` may put M * W' for the forward that follows; None where it cannot."""
+    if weight.device.type != "cpu" or (compiled(weight) is not None and compiled(weight, dtype) is None):
+        return None
+    return _masked_buffer(weight, dtype)
+
+
+def _masked_buffer(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return buffers.get("masked", weight.shape, dtype, weight.device)
+
+
+def _masked_into(out: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float) -> Tensor:
+    passes = compiled(weight, out.dtype)
+    if passes is not None:
+        return passes.masked_into(out, weight, U, V, mask, beta)
+    return UpdatedRows(weight, U, V, beta).masked_into(out, mask)
+
+
+def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    return _masked_into(out, weight, U, V, mask, beta)
+
+
+def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
+    masked = _masked_into(_masked_buffer(weight, x.dtype), weight, U, V, mask, beta)
+    return linear(x, masked, None if bias is None else bias.to(x.dtype))
+
+
+def linear_backward(
+    gy: Tensor, x: Tensor, weight, U, V, A, B, mask: Tensor, beta: float, alpha1: float, alpha2: float,
+    through_magnitude: bool, needs_input: bool, needs_factors: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx and the six factor gradients from one pass over row blocks of G = gy^T x, which never exists as a whole.
+
+    With D = G * W' and Q = G * (M + |W'|), every factor gradient is a low-rank reduction of D or Q.
+    """
+    masked = _masked_buffer(weight, gy.dtype) if needs_input else None
+    if not needs_factors:
+        dx = gy.new_empty(0) if masked is None else gy @ _masked_into(masked, weight, U, V, mask, beta)
+        return dx, *(U.new_empty(0, dtype=compute_dtype(weight.dtype)) for _ in range(6))
+    make = _factor_gradients if (passes := compiled(weight, gy.dtype)) is None else passes.factor_gradients
+    factors = make(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through_magnitude, masked)
+    return gy @ masked if masked is not None else gy.new_empty(0), *factors
+
+
+def _factor_gradients(
+    gy: Tensor, x: Tensor, weight, U, V, A, B, mask: Tensor, beta: float, alpha1: float, alpha2: float,
+    through_magnitude: bool, masked: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The six factor gradients; `masked` gets M * W'."""
+    by_rows = UpdatedRows(weight, U, V, beta)
+    U, V, A, B = by_rows.U, by_rows.V, A.to(by_rows.dtype), B.to(by_rows.dtype)
+    # A column of ones beside B gives dR with dA, one beside A gives dC with dB.
+    AR, BC = pad(A, (0, 1), value=1.0), pad(B, (0, 0, 0, 1), value=1.0)
+    right_of_D, right_of_Q = widened(BC.T), widened(V.T)
+    dAR, dU = A.new_empty(len(A), right_of_D.shape[1]), U.new_empty(len(U), right_of_Q.shape[1])
+    dBC, dV = torch.zeros_like(BC), torch.zeros_like(V)
+    product = by_rows.buffer("product")
+    group_rows = -(-min(GEMM_ROWS, by_rows.out) // by_rows.step) * by_rows.step
+    gradients = buffers.get("gradient", (group_rows, by_rows.columns), gy.dtype, gy.device)
+    for group in row_blocks(0, by_rows.out, group_rows):
+        gradient = torch.mm(gy[:, group].T, x, out=gradients[: group.stop - group.start])
+        for rows in by_rows.blocks(group.start, group.stop):
+            updated, flags = by_rows.updated(rows), by_rows.flags(mask, rows)
+            if masked is not None:
+                multiply_into(masked[rows], updated, flags, work=product)
+            G = gradient[rows.start - group.start : rows.stop - group.start].to(by_rows.dtype)
+            D = torch.mul(G, updated, out=product[: len(G)])
+            torch.mm(D, right_of_D, out=dAR[rows])
+            dBC.addmm_(AR[rows].T, D)
+            Q = torch.mul(G, flags.add_(updated.abs_()) if through_magnitude else flags, out=D)
+            torch.mm(Q, right_of_Q, out=dU[rows])
+            dV.addmm_(U[rows].T, Q)
+    rank = len(B)
+    dA, dR, dB, dC = dAR[:, :rank] * alpha1, dAR[:, rank] * alpha2, dBC[:rank] * alpha1, dBC[rank] * alpha2
+    return dU[:, : len(V)] * beta, dV.mul_(beta), dA, dB, dR, dC

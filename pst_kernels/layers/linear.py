@@ -1,0 +1,380 @@
+"""PSTLinear and PSTConv1D: linear layers whose frozen weight is updated and pruned by small trainable factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import PSTConfig, check_sparsity
+from ..functional import masked_linear, new_guess, operand_dtype
+from ..masks import due as refresh
+from ..masks import patterns
+from ..masks.packing import packed_width, unpack_mask
+
+FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D, a linear layer with weight (in, out); told without importing transformers."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+class PSTLayer(nn.Module):
+    """What PSTLinear and PSTConv1D share; they differ in how the weight lies.
+
+    Parameters pst_U (out, weight_rank), pst_V (weight_rank, in), pst_A (out, score_rank), pst_B (score_rank, in),
+    pst_R (out,), pst_C (in,); buffers pst_mask (packed, one bit a weight) and pst_num_pruned (int64, 0-d), both in the
+    state dict, so a reloaded layer is as sparse as the saved one.
+
+    The mask is computed when a factor, the weight or the sparsity has changed since the last forward (every
+    `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen; call
+    `refresh_mask(force=True)` after one.
+    """
+
+    weight: Any  # a Parameter
+    bias: Any  # a Parameter or None
+    pst_U: nn.Parameter
+    pst_V: nn.Parameter
+    pst_A: nn.Parameter
+    pst_B: nn.Parameter
+    pst_R: nn.Parameter
+    pst_C: nn.Parameter
+    pst_mask: Tensor
+    pst_num_pruned: Tensor
+    pst_guess: Tensor
+
+    def _add_factors(self, config: PSTConfig | None) -> None:
+        config = PSTConfig() if config is None else config
+        if not isinstance(config, PSTConfig):
+            raise TypeError(
+                f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say"
+            )
+        out, columns = self.oriented_weight.shape
+        self.config = config
+        # as text: torch.compile(dynamic=True) makes symbols of floats, and cannot pass a symbol into a checkpoint
+        self._scales_as_text = tuple(float(scale).hex() for scale in (config.beta, config.alpha1, config.alpha2))
+        self.pattern = patterns.parse(config.pattern)
+        self.merged = False
+        shapes = (
+            (out, config.weight_rank), (config.weight_rank, columns),
+            (out, config.score_rank), (config.score_rank, columns), (out,), (columns,),
+        )  # fmt: skip
+        device = self.weight.device
+        for name, shape in zip(FACTORS, shapes, strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=config.adapter_dtype, device=device)))
+        self.register_buffer("pst_mask", torch.empty((out, packed_width(columns)), dtype=torch.int32, device=device))
+        self.register_buffer("pst_num_pruned", torch.zeros((), dtype=torch.int64, device=device))
+        # fp32 kept as bits: model.to(torch.bfloat16) must not round where the last threshold was
+        self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
+        self._seen = refresh.never_seen(1 + 1 + len(FACTORS))
+        self._unmerged_weight: Tensor | None = None
+        self._shards: Any = None
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(config.train_bias)
+        self.reset_factors()
+        self.sparsity = config.sparsity
+
+    def reset_factors(self) -> None:
+        """U, A ~ N(0, 1); V, B, R, C = 0, so that the layer starts as plain magnitude pruning of W."""
+        with torch.no_grad():
+            for name in FACTORS:
+                factor = getattr(self, name)
+                factor.normal_() if name in ("pst_U", "pst_A") else factor.zero_()
+
+    @property
+    def oriented_weight(self) -> Tensor:
+        """The weight as (out, in), a view."""
+        raise NotImplementedError
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """U, V, A, B, R, C."""
+        return self.pst_U, self.pst_V, self.pst_A, self.pst_B, self.pst_R, self.pst_C
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of this layer's weights that are pruned now. Reading it waits for the device.
+
+        Set it to choose how many are: whole blocks or weights of a group, rounded down (see patterns.py).
+        """
+        return self.weights_pruned / self.weight.numel()
+
+    @sparsity.setter
+    def sparsity(self, value: float) -> None:
+        self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
+
+    @property
+    def weights_pruned(self) -> int:
+        """How many weights are pruned now; where blocks have ragged edges, that is for the mask to say."""
+        counted = self.pattern.weights_pruned(self._shape, int(self.pst_num_pruned))
+        return int((~self.mask).sum()) if counted is None else counted
+
+    def num_pruned_at(self, sparsity: float) -> int:
+        """What `pst_num_pruned` holds at a sparsity: a number of weights, or of blocks."""
+        return self.pattern.num_pruned_at(self._shape, sparsity)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        out, columns = self.oriented_weight.shape
+        return out, columns
+
+    @property
+    def mask(self) -> Tensor:
+        """bool (out, in), True for kept weights; up to date. Of a tensor parallel layer every process must ask."""
+        self.refresh_mask()
+        return unpack_mask(self._whole_mask(), self.oriented_weight.shape[1])
+
+    def _tensor_parallel(self) -> Any:
+        """How the weight is cut (`parallel.Shards`), or None. `parallelize_module` makes the buffers DTensors, as
+        `fully_shard` does not.
+        """
+        count = self.pst_num_pruned
+        if self._shards is None and type(count) is not Tensor and hasattr(count, "device_mesh"):
+            from . import tensor_parallel as parallel  # torch.distributed.tensor, which most programs need not load
+
+            if type(self.pattern) is not patterns.Unstructured:
+                raise RuntimeError(
+                    f"pattern={self.config.pattern!r} does not run under tensor parallelism; use pattern='unstructured'"
+                )
+            self._shards = parallel.take_over(self)
+        return self._shards
+
+    def _whole_mask(self) -> Tensor:
+        shards = self._tensor_parallel()
+        return self.pst_mask if shards is None else shards.whole_mask(self.pst_mask)
+
+    def refresh_mask(self, force: bool = False) -> None:
+        """Compute the mask if it is due, or now if `force`. A merged layer's mask stays as it was merged."""
+        if self.merged:
+            return
+        if force:
+            refresh.mark_stale(self._seen)
+        if (shards := self._tensor_parallel()) is not None:
+            shards.refresh(self)
+            return
+        with torch.no_grad():
+            self._refresh_if_due()
+
+    def _refresh_if_due(self) -> None:
+        if type(self.pattern) is patterns.Unstructured:
+            ops.refresh_mask(*self._mask_state())
+            return
+        *tensors, _, seen, interval, beta, alpha1, alpha2 = self._mask_state()
+        ops.refresh_pattern_mask(*tensors, seen, interval, self.config.pattern, beta, alpha1, alpha2)
+
+    def _mask_state(self) -> list[Any]:
+        """The arguments of `ops.refresh_mask`."""
+        config = self.config
+        return [
+            *map(whole, (self.oriented_weight, *self.factors)), self.pst_num_pruned, self.pst_mask,
+            self.pst_guess.view(torch.float32), self._seen, config.mask_interval, *self._scales,
+        ]  # fmt: skip
+
+    @property
+    def _scales(self) -> tuple[float, float, float]:
+        """beta, alpha1, alpha2."""
+        beta, alpha1, alpha2 = self._scales_as_text
+        return float.fromhex(beta), float.fromhex(alpha1), float.fromhex(alpha2)
+
+    def mark_stale(self) -> None:
+        """Let the next forward compute the mask anew."""
+        refresh.mark_stale(self._seen)
+
+    def after_load(self, with_mask: bool) -> None:
+        """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
+        if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
+            self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
+        if with_mask:
+            refresh.mark_fresh(self._seen, self.pst_num_pruned, (self.oriented_weight, *self.factors))
+        else:
+            self.mark_stale()
+
+    def masked_weight(self) -> Tensor:
+        """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
+        if self.merged:
+            return self.oriented_weight.detach().clone()
+        if self._tensor_parallel() is not None:
+            self._refuse_sharded()
+        self.refresh_mask()
+        weight, U, V = map(whole, (self.oriented_weight, *self.factors[:2]))
+        with torch.no_grad():
+            return ops.masked_weight(weight, U, V, self.pst_mask, self._scales[0], self.weight.dtype)
+
+    def _refuse_sharded(self) -> None:
+        raise RuntimeError(
+            "the weight is sharded over processes and cannot be merged there;"
+            " load the saved state into a model of one process, and merge that"
+        )
+
+    def merge(self, safe_merge: bool = False) -> None:
+        """Put M * W' in the weight's place, for inference; a second call does nothing.
+
+        The unmerged weight is kept for `unmerge`. With `safe_merge`, raises ValueError and changes nothing if M * W'
+        has NaN or infinite values.
+        """
+        if self.merged:
+            return
+        if hasattr(self.weight, "full_tensor"):
+            self._refuse_sharded()
+        refuse_meta("the weight", self.weight)
+        merged = self.masked_weight()
+        if safe_merge:
+            check_finite(merged, "the merged weight", "lower the learning rate, or merge an earlier checkpoint")
+        self._unmerged_weight = self.weight.detach().clone()
+        with torch.no_grad():
+            self.oriented_weight.copy_(merged)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit; does nothing on an unmerged layer."""
+        if self._unmerged_weight is None:
+            return
+        with torch.no_grad():
+            self.weight.copy_(self._unmerged_weight)
+        self._unmerged_weight, self.merged = None, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self._merged_forward(x)
+        if (shards := self._tensor_parallel()) is not None:
+            return shards.forward(self, x)
+        config = self.config
+        masked = block_size = learn = None
+        if type(self.pattern) is patterns.Unstructured:
+            masked = ops.refresh_with_weight(x, operand_dtype(x), *self._mask_state())
+        else:
+            self.refresh_mask()
+        if isinstance(self.pattern, patterns.Blocks):
+            block_size, learn = self.pattern.size, ops.is_last_before_refresh(self._seen, config.mask_interval)
+        return masked_linear(
+            masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask, *self._scales,
+            config.through_magnitude, block_size, learn, config.recompute_input,
+        )  # fmt: skip
+
+    def _merged_forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("this layer is merged, so its factors would not train; call unmerge() first")
+        return torch.nn.functional.linear(x, self.oriented_weight, self.bias)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.refresh_mask()  # saved between an optimizer step and the next forward, mask and factors must fit
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unmerged_weight is not None:  # a state dict always describes the unmerged layer
+            destination[f"{prefix}weight"] = self._unmerged_weight
+        if self._shards is not None:
+            destination[f"{prefix}pst_mask"] = self._whole_mask()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        if self.merged and f"{prefix}weight" in state_dict:
+            errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
+            return
+        if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
+            state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.after_load(with_mask=f"{prefix}pst_mask" in state_dict)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"
+
+
+class PSTLinear(PSTLayer, nn.Linear):
+    """`nn.Linear` with a frozen weight (out, in), trained by PST.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        config: the settings; `PSTConfig()` if None. The layer starts at `config.sparsity`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None,
+        *, config: PSTConfig | None = None,
+    ):  # fmt: skip
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._add_factors(config)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: PSTConfig | None = None) -> PSTLinear:
+        """The same layer under PST: it holds the same `weight` and `bias` Parameters, which are frozen."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}; PSTConv1D takes a Conv1D")
+        layer = cls.__new__(cls)
+        nn.Linear.__init__(layer, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        return _take_over(layer, linear, config)
+
+    @property
+    def oriented_weight(self) -> Tensor:
+        return self.weight
+
+
+class PSTConv1D(PSTLayer):
+    """Hugging Face's `Conv1D` (GPT-2), a linear layer whose weight is stored (in, out), trained by PST.
+
+    Args:
+        nf: output features.
+        nx: input features.
+        config: the settings; `PSTConfig()` if None. The layer starts at `config.sparsity`.
+    """
+
+    def __init__(self, nf: int, nx: int, device: Any = None, dtype: Any = None, *, config: PSTConfig | None = None):
+        nn.Module.__init__(self)
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(nf, device=device, dtype=dtype))
+        nn.init.normal_(self.weight, std=0.02)
+        self._add_factors(config)
+
+    @classmethod
+    def from_linear(cls, conv: Any, config: PSTConfig | None = None) -> PSTConv1D:
+        """The same layer under PST: it holds the same `weight` and `bias` Parameters, which are frozen."""
+        if not is_conv1d(conv):
+            raise TypeError(
+                f"conv must be a transformers Conv1D, got {type(conv).__name__}; PSTLinear takes an nn.Linear"
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.nx, layer.nf = conv.weight.shape
+        return _take_over(layer, conv, config)
+
+    @property
+    def oriented_weight(self) -> Tensor:
+        return self.weight.t()
+
+    def extra_repr(self) -> str:
+        return f"nf={self.nf}, nx={self.nx}, weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"
+
+
+def _take_over(layer: Any, base: Any, config: PSTConfig | None) -> Any:
+    layer.weight, layer.bias = base.weight, base.bias
+    layer._add_factors(config)
+    # a hook that a user put on the layer goes on being called
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(layer, hooks).update(getattr(base, hooks))
+    return layer.train(base.training)
+
+
+def whole(tensor: Any) -> Tensor:
+    """The tensor itself, or all of one that is sharded over processes (a DTensor), which every process must ask for."""
+    if type(tensor) in (nn.Parameter, Tensor):  # asked for every layer and step, and hasattr is slow to say no
+        return tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def refuse_meta(what: str, tensor: Tensor) -> None:
+    """Raise RuntimeError for a tensor that holds no data."""
+    if tensor.is_meta:
+        raise RuntimeError(
+            f"{what} is on the meta device: offloaded (device_map, CPU or disk offload) or never loaded; bring the"
+            " model into memory first, with accelerate.hooks.remove_hook_from_submodules(model) for instance"
+        )
+
+
+def check_finite(weight: Tensor, what: str, remedy: str) -> None:
+    """Raise ValueError when a tensor has NaN or infinite values, saying how many."""
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise ValueError(f"{what} has {bad} NaN or infinite values of {weight.numel()}; {remedy}")

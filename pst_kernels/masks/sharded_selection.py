@@ -1,0 +1,148 @@
+"""Exact selection over scores that lie on several processes, each holding a shard of one matrix.
+
+No score leaves its process. A bracket from the last step, or a histogram of the scores' leading bits, summed over the
+group, tells where the k-th smallest lies; each process gathers its own scores in there, and histograms of their further
+bits, summed again, find the k-th one digit after the other. Scores that are equal in all bits are told apart in the
+same way by their flat index in the whole matrix, so that the answer depends on neither the number of processes nor on
+how the matrix is cut.
+
+Order: (score, flat index in the whole matrix), NaN last, -0.0 equal to 0.0, as in selection.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..cpu.select import Bracket, Selection
+
+Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]  # yields (rows of the shard, their fp32 scores), in order
+
+KEY_BITS, COARSE_BITS, DIGIT_BITS = 32, 16, 11  # 2^11 counts of 8 bytes are 16 KB to sum over the group
+SIGN, LAST = 1 << 31, (1 << 32) - 1
+
+
+class Place(NamedTuple):
+    """Where a shard lies in the whole matrix."""
+
+    first_row: int
+    first_column: int
+    rows: int  # of the whole
+    columns: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+
+class Candidates(NamedTuple):
+    """This process's scores inside a bracket."""
+
+    keys: Tensor  # int64, see `ordered`
+    places: Tensor  # int64, flat index in the whole matrix
+    local: Tensor  # int64, flat in the shard
+
+
+def ordered(scores: Tensor) -> Tensor:
+    """int64 in [0, 2^32) that compare as fp32 scores do."""
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # -0.0 + 0.0 is 0.0
+    keys = torch.where(bits < 0, ~bits, bits + SIGN)
+    return keys.masked_fill_(scores.isnan(), LAST)
+
+
+def score_of(key: int) -> float:
+    bits = key - SIGN if key >= SIGN else ~key
+    return float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
+
+
+def select(
+    blocks: Blocks, place: Place, k: int, bracket: Bracket | None, kept: Tensor, group: dist.ProcessGroup
+) -> Selection:  # fmt: skip
+    """The k-th smallest score of the whole matrix, k from 1; every process of `group` must call it with the same k and
+    bracket.
+
+    `kept`, bool of the shard's shape, becomes False for just those of the k smallest that lie in it.
+    """
+    edges = None if bracket is None else tuple(ordered(torch.tensor([bracket.lower, bracket.upper])).tolist())
+    found, below, inside = _gather(blocks, place, edges, kept, group) if edges else (None, 0, 0)
+    if found is None or edges is None or not below < k <= below + inside:
+        edges = _coarse_edges(blocks, k, kept.device, group)
+        found, below, inside = _gather(blocks, place, edges, kept, group)
+    key, index = _kth(found, k - below, place.numel, group)
+    pruned = (found.keys < key) | ((found.keys == key) & (found.places <= index))
+    kept.view(-1)[found.local[pruned]] = False
+    width = score_of(edges[1]) - score_of(edges[0])
+    return Selection(score_of(key), index, width * place.numel / inside)
+
+
+def _sum(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    dist.all_reduce(counts, group=group)
+    return counts
+
+
+def _gather(
+    blocks: Blocks, place: Place, edges: tuple[int, ...], kept: Tensor, group: dist.ProcessGroup
+) -> tuple[Candidates, int, int]:
+    """This process's candidates between two keys, ends included, and how many lie below and inside in the whole group.
+
+    `kept` becomes False for all below.
+    """
+    lower, upper = edges
+    counts = torch.zeros(2, dtype=torch.int64, device=kept.device)
+    parts = []
+    for rows, scores in blocks():
+        keys = ordered(scores)
+        above = torch.ge(keys, lower, out=kept[rows])
+        inside = above & (keys <= upper)
+        counts[0] += keys.numel() - above.sum()
+        row, column = inside.nonzero(as_tuple=True)
+        row += rows.start
+        index = (row + place.first_row) * place.columns + column + place.first_column
+        parts.append(Candidates(keys[inside], index, row * kept.shape[1] + column))
+        counts[1] += len(index)
+    below, inside_all = _sum(counts, group).tolist()
+    return Candidates(*map(torch.cat, zip(*parts, strict=True))), below, inside_all
+
+
+def _coarse_edges(blocks: Blocks, k: int, device: torch.device, group: dist.ProcessGroup) -> tuple[int, int]:
+    """First and last key of those that share their leading 16 bits with the k-th."""
+    counts = torch.zeros(1 << COARSE_BITS, dtype=torch.int64, device=device)
+    rest = KEY_BITS - COARSE_BITS
+    for _, scores in blocks():
+        counts += torch.bincount(ordered(scores).flatten() >> rest, minlength=len(counts))
+    digit, _, _ = _find(_sum(counts, group), k)
+    return digit << rest, (digit << rest) + (1 << rest) - 1
+
+
+def _find(counts: Tensor, k: int) -> tuple[int, int, int]:
+    """The digit that the k-th has, its rank among those with that digit, and how many these are."""
+    cumulative = counts.cumsum(0)
+    digit = torch.searchsorted(cumulative, k)
+    last, count = torch.stack([cumulative[digit], counts[digit]]).tolist()
+    return int(digit), k - (last - count), count
+
+
+def _kth(found: Candidates, k: int, numel: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """(key, flat index) of the k-th of all processes' candidates, by digits from the highest down."""
+    keys, places = found.keys, found.places
+    key, _, places, k, ties = _kth_value(keys, places, KEY_BITS, k, group)
+    if k == ties:  # all that are equal to it are pruned
+        return key, numel - 1
+    return key, _kth_value(places, places, numel.bit_length(), k, group)[0]
+
+
+def _kth_value(
+    values: Tensor, others: Tensor, bits: int, k: int, group: dist.ProcessGroup
+) -> tuple[int, Tensor, Tensor, int, int]:
+    """The k-th of all processes' `values`; those of `values` and `others` equal to it; its rank, and their number."""
+    found = count = 0
+    for shift in reversed(range(0, bits, DIGIT_BITS)):
+        digits = (values >> shift) & ((1 << DIGIT_BITS) - 1)
+        digit, k, count = _find(_sum(torch.bincount(digits, minlength=1 << DIGIT_BITS), group), k)
+        values, others = values[digits == digit], others[digits == digit]
+        found |= digit << shift
+    return found, values, others, k, count

@@ -1,0 +1,255 @@
+"""The compiled passes: against the reference in float64, the same bits on any number of threads, and when they run."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import math
+import sys
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+import torch
+from oracle import SCALES, make_problem, relative_error
+
+from pst_kernels import functional, reference
+from pst_kernels.cpu import compiled as cpu
+from pst_kernels.cpu import ops as fallback
+from pst_kernels.cpu.compiled import arguments as operands
+from pst_kernels.cpu.compiled import jit as compile
+from pst_kernels.cpu.compiled import kernels as passes
+from pst_kernels.cpu.compiled import launch as calls
+from pst_kernels.cpu.compiled import row_loops as rows
+from pst_kernels.cpu.compiled import threads as team
+from pst_kernels.masks import packing
+
+SHAPES = [(1, 1), (7, 33), (129, 65), (96, 384), (5, 1000), (1100, 90)]  # the last: more rows than one group of G
+RANKS = [1, 8, 9]
+ARGUMENTS = tuple(SCALES.values())
+
+
+@pytest.fixture(autouse=True)
+def always_compiled(monkeypatch):
+    monkeypatch.setenv("PST_KERNELS_CPU", "numba")
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def no_guess():
+    return functional.new_guess()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("through_magnitude", [True, False])
+def test_values_and_gradients(shape, rank, through_magnitude):
+    """fp32 rounding is all that parts them from the reference."""
+    options = SCALES | {"through_magnitude": through_magnitude}
+    exact = make_problem(*shape, rank=rank, score_rank=max(1, rank - 1)).requires_grad()
+    single = exact.to(torch.float32)
+    leaves = [factor.detach().requires_grad_() for factor in single.factors]
+    packed = functional.prune_mask(single.weight, *leaves, shape[0] * shape[1] // 2, **SCALES)
+    x = torch.randn(6, shape[1], dtype=torch.float64, requires_grad=True)
+    x32 = x.detach().float().requires_grad_()
+    ours = functional.pst_linear(x32, single.weight, None, *leaves, packed, **options)
+    mask = functional.unpack_mask(packed, shape[1])
+    theirs = reference.pst_linear(x, exact.weight, None, *exact.factors, mask, **options)
+    assert relative_error(ours, theirs) < 1e-6
+    gy = torch.randn(theirs.shape, dtype=torch.float64)
+    values = torch.autograd.grad(ours, (x32, *leaves), gy.float())
+    expected = torch.autograd.grad(theirs, (x, *exact.factors), gy)
+    for value, right in zip(values, expected, strict=True):
+        assert value.shape == right.shape
+        assert relative_error(value, right) < 2e-6
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16_on_either_side(weight_dtype, dtype):
+    """M * W' is W' in fp32 rounded once, whichever pass writes it; G is read as it is."""
+    weight, factors = make_problem(70, 150, weight_dtype=weight_dtype, factor_dtype=torch.float32)
+    masked = torch.full(weight.shape, 7.0, dtype=dtype)
+    count = torch.tensor(8_000)
+    mask = fallback.prune_mask(weight, *factors, count, no_guess(), *ARGUMENTS, masked)
+    assert torch.equal(mask, fallback.prune_mask(weight, *factors, count, no_guess(), *ARGUMENTS))
+    assert torch.equal(masked, fallback.masked_weight(weight, *factors[:2], mask, SCALES["beta"], dtype))
+    updated = weight.double() + SCALES["beta"] * factors[0].double() @ factors[1].double()
+    exact = torch.where(functional.unpack_mask(mask, 150), updated, 0.0)
+    torch.testing.assert_close(masked.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    gy, x = torch.randn(40, 70).to(dtype), torch.randn(40, 150).to(dtype)
+    needed = (mask, *ARGUMENTS, True, False, True)
+    found = fallback.linear_backward(gy, x, weight, *factors[:4], *needed)
+    whole = fallback.linear_backward(gy, x, weight.double(), *(f.double() for f in factors[:4]), *needed)
+    for value, right in zip(found[1:], whole[1:], strict=True):
+        assert relative_error(value, right) < (2e-6 if dtype == torch.float32 else 1e-2)  # G is a bf16 product
+
+
+def test_the_same_bits_on_any_number_of_threads(threads, monkeypatch):
+    """PyTorch's threads, Python's own, or none: a share's results depend on nothing else."""
+    weight, factors = make_problem(700, 300, weight_dtype=torch.float32, factor_dtype=torch.float32)
+    gy, x = torch.randn(32, 700), torch.randn(32, 300)
+
+    def everything():
+        masked = torch.empty(700, 300)
+        mask = fallback.prune_mask(weight, *factors, torch.tensor(150_000), no_guess(), *ARGUMENTS, masked)
+        with monkeypatch.context() as patched:  # the library's own product may differ with the threads
+            patched.setattr(torch, "mm", lambda left, right, out: out.copy_(left.double() @ right.double()))
+            gradients = calls.factor_gradients(gy, x, weight, *factors[:4], mask, *ARGUMENTS, True, masked)
+        return mask, masked, fallback.scores(weight, *factors, *ARGUMENTS), *gradients
+
+    threads(1)
+    alone = everything()
+    for number in (2, 3, 8):
+        threads(number)
+        assert all(map(torch.equal, everything(), alone))
+    monkeypatch.setattr(team, "_openmp", lambda: None)
+    assert all(map(torch.equal, everything(), alone))
+
+
+def test_passes_of_several_python_threads_at_once(threads):
+    threads(2)
+    problems = [make_problem(200, 180, seed=i).to(torch.float32) for i in range(4)]
+
+    def mask(problem):
+        return fallback.prune_mask(problem.weight, *problem.factors, torch.tensor(30_000), no_guess(), *ARGUMENTS)
+
+    alone = list(map(mask, problems))
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(mask, problems * 10))
+    assert all(map(torch.equal, together, alone * 10))
+
+
+@pytest.mark.parametrize("num_pruned", [1, 5_000, 20_000, 29_999, 30_000])
+def test_more_ties_than_there_is_room_for(num_pruned):
+    """The first pass only counts them; the second has room for all."""
+    weight, factors = torch.full((100, 300), 0.5), [torch.zeros(f.shape) for f in make_problem(100, 300).factors]
+    masked = torch.full((100, 300), 7.0)
+    guess = torch.tensor([0.5, 1.0, num_pruned / 30_000, 0.01])
+    mask = fallback.prune_mask(weight, *factors, torch.tensor(num_pruned), guess, 1.0, 1.0, 1.0, masked)
+    kept = functional.unpack_mask(mask, 300).flatten()
+    assert torch.equal(kept, torch.arange(30_000) >= num_pruned)
+    assert torch.equal(masked.flatten(), kept * 0.5)
+
+
+@pytest.mark.parametrize("share_of_ties", [0.1, 0.3, 0.6])
+def test_ties_on_both_sides_of_the_room(share_of_ties):
+    weight, factors = torch.rand(200, 400) + 1.0, [torch.zeros(f.shape) for f in make_problem(200, 400).factors]
+    weight[torch.rand(200, 400) < share_of_ties] = 0.5
+    ties = int((weight == 0.5).sum())
+    guess = torch.tensor([0.5, 1e-3, 0.5, 0.01])
+    mask = fallback.prune_mask(weight, *factors, torch.tensor(ties - 3), guess, 1.0, 1.0, 1.0)
+    expected = weight > 0.5
+    expected.view(-1)[(weight == 0.5).flatten().nonzero()[-3:]] = True
+    assert torch.equal(functional.unpack_mask(mask, 400), expected)
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 250])
+def test_packed_words(columns):
+    """`pack` and `unpack` follow packing.py, padding bits included."""
+    kept = torch.rand(9, columns) > 0.5
+    packed = packing.pack_mask(kept)
+    flags = np.zeros(32 * packed.shape[1], np.uint8)
+    for row, words in zip(kept, packed.view(torch.uint32).numpy(), strict=True):
+        rows.unpack(words, flags)
+        assert np.array_equal(flags[:columns], row.numpy())
+        assert not flags[columns:].any()
+        again = np.zeros_like(words)
+        rows.pack(flags, again)
+        assert np.array_equal(again, words)
+
+
+def test_bf16_rounding():
+    """To nearest even, as PyTorch's; NaN and infinities stay what they are."""
+    values = torch.cat([torch.randn(4096) * 10.0**e for e in (-41, -38, 0, 38)])
+    halfway = (torch.arange(4096, dtype=torch.int32) * 0x8000 + 0x3F800000).view(torch.float32)
+    values = torch.cat([values, halfway, torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 3.4e38])])
+    bits = np.empty(values.numel(), np.uint16)
+    rows.narrow(values.numpy(), bits)
+    expected = values.to(torch.bfloat16)
+    found = torch.from_numpy(bits).view(torch.bfloat16)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    wide = np.empty(values.numel(), np.float32)
+    rows.widen(bits, wide)
+    assert torch.equal(torch.from_numpy(wide).nan_to_num(), expected.float().nan_to_num())
+
+
+def test_shares_cover_all_rows_once():
+    for out, columns in ((1, 1), (7, 10), (300, 1000), (3072, 768), (50_257, 8)):
+        share = operands.share_rows(out, columns)
+        assert 1 <= share <= out
+        sums = operands.share_rows_of_sums(out, calls.SHARES)
+        assert sums % rows.GROUP == 0
+        assert -(-out // sums) <= calls.SHARES
+
+
+def test_machine_code_is_kept_by_the_sources_of_the_whole_folder():
+    """Numba alone would go by the file of a function, and use what was compiled before another file changed."""
+    for function in (rows.pack, passes.drop):
+        assert compile.cache_folder() in Path(function.stats.cache_path).parents
+    assert str(compile.cache_folder()) != numba.config.CACHE_DIR  # other users of Numba keep theirs
+
+
+@pytest.mark.parametrize(
+    ("weight", "dtype"),
+    [
+        (torch.ones(4, 4, dtype=torch.float64), None),
+        (torch.ones(4, 4, dtype=torch.float16), None),
+        (torch.ones(4, 4), torch.float16),
+        (torch.ones(4, 3).T, None),
+        (torch.ones(4, 0), None),
+        (torch.ones(4, 4, device="meta"), None),
+    ],
+    ids=["float64", "fp16", "fp16 result", "transposed", "empty", "another device"],
+)
+def test_what_is_left_to_pytorch(weight, dtype):
+    assert cpu.compiled(weight, dtype) is None
+    assert cpu.compiled(torch.ones(4, 4), torch.bfloat16) is calls
+
+
+def test_the_variable(monkeypatch):
+    monkeypatch.setenv("PST_KERNELS_CPU", "torch")
+    assert cpu.compiled(torch.ones(4, 4)) is None
+    monkeypatch.setenv("PST_KERNELS_CPU", "cython")
+    with pytest.raises(ValueError, match=r"PST_KERNELS_CPU='cython'.*auto, numba, torch"):
+        cpu.compiled(torch.ones(4, 4))
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    for name in [
+        name for name in sys.modules if name.split(".")[0] == "numba" or name.startswith("pst_kernels.cpu.compiled.")
+    ]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)  # an import of it fails
+    monkeypatch.delattr(cpu, "launch")
+    cpu._import_calls.cache_clear()
+    cpu._say_once.cache_clear()
+    yield
+    cpu._import_calls.cache_clear()
+    cpu._say_once.cache_clear()
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_without_numba_it_says_so_once_and_goes_on(monkeypatch, caplog):
+    monkeypatch.delenv("PST_KERNELS_CPU")
+    weight, factors = make_problem(20, 30, weight_dtype=torch.float32, factor_dtype=torch.float32)
+    with caplog.at_level(logging.WARNING, "pst_kernels"):
+        for _ in range(3):
+            assert int((~functional.unpack_mask(functional.prune_mask(weight, *factors, 300), 30)).sum()) == 300
+    (record,) = caplog.records
+    assert "numba" in record.message
+    assert "slower" in record.message
+
+
+@pytest.mark.usefixtures("without_numba")
+def test_an_explicit_request_without_numba_raises():
+    with pytest.raises(ImportError, match=r"PST_KERNELS_CPU=numba, but .*install numba or unset"):
+        cpu.compiled(torch.ones(4, 4))
