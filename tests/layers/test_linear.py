@@ -10,7 +10,7 @@ from torch import nn
 import pst_kernels as pst
 from pst_kernels import cpu, reference
 from pst_kernels.cpu import row_blocks
-from pst_kernels.layers import linear
+from pst_kernels.layers.pst_layer import FACTORS
 
 
 @pytest.fixture(params=["PSTLinear", "PSTConv1D"])
@@ -94,7 +94,7 @@ def test_recomputation_reuses_the_mask(layer, refreshes):
     assert len(refreshes) == 1
 
 
-@pytest.mark.parametrize("name", ["weight", *linear.FACTORS])
+@pytest.mark.parametrize("name", ["weight", *FACTORS])
 def test_every_input_of_the_mask_is_watched(layer, refreshes, name):
     layer.refresh_mask()
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_from_linear_holds_the_same_parameters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_and_unmerge(layer, dtype):
     layer.to(dtype)
-    for factor in linear.FACTORS:  # PEFT's way: factors stay fp32 over a 16-bit base
+    for factor in FACTORS:  # PEFT's way: factors stay fp32 over a 16-bit base
         setattr(layer, factor, nn.Parameter(getattr(layer, factor).float()))
     layer.eval()
     x = torch.randn(6, 40).to(dtype)
@@ -251,7 +251,7 @@ def test_a_dense_state_dict_loads(layer):
     dense = {"weight": torch.randn_like(layer.weight), "bias": torch.randn(24)}
     result = layer.load_state_dict(dense, strict=False)
     assert not result.unexpected_keys
-    assert sorted(result.missing_keys) == sorted([*linear.FACTORS, "pst_mask", "pst_num_pruned"])
+    assert sorted(result.missing_keys) == sorted([*FACTORS, "pst_mask", "pst_num_pruned"])
     x = torch.randn(3, 40)
     torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)
 

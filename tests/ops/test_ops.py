@@ -8,7 +8,6 @@ from oracle import make_problem
 
 import pst_kernels as pst
 from pst_kernels import functional, ops
-from pst_kernels.masks import due
 
 
 def samples(dtype=torch.float32):
@@ -23,8 +22,8 @@ def samples(dtype=torch.float32):
     blocks = ops.prune_mask(*weights, torch.tensor(1), new(), "block:16")
     for pattern, count, mask in (("unstructured", num_pruned, packed), ("block:16", torch.tensor(1), blocks)):
         yield "prune_mask", (*weights, count, new(), pattern)
-        yield "refresh_mask", (*weights, count, mask.clone(), new(), due.never_seen(8), 1, pattern)
-    yield "is_last_before_refresh", (due.never_seen(8), 16)
+        yield "refresh_mask", (*weights, count, mask.clone(), new(), 1, pattern)
+    yield "is_last_before_refresh", (factors[0], 16)
     unstructured, of_blocks = ((weight, *factors, mask, *scales) for mask in (packed, blocks))
     yield "masked_weight", (*unstructured, dtype)
     yield "linear_forward", (x, *unstructured, torch.randn(12))

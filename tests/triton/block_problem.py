@@ -63,11 +63,10 @@ class Problem(NamedTuple):
         with torch.autocast("cpu", dtype=gy.dtype, enabled=bool(self.weight)):
             factors = Factors(*(given[name] for name in Factors._fields))
             operands = MaskedWeight(given["weight"], factors, pack_mask(kept), Scales(**SCALES))
-            options = functional.Options(
-                self.through, block_size=self.size, learn_scores=torch.tensor(self.learn)
-            )  # fmt: skip
-            dtype = functional.operand_dtype(given["x"])
-            y = functional.masked_linear(given["x"], operands, given["bias"], dtype, options)
+            options = functional.Options(self.through, block_size=self.size)
+            x, dtype = given["x"], functional.operand_dtype(given["x"])
+            learn = torch.tensor(self.learn)
+            y = functional.masked_linear(x, operands, given["bias"], dtype, options, learn_scores=learn)
         # its transpose is contiguous, it is not
         y.backward(gy.t().contiguous().t())
         return [y.detach(), *(tensor.grad for tensor in learned)]
