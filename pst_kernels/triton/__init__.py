@@ -1,5 +1,6 @@
 """The ops of ops.py as Triton kernels: for CUDA tensors, and for CPU tensors in the interpreter or an emulator."""
 
+from . import versions  # noqa: F401 (first: where Triton is too old it says so)
 from .block_gradients import block_backward
 from .block_matmul import block_forward
 from .gradients import linear_backward

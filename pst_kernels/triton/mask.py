@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..masks.packing import WORD, packed_width
 from ..operands import Factors, MaskedWeight, Scales
+from . import versions
 from .score import checked, layouts
 from .select import INDEX, KEY, key_of, signed, threshold
 from .tiles import Case
@@ -147,7 +148,7 @@ def tile_for_words(weight: Tensor, ranks: int) -> Tile:
     """The usual tile, but a step of one word's 32 columns where the columns of W run along i."""
     tile = tile_of(ranks, weight.shape[1])
     if weight.stride(0) == 1 and weight.stride(1) != 1:
-        return tile._replace(block_i=WORD, block_j=128, vector=1, warps=8)
+        return tile._replace(block_i=WORD, block_j=versions.TRANSPOSED_ACROSS, vector=1, warps=8)
     return tile
 
 

@@ -262,7 +262,7 @@ def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tenso
     dtype = torch.bfloat16 if split else torch.float32
     left = torch.empty((rows, width), dtype=dtype, device=U.device)
     right = torch.empty((columns, width), dtype=dtype, device=U.device)
-    block = 32
+    block = 32 if width <= 128 else 16
     grid = (triton.cdiv(rows, block) + triton.cdiv(columns, block),)
     split_factors_kernel[grid](
         U, V, left, right, rows, columns, rank, beta, SPLIT=split, WIDTH=width, BLOCK=block, num_warps=4

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import versions
 from .score import low_rank_step, not_unrolled, score_from, updated_from
 from .tiles import architecture
 
@@ -188,7 +189,7 @@ def tile_of(ranks: int, n_j: int) -> Tile:
     if ranks <= 16:
         return Tile(4, 1024, 4, True, 8, 2) if n_j > 512 else Tile(8, 512, 2, True, 8, 2)
     if ranks <= 32:
-        return Tile(8, 256, 1, True, 8, 2)
+        return Tile(versions.MANY_HELD_ROWS, 256, 1, True, 8, 2)
     return RARE
 
 
