@@ -292,7 +292,8 @@ def block_matmul(
         tile = tile._replace(columns=min(tile.columns, 64), depth=32, stages=2)
     if width > FACTOR_PART[key]:  # their parts are loaded within a step, which leaves nothing to pipeline
         warps = 8 if key == "float" else tile.warps
-        tile = tile._replace(columns=min(tile.columns, 32), depth=32, warps=warps, stages=1)
+        depth = 16 if key == "float" and size == 128 else 32  # 32 spill on sm_80 with Triton 3.6
+        tile = tile._replace(columns=min(tile.columns, 32), depth=depth, warps=warps, stages=1)
     return tile._replace(columns=min(tile.columns, 32)) if tokens <= FEW_TOKENS else tile
 
 
