@@ -1,7 +1,7 @@
 """The versions of Triton: the oldest that the kernels take, and what one's compiler needs otherwise than the others'.
 
 This is the only place that asks for a version. Each choice is the smallest that compiles without a spill for every
-target; `python -m pst_kernels.triton.tools.versions` shows what each version makes of all kernels.
+target; `python tests/triton/every_triton.py` shows what each version makes of all kernels.
 """
 
 from __future__ import annotations
