@@ -111,6 +111,7 @@ def factor_gradients_kernel(
     """
     RANKS: tl.constexpr = RANK_W + RANK_S + 1
     COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
+    STRAIGHT: tl.constexpr = THROUGH or G_STORED  # else Q needs no W', and D has a branch of its own: fewer registers
     EXACT: tl.constexpr = p_v.dtype.element_ty == tl.bfloat16 and p_b.dtype.element_ty == tl.bfloat16
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     r = tl.arange(0, BLOCK_ROWS)
@@ -163,24 +164,26 @@ def factor_gradients_kernel(
                 else:
                     o_weight = r_in[:, None] * stride + c_in[None, :]
                     p_part = p_weight + i
-                b_weight = tl.load(p_part + o_weight).to(tl.float32)
                 b_right = right_factors(p_v + i, p_b + i, m_columns, columns, RANK_W, RANK_S, COLUMNS)
                 b_right_high, b_right_low = split(b_right, FAST, SPLIT)
                 b_v_high = tl.where(of_weight[:, None], b_right_high, 0.0)
                 b_v_low = tl.where(of_weight[:, None], b_right_low, 0.0)
-                b_updated = product_of_pairs(b_u_high, b_u_low, b_v_high, b_v_low, b_weight, FAST, EXACT)
                 b_part = columns_of(b_g, part, PARTS)
-                b_d = b_part * b_updated
-                b_dr += tl.sum(b_d, 1)
-                tl.store(p_dc + i + c, tl.sum(b_d, 0), mask=m_columns)
-                b_high, b_low = split(b_d, FAST, SPLIT)
-                b_b_high = tl.where(of_weight[:, None], 0.0, b_right_high)
-                b_b_low = tl.where(of_weight[:, None], 0.0, b_right_low)
-                b_row_sum = product_of_pairs(
-                    b_high, b_low, tl.trans(b_b_high), tl.trans(b_b_low), b_row_sum, FAST, EXACT
-                )
                 b_sum = tl.zeros((COLUMNS, 16), tl.float32)
-                b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_a_high, b_a_low, b_sum, FAST)
+                b_updated = b_part
+                if STRAIGHT or rows > part + 1:
+                    b_weight = tl.load(p_part + o_weight).to(tl.float32)
+                    b_updated = product_of_pairs(b_u_high, b_u_low, b_v_high, b_v_low, b_weight, FAST, EXACT)
+                    b_d = b_part * b_updated
+                    b_dr += tl.sum(b_d, 1)
+                    tl.store(p_dc + i + c, tl.sum(b_d, 0), mask=m_columns)
+                    b_high, b_low = split(b_d, FAST, SPLIT)
+                    b_b_high = tl.where(of_weight[:, None], 0.0, b_right_high)
+                    b_b_low = tl.where(of_weight[:, None], 0.0, b_right_low)
+                    b_row_sum = product_of_pairs(
+                        b_high, b_low, tl.trans(b_b_high), tl.trans(b_b_low), b_row_sum, FAST, EXACT
+                    )
+                    b_sum = product_of_pairs(tl.trans(b_high), tl.trans(b_low), b_a_high, b_a_low, b_sum, FAST)
                 if rows > part:
                     if WORDS_AT_ONCE:
                         b_part_words = columns_of(b_words, part, PARTS)

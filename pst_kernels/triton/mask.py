@@ -26,7 +26,7 @@ from .sweep import (
     sweep_weight,
     tile_of,
 )
-from .tiles import targets
+from .tiles import targets, versions
 from .tiles.targets import Platform
 
 BITS = tl.constexpr(WORD)
@@ -150,7 +150,7 @@ def tile_for_words(weight: Tensor, ranks: int) -> SweepTile:
     """The usual tile, but a step of one word's 32 columns where the columns of W run along i."""
     tile = tile_of(ranks, weight.shape[1])
     if weight.stride(0) == 1 and weight.stride(1) != 1:
-        return tile._replace(block_i=WORD, block_j=128, vector=1, warps=8)
+        return tile._replace(block_i=WORD, block_j=versions.TRANSPOSED_ACROSS, vector=1, warps=8)
     return tile
 
 

@@ -145,6 +145,8 @@ def masked_matmul_kernel(
         b_updated = widen(b_weight, ASSEMBLY != "")
         if WEIGHT_ALONG_ROWS:
             b_updated = tl.dot(b_right, b_left, b_updated, input_precision="ieee")
+            if WAIT:  # used under the branch alone, the small product would be waited for there: Triton 3.6 fails on it
+                b_updated = tl.inline_asm_elementwise("", "=f,0", [b_updated], dtype=tl.float32, is_pure=True, pack=1)
             b_kept = tl.zeros((OUTER, INNER), b_x.dtype)
             # Always true, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
             # next, or it would give both warpgroups all of `outer`, the same 64 rows twice.
@@ -208,7 +210,7 @@ def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tenso
     dtype = torch.bfloat16 if split else torch.float32
     left = torch.empty((rows, width), dtype=dtype, device=U.device)
     right = torch.empty((columns, width), dtype=dtype, device=U.device)
-    block = 32
+    block = 32 if width <= 128 else 16
     grid = (triton.cdiv(rows, block) + triton.cdiv(columns, block),)
     split_factors_kernel[grid](
         U, V, left, right, rows, columns, rank, beta, SPLIT=split, WIDTH=width, BLOCK=block, num_warps=4

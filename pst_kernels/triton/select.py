@@ -239,8 +239,10 @@ def gather_kernel(
             b_before = (tl.cumsum(b_column, 0) - b_column)[None, :] + tl.cumsum(b_inside, 0) - b_inside
             slot = b_before + tl.minimum(start, capacity).to(tl.int32)
             m_slot = inside & (slot < capacity)
-            tl.store(p_key + slot, b_key, mask=m_slot)
-            tl.store(p_index + slot, flat_index(i, j, n_i, n_j, p_index.dtype.element_ty, TRANSPOSED), mask=m_slot)
+            b_index = flat_index(i, j, n_i, n_j, p_index.dtype.element_ty, TRANSPOSED)
+            slot, m_slot = tl.reshape(slot, [BLOCK_I * BLOCK_J]), tl.reshape(m_slot, [BLOCK_I * BLOCK_J])
+            tl.store(p_key + slot, tl.reshape(b_key, [BLOCK_I * BLOCK_J]), mask=m_slot)
+            tl.store(p_index + slot, tl.reshape(b_index, [BLOCK_I * BLOCK_J]), mask=m_slot)
     tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64))
 
 

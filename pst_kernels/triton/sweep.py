@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .score import low_rank_step, not_unrolled, score_from, updated_from
+from .tiles import versions
 from .tiles.targets import Platform
 
 MOST_ROWS = 512  # of a program; more save little: it reads 64 bytes of factors for each j, at ranks 8 + 8
@@ -83,8 +84,9 @@ def program_indices(n_j, rows_per_program, BLOCK_J: tl.constexpr, VECTOR: tl.con
     across = tl.cdiv(n_j, BLOCK_J)
     program = tl.program_id(0)
     j = (program % across).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-    # No more neighbours than VECTOR to a thread: the held factors take that many registers a rank.
-    return (program // across).to(tl.int64) * rows_per_program, tl.max_contiguous(j, VECTOR), j < n_j
+    # No more neighbours than VECTOR to a thread: the held factors take that many registers a rank. Said as a divisor,
+    # for with neighbours that are not contiguous Triton 3.6 would put a warp's threads along i.
+    return (program // across).to(tl.int64) * rows_per_program, tl.multiple_of(j, VECTOR), j < n_j
 
 
 @triton.jit
@@ -189,7 +191,7 @@ def tile_of(ranks: int, n_j: int) -> SweepTile:
     if ranks <= 16:
         return SweepTile(4, 1024, 4, True, 8, 2) if n_j > 512 else SweepTile(8, 512, 2, True, 8, 2)
     if ranks <= 32:
-        return SweepTile(8, 256, 1, True, 8, 2)
+        return SweepTile(versions.MANY_HELD_ROWS, 256, 1, True, 8, 2)
     return RARE
 
 

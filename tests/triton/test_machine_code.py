@@ -170,6 +170,23 @@ def test_an_empty_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.problems == [f"is empty: {row.registers} registers, tensor-core instructions: none"]
 
 
+def test_nops_are_named_where_they_alone_exceed_a_budget() -> None:
+    row = kernels.Row("sm_120", "k", "case", 8, 3, 255, 0, 0, 1, 1, True, "HMMA x4", 100, 0.6, 0.5, 1.0, "file", 20)
+    assert row.slots_without_nops == 0.48
+    assert row.problems[0].endswith("budget 0.5; 0.48 without the assembler's NOPs")
+    assert row._replace(nops=10).problems[0].endswith("budget 0.5")
+
+
+def test_a_kernel_that_does_not_compile_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("\n  PassManager::run failed\nand more")
+
+    monkeypatch.setattr(kernels.Compilation, "compile", fail)
+    row = kernels._row("sm_80", ("score",), 0, None)
+    assert (row.kernel, row.registers) == ("scores_kernel", 0)
+    assert row.problems == ["does not compile: RuntimeError: PassManager::run failed"]
+
+
 def test_report_of_one_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     import argparse
 

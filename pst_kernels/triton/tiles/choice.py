@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from . import tables
+from . import tables, versions
 from .tables import Tile
 from .targets import TARGETS, Platform, interpreted
 from .tuning_file import tuned
@@ -64,7 +64,8 @@ def block_matmul(
         tile = tile._replace(columns=min(tile.columns, 64), depth=32, stages=2)
     if width > tables.FACTOR_PART[key]:  # their parts are loaded within a step, which leaves nothing to pipeline
         warps = 8 if key == "float" else tile.warps
-        tile = tile._replace(columns=min(tile.columns, 32), depth=32, warps=warps, stages=1)
+        depth = 16 if key == "float" and size == 128 else 32  # 32 spill on sm_80 with Triton 3.6
+        tile = tile._replace(columns=min(tile.columns, 32), depth=depth, warps=warps, stages=1)
     return tile._replace(columns=min(tile.columns, 32)) if tokens <= tables.FEW_TOKENS else tile
 
 
@@ -142,6 +143,8 @@ def gradient_plan(
     few = few_ranks(architecture, rank_w + rank_s)
     tile = gradients(architecture, x, weight, rows, columns, max(rank_w, rank_s + 1), few)
     g_stored = tokens >= tables.G_STORED_TOKENS[dtype_key(x, weight)]
+    if g_stored:
+        tile = tile._replace(columns=min(tile.columns, versions.G_STORED_COLUMNS))
     across, down = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
     a_split = tokens if g_stored else tokens_per_split(architecture, across * down, tokens, tile.depth)
     split_k = triton.cdiv(tokens, a_split)

@@ -91,9 +91,13 @@ class Row(NamedTuple):
     budget: float | None
     seconds: float
     file: str  # in the folder of --dump, without suffix
+    nops: int = 0  # of `loop`: an assembler puts them between tensor-core instructions to keep their pace
+    error: str = ""  # the first line of the compiler's; the numbers are then 0
 
     @property
     def problems(self) -> list[str]:
+        if self.error:
+            return [f"does not compile: {self.error}"]
         found = []
         if self.stack or self.local:
             found.append(f"spills {self.stack + self.local} B")
@@ -107,7 +111,15 @@ class Row(NamedTuple):
             found.append(f"{self.shared} B of shared memory do not fit")
         if self.budget is not None and (self.slots is None or self.slots > self.budget):
             found.append(f"main loop takes {self.slots} issue slots per tensor-core cycle, budget {self.budget}")
+            if self.slots_without_nops is not None and self.slots_without_nops <= self.budget:
+                found[-1] += f"; {self.slots_without_nops} without the assembler's NOPs"
         return found
+
+    @property
+    def slots_without_nops(self) -> float | None:
+        if self.slots is None or not self.loop:
+            return self.slots
+        return round(self.slots * (1 - self.nops / self.loop), 3)
 
 
 def gpu_target(architecture: str) -> GPUTarget:
@@ -167,15 +179,13 @@ def report(
 
 def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | None) -> Row:
     binary, target = shipped(architecture, files)[index], TARGETS[architecture]
+    name = f"{architecture}-{index:03d}-{binary.kernel.__name__}"
     start = time.monotonic()
     try:
         compiled = binary.compile(gpu_target(architecture))
-    except Exception as error:  # Triton raises what it likes; the row is what a reader needs
-        raise RuntimeError(
-            f"{binary.kernel.__name__} ({binary.case.name}) does not compile for {architecture}"
-        ) from error
+    except Exception as error:  # Triton raises what it likes; a reader wants the other rows as well
+        return _failed(architecture, binary, name, error)
     seconds = time.monotonic() - start
-    name = f"{architecture}-{index:03d}-{binary.kernel.__name__}"
     if dump is not None:
         for kind in ("ptx", "cubin", "amdgcn", "hsaco"):
             if kind in compiled.asm:
@@ -195,7 +205,17 @@ def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | Non
         architecture, binary.kernel.__name__, binary.case.name, warps, compiled.metadata.num_stages,
         read["registers"], read["stack"], read["local"], shared, _blocks(target, read["registers"], warps, shared),
         PRODUCT.search(compiled.asm["ttgir"]) is not None, read["tensor_core"], read["loop"], slots,
-        binary.case.slots if len(tile) == len(TILE) else None, round(seconds, 2), name,
+        binary.case.slots if len(tile) == len(TILE) else None, round(seconds, 2), name, read["nops"],
+    )  # fmt: skip
+
+
+def _failed(architecture: str, binary: Compilation, name: str, error: Exception) -> Row:
+    """The row of a binary that does not compile."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return Row(
+        architecture, binary.kernel.__name__, binary.case.name, binary.options.get("num_warps", 4),
+        binary.options.get("num_stages", 0), 0, 0, 0, 0, 0, False, "", None, None, binary.case.slots, 0.0, name,
+        error=f"{type(error).__name__}: {first}",
     )  # fmt: skip
 
 
@@ -242,6 +262,7 @@ def _read_cubin(cubin: bytes, code: bool = True) -> dict[str, Any]:
         "registers": used.get("REG", 0), "stack": used.get("STACK", 0), "local": used.get("LOCAL", 0),
         "tensor_core": f"{most} x{kinds[most]}" + ", left operand in registers" * in_registers if most else "",
         "loop": None if loop is None else sum(not TENSOR_CORE.match(_opcode(text).split(".")[0]) for text in loop),
+        "nops": sum(_opcode(text) == "NOP" for text in loop or ()),
     }  # fmt: skip
 
 
@@ -278,7 +299,7 @@ def _read_amdgcn(text: str) -> dict[str, Any]:
     return {
         "registers": field("vgpr_count") + field("agpr_count"), "stack": field("private_segment_fixed_size"),
         "local": 4 * field("vgpr_spill_count"), "tensor_core": f"{most[0][0]} x{most[0][1]}" if most else "",
-        "loop": None,
+        "loop": None, "nops": 0,
     }  # fmt: skip
 
 
@@ -290,7 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the report; 1 when a row spills, does not fit or exceeds its budget."""
+    """Print the report; 1 when a row does not compile, spills, does not fit or exceeds its budget."""
     rows = report(args.target or env.architecture() or _device_target(), args.dump, args.workers)
     if args.json:
         print(json.dumps([row._asdict() | {"problems": row.problems} for row in rows], indent=1))
