@@ -93,14 +93,14 @@ def run_blocks(rows: int, columns: int, size: int, tokens: int = 3, transposed: 
 
 
 def change_arguments(emulator, monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[dict], None]) -> None:
-    original = emulator.launch
+    original = emulator.launching.launch
 
     def launch(fn, grid, args, *rest, **options):
         if fn.fn.__name__ == kernel:
             change(args)
         return original(fn, grid, args, *rest, **options)
 
-    monkeypatch.setattr(emulator, "launch", launch)
+    monkeypatch.setattr(emulator.launching, "launch", launch)
 
 
 def outside(kernel: str) -> str:
