@@ -6,13 +6,13 @@ interpreter, which needs a process of its own:
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from linear_problem import SCALES, Inside, relative_error
+from linear_problem import LEARNED, SCALES, relative_error
 from linear_problem import Problem as LinearProblem
 from torch import Tensor
 
@@ -55,21 +55,26 @@ class Problem(NamedTuple):
         same = {name: value for name, value in self._asdict().items() if name in LinearProblem._fields}
         return LinearProblem(**same).tensors(device) | {"kept": self.mask().to(device)}
 
-    def solve(self, device: str = "cpu", inside: Inside = contextlib.nullcontext) -> list[Tensor]:
-        """y and the gradients by the ops of the chosen backend, `inside` a context."""
+    def ready(self, device: str = "cpu") -> Callable[[], list[Tensor]]:
+        """What computes y and the gradients by the ops of the chosen backend, its tensors made."""
         given = self.tensors(device)
-        gy, kept = given.pop("gy"), given.pop("kept")
-        learned = [given[name].requires_grad_() for name in ("x", "U", "V", "A", "B", "R", "C")]
-        mask, learn = pack_mask(kept), torch.tensor(self.learn)
-        with inside():
+        gy, mask, learn = given.pop("gy"), pack_mask(given.pop("kept")), torch.tensor(self.learn)
+        gy = gy.t().contiguous().t()  # its transpose is contiguous, it is not
+
+        def run() -> list[Tensor]:
+            learned = {name: given[name].detach().requires_grad_() for name in LEARNED}
             with torch.autocast(device, dtype=gy.dtype, enabled=bool(self.weight)):
                 y = functional.masked_linear(
-                    None, **given, mask=mask, through_magnitude=self.through, **SCALES,
+                    None, **given | learned, mask=mask, through_magnitude=self.through, **SCALES,
                     block_size=self.size, learn=learn,
                 )  # fmt: skip
-            # its transpose is contiguous, it is not
-            y.backward(gy.t().contiguous().t())
-        return [y.detach(), *(tensor.grad for tensor in learned)]
+            y.backward(gy)
+            return [y.detach(), *(tensor.grad for tensor in learned.values())]
+
+        return run
+
+    def solve(self, device: str = "cpu") -> list[Tensor]:
+        return self.ready(device)()
 
     def exact(self, device: str = "cpu") -> list[Tensor]:
         """The same in float64: U and V learn from kept blocks of G, the scores from all of it or not at all."""

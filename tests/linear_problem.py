@@ -6,7 +6,6 @@ Triton decides when a kernel is defined whether it is interpreted, so that needs
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pst_kernels import functional, reference
 from pst_kernels.masks.packing import pack_mask
 
 OUTPUTS = ("y", "dx", "dU", "dV", "dA", "dB", "dR", "dC")
-Inside = Callable[[], contextlib.AbstractContextManager]
+LEARNED = ("x", "U", "V", "A", "B", "R", "C")
 SCALES = {"beta": 0.7, "alpha1": 1.3, "alpha2": 0.9}
 
 
@@ -56,20 +55,27 @@ class Problem(NamedTuple):
         }  # fmt: skip
         return {name: tensor.to(device) for name, tensor in made.items()}
 
-    def solve(self, exact: bool, device: str = "cpu", inside: Inside = contextlib.nullcontext) -> list[Tensor]:
-        """y and the gradients: in float64 by reference.py, or by the ops of the chosen backend, `inside` a context."""
+    def ready(self, exact: bool, device: str = "cpu") -> Callable[[], list[Tensor]]:
+        """What computes y and the gradients, its tensors made: in float64 by reference.py, or by the ops."""
         given = self.tensors(device)
-        gy, kept = given.pop("gy"), given.pop("kept")
         if exact:
-            given = {name: tensor.double() for name, tensor in given.items()}
-            gy = gy.double()
-        learned = [given[name].requires_grad_() for name in ("x", "U", "V", "A", "B", "R", "C")]
+            given = {name: tensor.double() for name, tensor in given.items() if name != "kept"} | {
+                "kept": given["kept"]
+            }
+        gy, kept = given.pop("gy"), given.pop("kept")
         function, mask = (reference.pst_linear, kept) if exact else (functional.pst_linear, pack_mask(kept))
-        with inside():
+
+        def run() -> list[Tensor]:
+            learned = {name: given[name].detach().requires_grad_() for name in LEARNED}
             with torch.autocast(device, dtype=gy.dtype, enabled=bool(self.weight) and not exact):
-                y = function(**given, mask=mask, through_magnitude=self.through, **SCALES)
+                y = function(**given | learned, mask=mask, through_magnitude=self.through, **SCALES)
             y.backward(gy)
-        return [y.detach(), *(tensor.grad for tensor in learned)]
+            return [y.detach(), *(tensor.grad for tensor in learned.values())]
+
+        return run
+
+    def solve(self, exact: bool, device: str = "cpu") -> list[Tensor]:
+        return self.ready(exact, device)()
 
     def errors(self) -> dict[str, float]:
         """RMS error over RMS value for every output; infinite where anything is not finite."""

@@ -4,37 +4,10 @@ import logging
 
 import pytest
 import torch
-from oracle import make_problem
+from op_samples import samples
 
 import pst_kernels as pst
 from pst_kernels import functional, ops
-from pst_kernels.masks import due as refresh
-
-
-def samples(dtype=torch.float32):
-    weight, factors = make_problem(12, 40, weight_dtype=dtype, factor_dtype=torch.float32)
-    U, V, A, B, _R, _C = factors
-    packed = functional.prune_mask(weight, *factors, 200)
-    num_pruned, scales = torch.tensor(200), (1.0, 0.5, 2.0)
-    x, gy = torch.randn(6, 40).to(dtype), torch.randn(6, 12).to(dtype)
-    new = functional.new_guess
-    yield "scores", (weight, *factors, *scales)
-    yield "kth_value", (torch.randn(50), 20)
-    yield "prune_mask", (weight, *factors, num_pruned, new(), *scales)
-    seen = refresh.never_seen(8)
-    yield "refresh_mask", (weight, *factors, num_pruned, packed.clone(), new(), seen, 1, *scales)
-    yield "pattern_mask", (weight, *factors, torch.tensor(1), "block:16", *scales)
-    blocks = ops.pattern_mask(weight, *factors, torch.tensor(1), "block:16", *scales)
-    yield "refresh_pattern_mask", (weight, *factors, torch.tensor(1), blocks, seen, 1, "block:16", *scales)
-    yield "is_last_before_refresh", (refresh.never_seen(8), 16)
-    yield "masked_weight", (weight, U, V, packed, 1.0, dtype)
-    yield "linear_forward", (x, weight, U, V, torch.randn(12), packed, 1.0)
-    yield "linear_forward", (x, weight, U, V, None, packed, 1.0)
-    for needs_input, needs_factors in ((True, True), (False, True), (True, False)):
-        yield "linear_backward", (gy, x, weight, U, V, A, B, packed, *scales, True, needs_input, needs_factors)
-    yield "block_forward", (x, weight, U, V, torch.randn(12), blocks, 1.0, 16)
-    for learn in (True, False):
-        yield "block_backward", (gy, x, weight, U, V, A, B, blocks, torch.tensor(learn), *scales, True, 16, True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
