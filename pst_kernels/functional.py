@@ -7,30 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .cpu.row_blocks import compute_dtype
-from .layers.recompute import make_again, producer_of
 from .masks.packing import packed_width, unpack_mask
+from .operands import Factors, MaskedWeight, Scales, compute_dtype
 
 __all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
-
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def scores(
     weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
     *, beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: training never
-    stores it.
+    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: the unstructured
+    mask is made without storing it.
     """
-    _check_factors(weight, U, V, A, B, R, C)
-    return ops.scores(weight, U, V, A, B, R, C, float(beta), float(alpha1), float(alpha2))
+    factors = Factors(U, V, A, B, R, C)
+    factors.check(weight)
+    return ops.scores(weight, *factors, float(beta), float(alpha1), float(alpha2))
 
 
 def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +59,8 @@ def prune_mask(
     Equal scores: the lower flat index is pruned first. The scores are not stored. `num_pruned` is an int or a 0-d int64
     tensor, which stays on its device. Raises ValueError for an int outside [0, weight.numel()] and for wrong shapes.
     """
-    _check_factors(weight, U, V, A, B, R, C)
+    factors = Factors(U, V, A, B, R, C)
+    factors.check(weight)
     if isinstance(num_pruned, Tensor):
         if num_pruned.dtype != torch.int64 or num_pruned.dim() != 0:
             raise TypeError(
@@ -77,8 +76,8 @@ def prune_mask(
         if not 0 <= num_pruned <= weight.numel():
             raise ValueError(f"num_pruned must be in [0, {weight.numel()}] for this weight, got {num_pruned}")
         num_pruned = torch.tensor(num_pruned, dtype=torch.int64, device=weight.device)
-    guess = new_guess(weight.device)
-    return ops.prune_mask(weight, U, V, A, B, R, C, num_pruned, guess, float(beta), float(alpha1), float(alpha2))
+    scales = Scales(float(beta), float(alpha1), float(alpha2))
+    return ops.prune_mask(weight, *factors, *scales, num_pruned, new_guess(weight.device), "unstructured")
 
 
 def pst_linear(
@@ -100,24 +99,40 @@ def pst_linear(
         mask = prune_mask(W, U, V, A, B, R, C, int(W.numel() * 0.9))
         y = pst_linear(x, W, bias, U, V, A, B, R, C, mask)
     """
-    return masked_linear(None, x, weight, bias, U, V, A, B, R, C, mask, beta, alpha1, alpha2, through_magnitude)
+    scales = Scales(float(beta), float(alpha1), float(alpha2))
+    operands = MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, scales)
+    return masked_linear(x, operands, bias, operand_dtype(x), Options(through_magnitude))
+
+
+class Options(NamedTuple):
+    """What a layer knows and wants beside the operands of its product."""
+
+    through_magnitude: bool = True
+    masked: Tensor | None = None  # M * W' (out, in), if it is made already; used by the forward, and not kept
+    block_size: int | None = None  # of a mask that consists of blocks
+    # bool, 0-d, on the CPU; with blocks: whether A, B, R and C get their gradients, which need all of G, or zeros. U
+    # and V learn from kept blocks then: Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M
+    learn_scores: Tensor | None = None
+    producer: Any = None  # how x can be made again (layers/recompute.py), so that it need not be kept
 
 
 def masked_linear(
-    masked: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, mask: Tensor,
-    beta: float, alpha1: float, alpha2: float, through_magnitude: bool,
-    block_size: int | None = None, learn: Tensor | None = None, recompute_input: bool = False,
-) -> Tensor:  # fmt: skip
-    """`pst_linear` for a layer.
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, dtype: torch.dtype, options: Options
+) -> Tensor:
+    """`pst_linear` for a layer; `dtype` is `operand_dtype(x)`."""
+    _check(x, operands, bias)
+    weight, factors, mask, scales = operands
+    with without_autocast(x.device.type):
+        y = _PSTLinear.apply(
+            x.to(dtype).reshape(-1, x.shape[-1]), bias, weight, *factors, mask, tuple(scales), *options
+        )  # fmt: skip
+    # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
-    If it has M * W' (out, in) already, it passes that as `masked`; the forward uses it and does not keep it.
-    If its mask consists of blocks, it passes their size, and as `learn` (bool, 0-d, on the CPU) whether A, B, R and C
-    shall get their gradients, which need the whole of G, or zeros. U and V then learn from kept blocks alone:
-    Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M.
-    With `recompute_input` it lets x not be kept where that can be made again (recompute.py).
-    """
-    _check_factors(weight, U, V, A, B, R, C)
+
+def _check(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> None:
+    weight, factors, mask, _ = operands
+    factors.check(weight)
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype})")
     if x.dim() == 0:
@@ -143,15 +158,6 @@ def masked_linear(
         raise TypeError(
             f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast"
         )
-    producer = producer_of(x) if recompute_input else None
-    x = x.to(operand_dtype(x))
-    with without_autocast(x.device.type):
-        y = _PSTLinear.apply(
-            x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
-            (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked, block_size, learn, producer,
-        )  # fmt: skip
-    # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
 
 class _PSTLinear(torch.autograd.Function):
@@ -160,39 +166,38 @@ class _PSTLinear(torch.autograd.Function):
     # not setup_context(), for which torch binds the arguments by inspection at every call
     @staticmethod
     def forward(
-        ctx: Any, x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude, masked, block_size, learn,
-        producer,
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, scales,
+        through_magnitude, masked, block_size, learn_scores, producer,
     ) -> Tensor:  # fmt: skip
         ctx.scales, ctx.through_magnitude, ctx.block_size = scales, through_magnitude, block_size
         ctx.dtypes = [None if t is None else t.dtype for t in (bias, U, V, A, B, R, C)]
-        make, taken = (None, (x,)) if producer is None else producer
-        ctx.make = make
-        ctx.save_for_backward(weight, U, V, A, B, mask, learn, *taken)
-        if block_size is not None:
-            return ops.block_forward(x.contiguous(), weight, U, V, bias, mask, scales[0], block_size)
+        ctx.make, kept = (None, (x,)) if producer is None else producer
+        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, *kept)
         if masked is not None and masked.dtype == x.dtype:
             return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
-        return ops.linear_forward(x.contiguous(), weight, U, V, bias, mask, scales[0])
+        operands = weight, U, V, A, B, R, C, mask, *scales
+        if block_size is not None:
+            return ops.block_forward(x.contiguous(), *operands, bias, block_size)
+        return ops.linear_forward(x.contiguous(), *operands, bias)
 
     @staticmethod
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, U, V, A, B, mask, learn, *taken = ctx.saved_tensors
-        needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
+        saved = ctx.saved_tensors  # read once: hooks on saved tensors may unpack each only once
+        operands, learn_scores, kept = saved[:8], saved[8], saved[9:]
+        needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
         with without_autocast(gy.device.type):
-            x = taken[0] if ctx.make is None else make_again(ctx.make, taken).to(gy.dtype).reshape(-1, weight.shape[1])
-            tensors = gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask
-            needs = needs_input, any(needs_factors)
+            x = kept[0] if ctx.make is None else ctx.make(*kept).to(gy.dtype).reshape(-1, operands[0].shape[1])
+            tensors = gy.contiguous(), x.contiguous(), *operands, *ctx.scales
+            needs = ctx.through_magnitude, needs_input, any(needs_factors)
             if ctx.block_size is None:
-                dx, *factors = ops.linear_backward(*tensors, *ctx.scales, ctx.through_magnitude, *needs)
+                dx, *factors = ops.linear_backward(*tensors, *needs)
             else:
-                dx, *factors = ops.block_backward(
-                    *tensors, learn, *ctx.scales, ctx.through_magnitude, ctx.block_size, *needs
-                )
+                dx, *factors = ops.block_backward(*tensors, ctx.block_size, learn_scores, *needs)
         bias_dtype, *dtypes = ctx.dtypes
         dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
         gradients = [g.to(t) if need else None for g, t, need in zip(factors, dtypes, needs_factors, strict=True)]
-        return dx if needs_input else None, None, dbias, *gradients, *[None] * 7
+        return dx if needs_input else None, dbias, None, *gradients, *[None] * 7
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
@@ -217,25 +222,3 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
 def _check_whole(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
-
-
-def _check_factors(weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor) -> None:
-    """Shapes, dtypes and devices; one message that names what is off."""
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be 2-d (out, in), got shape {tuple(weight.shape)}")
-    out, columns = weight.shape
-    for name, tensor in (("V", V), ("B", B)):
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must have shape (rank, {columns}), got {tuple(tensor.shape)}")
-    expected = {
-        "U": (U, (out, V.shape[0])), "V": (V, (V.shape[0], columns)), "A": (A, (out, B.shape[0])),
-        "B": (B, (B.shape[0], columns)), "R": (R, (out,)), "C": (C, (columns,)),
-    }  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} for weight {(out, columns)}, got {tuple(tensor.shape)}")
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} is on {tensor.device} but weight is on {weight.device}; move them to one device")
-    for name, tensor in {"weight": weight, **{n: t for n, (t, _) in expected.items()}}.items():
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name} must be one of float32, float16, bfloat16 or float64, got {tensor.dtype}")

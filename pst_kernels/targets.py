@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .config import ALL_LINEAR, PSTConfig, matches
-from .functional import FLOATING
 from .layers.linear import PSTLayer, check_finite, is_conv1d
+from .operands import FLOATING
 
 logger = logging.getLogger("pst_kernels")
 

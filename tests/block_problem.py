@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pst_kernels import functional
 from pst_kernels.masks.packing import pack_mask
+from pst_kernels.operands import Factors, MaskedWeight, Scales
 
 OUTPUTS = ("y", "dx", "dU", "dV", "dA", "dB", "dR", "dC")
 
@@ -63,11 +64,11 @@ class Problem(NamedTuple):
 
         def run() -> list[Tensor]:
             learned = {name: given[name].detach().requires_grad_() for name in LEARNED}
+            x, factors = learned["x"], Factors(*(learned[name] for name in Factors._fields))
+            operands = MaskedWeight(given["weight"], factors, mask, Scales(**SCALES))
+            options = functional.Options(self.through, block_size=self.size, learn_scores=learn)
             with torch.autocast(device, dtype=gy.dtype, enabled=bool(self.weight)):
-                y = functional.masked_linear(
-                    None, **given | learned, mask=mask, through_magnitude=self.through, **SCALES,
-                    block_size=self.size, learn=learn,
-                )  # fmt: skip
+                y = functional.masked_linear(x, operands, given["bias"], functional.operand_dtype(x), options)
             y.backward(gy)
             return [y.detach(), *(tensor.grad for tensor in learned.values())]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pst_kernels.masks import patterns
+from pst_kernels.operands import Factors, MaskedWeight, Scales
 
 SHAPES = [(1, 1), (7, 33), (129, 65), (96, 384), (300, 1000)]
 SPARSITIES = [0.0, 0.5, 0.9, 0.99]
@@ -72,3 +74,15 @@ def mask_by_definition(scores: Tensor, pattern: patterns.Pattern, num_pruned: in
             surplus = len(group) - (pattern.group - of_group)
             kept[row, start + torch.argsort(group, stable=True)[: max(0, surplus)]] = False
     return kept
+
+
+def grouped(tensors: Sequence[Tensor], scales: Sequence[float] = (1.0, 1.0, 1.0)) -> tuple[Tensor, Factors, Scales]:
+    """(weight, U, V, A, B, R, C) as the rooms of the package take them."""
+    weight, *factors = tensors
+    return weight, Factors(*factors), Scales(*scales)
+
+
+def masked_weight(tensors: Sequence[Tensor], mask: Tensor, scales: Sequence[float] = (1.0, 1.0, 1.0)) -> MaskedWeight:
+    """M * W' of such tensors."""
+    weight, factors, named = grouped(tensors, scales)
+    return MaskedWeight(weight, factors, mask, named)

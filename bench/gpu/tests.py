@@ -46,7 +46,7 @@ def collect(folder: str = FOLDER, marker: str = "gpu") -> list[str]:
 
 
 def _value(name: str) -> int:
-    stem = Path(name.partition("::")[0]).stem.removeprefix("test_")
+    stem = Path(name.partition("::")[0]).stem.removeprefix("test_gpu_")
     return ORDER.index(stem) if stem in ORDER else len(ORDER)
 
 

@@ -9,11 +9,14 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import PSTConfig, check_sparsity
-from ..functional import masked_linear, new_guess, operand_dtype
-from ..masks import due as refresh
-from ..masks import patterns
+from ..functional import Options, masked_linear, new_guess, operand_dtype
+from ..masks import due, patterns
 from ..masks.packing import packed_width, unpack_mask
+from ..masks.refresh import MaskState, Weights, refresh
+from ..operands import Factors, MaskedWeight, Scales, factor_shapes
+from .recompute import producer_of
 
+PLAIN = (Tensor, nn.Parameter)
 FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 
 
@@ -56,13 +59,11 @@ class PSTLayer(nn.Module):
         out, columns = self.oriented_weight.shape
         self.config = config
         # as text: torch.compile(dynamic=True) makes symbols of floats, and cannot pass a symbol into a checkpoint
-        self._scales_as_text = tuple(float(scale).hex() for scale in (config.beta, config.alpha1, config.alpha2))
+        self._scales = Scales(float(config.beta), float(config.alpha1), float(config.alpha2))
+        self._scales_as_text = tuple(map(float.hex, self._scales))
         self.pattern = patterns.parse(config.pattern)
         self.merged = False
-        shapes = (
-            (out, config.weight_rank), (config.weight_rank, columns),
-            (out, config.score_rank), (config.score_rank, columns), (out,), (columns,),
-        )  # fmt: skip
+        shapes = factor_shapes((out, columns), config.weight_rank, config.score_rank)
         device = self.weight.device
         for name, shape in zip(FACTORS, shapes, strict=True):
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=config.adapter_dtype, device=device)))
@@ -70,7 +71,8 @@ class PSTLayer(nn.Module):
         self.register_buffer("pst_num_pruned", torch.zeros((), dtype=torch.int64, device=device))
         # fp32 kept as bits: model.to(torch.bfloat16) must not round where the last threshold was
         self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
-        self._seen = refresh.never_seen(1 + 1 + len(FACTORS))
+        self._seen = due.never_seen(1 + 1 + len(FACTORS))
+        due.watch_optimizers(self)
         self._unmerged_weight: Tensor | None = None
         self._shards: Any = None
         self.weight.requires_grad_(False)
@@ -91,10 +93,13 @@ class PSTLayer(nn.Module):
         """The weight as (out, in), a view."""
         raise NotImplementedError
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        due.watch_optimizers(self)  # a copy has optimizers of its own
+
     @property
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """U, V, A, B, R, C."""
-        return self.pst_U, self.pst_V, self.pst_A, self.pst_B, self.pst_R, self.pst_C
+    def factors(self) -> Factors:
+        return Factors(self.pst_U, self.pst_V, self.pst_A, self.pst_B, self.pst_R, self.pst_C)
 
     @property
     def sparsity(self) -> float:
@@ -130,18 +135,18 @@ class PSTLayer(nn.Module):
         return unpack_mask(self._whole_mask(), self.oriented_weight.shape[1])
 
     def _tensor_parallel(self) -> Any:
-        """How the weight is cut (`parallel.Shards`), or None. `parallelize_module` makes the buffers DTensors, as
-        `fully_shard` does not.
+        """How the weight is cut, a `tensor_parallel.Shards`, or None. `parallelize_module` makes the buffers DTensors,
+        as `fully_shard` does not.
         """
         count = self.pst_num_pruned
         if self._shards is None and type(count) is not Tensor and hasattr(count, "device_mesh"):
-            from . import tensor_parallel as parallel  # torch.distributed.tensor, which most programs need not load
+            from . import tensor_parallel  # torch.distributed.tensor, which most programs need not load
 
-            if type(self.pattern) is not patterns.Unstructured:
+            if not self.pattern.across_processes:
                 raise RuntimeError(
                     f"pattern={self.config.pattern!r} does not run under tensor parallelism; use pattern='unstructured'"
                 )
-            self._shards = parallel.take_over(self)
+            self._shards = tensor_parallel.take_over(self)
         return self._shards
 
     def _whole_mask(self) -> Tensor:
@@ -153,44 +158,40 @@ class PSTLayer(nn.Module):
         if self.merged:
             return
         if force:
-            refresh.mark_stale(self._seen)
+            due.mark_stale(self._seen)
         if (shards := self._tensor_parallel()) is not None:
             shards.refresh(self)
             return
         with torch.no_grad():
-            self._refresh_if_due()
+            ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
 
-    def _refresh_if_due(self) -> None:
-        if type(self.pattern) is patterns.Unstructured:
-            ops.refresh_mask(*self._mask_state())
-            return
-        *tensors, _, seen, interval, beta, alpha1, alpha2 = self._mask_state()
-        ops.refresh_pattern_mask(*tensors, seen, interval, self.config.pattern, beta, alpha1, alpha2)
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The weight (out, in) and the factors, whole."""
+        return tuple(map(whole, (self.oriented_weight, *self.factors)))
 
-    def _mask_state(self) -> list[Any]:
-        """The arguments of `ops.refresh_mask`."""
+    def mask_state(self) -> MaskState:
+        """What `refresh` takes: the mask, and what says when it is due."""
+        guess = self.pst_guess.view(torch.float32)
         config = self.config
-        return [
-            *map(whole, (self.oriented_weight, *self.factors)), self.pst_num_pruned, self.pst_mask,
-            self.pst_guess.view(torch.float32), self._seen, config.mask_interval, *self._scales,
-        ]  # fmt: skip
+        return MaskState(
+            self.pst_num_pruned, self.pst_mask, guess, self._seen, config.mask_interval, config.pattern
+        )  # fmt: skip
 
     @property
-    def _scales(self) -> tuple[float, float, float]:
-        """beta, alpha1, alpha2."""
-        beta, alpha1, alpha2 = self._scales_as_text
-        return float.fromhex(beta), float.fromhex(alpha1), float.fromhex(alpha2)
+    def scales(self) -> Scales:
+        """beta, alpha1 and alpha2."""
+        return Scales(*map(float.fromhex, self._scales_as_text)) if torch.compiler.is_compiling() else self._scales
 
     def mark_stale(self) -> None:
         """Let the next forward compute the mask anew."""
-        refresh.mark_stale(self._seen)
+        due.mark_stale(self._seen)
 
     def after_load(self, with_mask: bool) -> None:
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
         if with_mask:
-            refresh.mark_fresh(self._seen, self.pst_num_pruned, (self.oriented_weight, *self.factors))
+            due.mark_fresh(self._seen, self.pst_num_pruned, (self.oriented_weight, *self.factors))
         else:
             self.mark_stale()
 
@@ -201,9 +202,8 @@ class PSTLayer(nn.Module):
         if self._tensor_parallel() is not None:
             self._refuse_sharded()
         self.refresh_mask()
-        weight, U, V = map(whole, (self.oriented_weight, *self.factors[:2]))
         with torch.no_grad():
-            return ops.masked_weight(weight, U, V, self.pst_mask, self._scales[0], self.weight.dtype)
+            return ops.masked_weight(*self._weights(), self.pst_mask, *self.scales, self.weight.dtype)
 
     def _refuse_sharded(self) -> None:
         raise RuntimeError(
@@ -243,18 +243,37 @@ class PSTLayer(nn.Module):
             return self._merged_forward(x)
         if (shards := self._tensor_parallel()) is not None:
             return shards.forward(self, x)
-        config = self.config
-        masked = block_size = learn = None
-        if type(self.pattern) is patterns.Unstructured:
-            masked = ops.refresh_with_weight(x, operand_dtype(x), *self._mask_state())
-        else:
-            self.refresh_mask()
-        if isinstance(self.pattern, patterns.Blocks):
-            block_size, learn = self.pattern.size, ops.is_last_before_refresh(self._seen, config.mask_interval)
-        return masked_linear(
-            masked, x, self.oriented_weight, self.bias, *self.factors, self.pst_mask, *self._scales,
-            config.through_magnitude, block_size, learn, config.recompute_input,
+        config, dtype = self.config, operand_dtype(x)
+        masked = self._refresh_before(x, dtype)
+        learn_scores = None
+        if self.pattern.block_size is not None:
+            learn_scores = ops.is_last_before_refresh(self._seen, config.mask_interval)
+        options = Options(
+            config.through_magnitude, masked, self.pattern.block_size, learn_scores,
+            producer_of(x) if config.recompute_input else None,
         )  # fmt: skip
+        operands = MaskedWeight(self.oriented_weight, self.factors, self.pst_mask, self.scales)
+        return masked_linear(x, operands, self.bias, dtype, options)
+
+    def _refresh_before(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Bring the mask up to date for a forward of x; returns M * W' where the pass that makes a mask makes it too.
+
+        It lies in a scratch buffer that the next layer overwrites. An op does it under a compiler, and for tensors of
+        other kinds.
+        """
+        weight = self.oriented_weight
+        if torch.compiler.is_compiling() or type(weight) not in PLAIN or not x.is_floating_point():
+            self.refresh_mask()
+            return None
+        kernels = ops.kernels_for(weight.device.type)
+
+        def room() -> Tensor | None:
+            tokens = x.numel() // max(1, x.shape[-1]) if x.dim() and x.device == weight.device else 0
+            return kernels.forward_scratch(tokens, dtype, weight, config.weight_rank) if tokens else None
+
+        config = self.config
+        with torch.no_grad():
+            return refresh(kernels, Weights(weight, self.factors, self._scales), self.mask_state(), room)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -359,7 +378,7 @@ def _take_over(layer: Any, base: Any, config: PSTConfig | None) -> Any:
 
 def whole(tensor: Any) -> Tensor:
     """The tensor itself, or all of one that is sharded over processes (a DTensor), which every process must ask for."""
-    if type(tensor) in (nn.Parameter, Tensor):  # asked for every layer and step, and hasattr is slow to say no
+    if type(tensor) in PLAIN:  # asked for every layer and step, and hasattr is slow to say no
         return tensor
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pst_kernels as pst
-from pst_kernels.cpu import ops as fallback
+from pst_kernels import cpu
 from pst_kernels.layers import linear
 
 RANKS, STEPS, BATCH, WIDTH = 4, 6, 8, 24
@@ -58,13 +58,13 @@ class Training:
         self.made = 0
 
     def run(self, first: int = 0, last: int = STEPS) -> Training:
-        compute = fallback.prune_mask
+        compute = cpu.prune_mask
 
         def counted(*args):
             self.made += 1
             return compute(*args)
 
-        fallback.prune_mask = counted
+        cpu.prune_mask = counted
         generator = torch.Generator().manual_seed(1)
         batches = [torch.randn(BATCH, WIDTH, generator=generator) for _ in range(STEPS)]
         rank, ranks = (self.mesh.get_local_rank(), self.mesh.size()) if self.engine in ("ddp", "fsdp2") else (0, 1)
@@ -74,7 +74,7 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.schedule.step()
-        fallback.prune_mask = compute
+        cpu.prune_mask = compute
         return self
 
     def state(self) -> dict[str, torch.Tensor]:

@@ -70,9 +70,9 @@ def test_a_fallback_says_once_why(monkeypatch, caplog):
     monkeypatch.setattr(ops.env, "has_triton", lambda: False)
     ops._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="pst_kernels"):
-        ops._implementation("cuda")
-        ops._implementation("cuda")
+        ops.kernels_for("cuda")
+        ops.kernels_for("cuda")
     assert [r.message for r in caplog.records] == [
         "pst_kernels runs in plain PyTorch on the GPU, slowly: triton is not installed"
     ]
-    assert ops.backend_for("cpu") == ("torch", "no kernels for cpu tensors")
+    assert ops.env.backend_for("cpu") == ("torch", "no kernels for cpu tensors")

@@ -13,8 +13,9 @@ SHAPES = [(1, 1), (16, 32), (48, 80), (129, 65), (70, 300)]
 
 
 def mask_of(problem, name, num_pruned):
-    args = (problem.weight, *problem.factors, torch.tensor(num_pruned), name, *SCALES.values())
-    return functional.unpack_mask(ops.pattern_mask(*args), problem.weight.shape[1])
+    tensors, scales = (problem.weight, *problem.factors), SCALES.values()
+    mask = ops.prune_mask(*tensors, *scales, torch.tensor(num_pruned), functional.new_guess(), name)
+    return functional.unpack_mask(mask, problem.weight.shape[1])
 
 
 @pytest.mark.parametrize("name", PATTERNS)

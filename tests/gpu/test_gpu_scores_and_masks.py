@@ -33,7 +33,7 @@ def mask_of(gpu: Place, tensors: list[Tensor], num_pruned: int, guess: Tensor | 
 
 def _mask_and_guess(tensors: list[Tensor], count: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     guess = start.clone()
-    return ops.prune_mask(*tensors, count, guess, *SCALES), guess
+    return ops.prune_mask(*tensors, *SCALES, count, guess, "unstructured"), guess
 
 
 class Layout(NamedTuple):
@@ -90,7 +90,7 @@ def test_mask_and_masked_weight(gpu: Place, layout: Layout) -> None:
         assert int((~kept).sum()) == num_pruned
     exact = reference.updated_weight(weight.double(), U.double(), V.double()) * kept
     for result in {torch.float32, layout.dtype}:
-        (masked,) = gpu.twice(lambda result=result: [ops.masked_weight(weight, U, V, mask, 1.0, result)])
+        (masked,) = gpu.twice(lambda result=result: [ops.masked_weight(*tensors, mask, *SCALES, result)])
         assert torch.equal(masked, exact.to(result))
 
 
@@ -110,7 +110,7 @@ def test_weights_of_other_strides(gpu: Place, kind: str, shape: tuple[int, int])
     mask = mask_of(gpu, [weight, *tensors[1:]], weight.numel() // 2)
     (scores,) = gpu.twice(lambda: [ops.scores(weight, *tensors[1:], *SCALES)])
     assert torch.equal(scores.double(), exact_scores(tensors))
-    (masked,) = gpu.twice(lambda: [ops.masked_weight(weight, *tensors[1:3], mask, 1.0, torch.float32)])
+    (masked,) = gpu.twice(lambda: [ops.masked_weight(weight, *tensors[1:], mask, *SCALES, torch.float32)])
     kept = packing.unpack_mask(mask, columns)
     assert masked.is_contiguous()
     assert torch.equal(masked.double(), reference.updated_weight(*(t.double() for t in tensors[:3])) * kept)

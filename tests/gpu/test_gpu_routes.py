@@ -35,7 +35,7 @@ def find(gpu: Place, tensors: list[Tensor], k: int, start: Tensor) -> Tensor:
 
     def once() -> tuple[Tensor, Tensor]:
         guess = first.clone()
-        return ops.prune_mask(*tensors, count, guess, *SCALES), guess
+        return ops.prune_mask(*tensors, *SCALES, count, guess, "unstructured"), guess
 
     mask, guess = gpu.twice(once)
     assert torch.equal(mask, packing.pack_mask(reference.prune_mask(exact_scores(tensors), k)))

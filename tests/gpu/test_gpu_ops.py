@@ -10,6 +10,8 @@ from torch import Tensor
 
 from pst_kernels import ops
 
+MAY_WAIT = ("kept_blocks_forward", "kept_blocks_backward")  # PyTorch's block-sparse product, on a GPU
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_opcheck(gpu: Place, dtype: torch.dtype) -> None:
@@ -25,6 +27,8 @@ def test_opcheck(gpu: Place, dtype: torch.dtype) -> None:
 def test_no_op_waits(gpu: Place, dtype: torch.dtype) -> None:
     """Also where it writes into its arguments, which are compared as well."""
     for name, arguments in samples(dtype, gpu.device):
+        if name in MAY_WAIT:
+            continue
         gpu.twice(lambda name=name, arguments=arguments: called(name, arguments))
 
 

@@ -9,8 +9,9 @@ from dyadic import exact_scores, problem
 from linear_problem import relative_error
 from oracle import PATTERNS, mask_by_definition
 from places import TORCH, Place
+from torch import Tensor
 
-from pst_kernels import ops
+from pst_kernels import functional, ops
 from pst_kernels.masks import packing, patterns
 
 LARGE = [
@@ -41,6 +42,10 @@ def test_equals_float64(gpu: Place, problem: Problem) -> None:
     assert problem.wrong(errors, 4.0 if problem in LARGE else 1.0) == {}
 
 
+def _mask(tensors: list[Tensor], count: Tensor, pattern: str) -> Tensor:
+    return ops.prune_mask(*tensors, 1.0, 1.0, 1.0, count, functional.new_guess(count.device), pattern)
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("shape", [(1, 1), (48, 80), (129, 65), (70, 300)], ids=str)
 def test_masks_equal_the_definition(gpu: Place, name: str, shape: tuple[int, int]) -> None:
@@ -49,7 +54,7 @@ def test_masks_equal_the_definition(gpu: Place, name: str, shape: tuple[int, int
     for sparsity in (0.0, 0.5, 0.9):
         num_pruned = pattern.num_pruned_at(shape, sparsity)
         count = torch.tensor(num_pruned, device=gpu.device)
-        (mask,) = gpu.twice(lambda count=count: [ops.pattern_mask(*tensors, count, name, 1.0, 1.0, 1.0)])
+        (mask,) = gpu.twice(lambda count=count: [_mask(tensors, count, name)])
         kept = packing.unpack_mask(mask, shape[1]).cpu()
         assert torch.equal(kept, mask_by_definition(scores, pattern, num_pruned))
 
@@ -61,7 +66,7 @@ def test_a_mask_of_training_size(gpu: Place, name: str) -> None:
     tensors, pattern = gpu.to(problem(4096, 1000, 8)), patterns.parse(name)
     num_pruned = pattern.num_pruned_at((4096, 1000), 0.5)
     count = torch.tensor(num_pruned, device=gpu.device)
-    (mask,) = gpu.twice(lambda: [ops.pattern_mask(*tensors, count, name, 1.0, 1.0, 1.0)])
+    (mask,) = gpu.twice(lambda: [_mask(tensors, count, name)])
     kept = packing.unpack_mask(mask, 1000)
     assert pattern.fits(kept, num_pruned)
     assert torch.equal(kept, pattern.keep(exact_scores(tensors).float(), num_pruned))
