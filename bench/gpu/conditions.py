@@ -55,6 +55,14 @@ def conditions(device: str) -> dict[str, Any]:
     return found | {"date": rows.today(), "commit": rows.commit(), "not_installed": missing()}
 
 
+def conditions_or_why_not(device: str) -> dict[str, Any]:
+    """For a part that has its results already: a device that no longer answers must not lose them."""
+    try:
+        return conditions(device)
+    except Exception as error:
+        return {"device": f"no answer: {type(error).__name__}: {error}"}
+
+
 def _driver() -> str:
     """The driver's version as nvidia-smi tells it, "unknown" where it does not."""
     tool = shutil.which("nvidia-smi")

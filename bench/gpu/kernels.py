@@ -11,7 +11,7 @@ from pathlib import Path
 from pst_kernels.files import write_json
 
 from . import exits
-from .conditions import ROOT, conditions
+from .conditions import ROOT, conditions_or_why_not
 from .processes import environment
 
 
@@ -26,7 +26,7 @@ def main() -> int:
     except ValueError:
         print(f"`pst-kernels kernels` printed no report, status {done.returncode}; see above")
         return exits.FAILED
-    write_json(options.output, {**conditions("cuda"), "rows": rows})
+    write_json(options.output, {**conditions_or_why_not("cuda"), "rows": rows})
     wrong = [f"{row['kernel']}, {row['case']}: {'; '.join(row['problems'])}" for row in rows if row["problems"]]
     for line in wrong:
         print(line)

@@ -16,7 +16,7 @@ from pst_kernels.files import write_json
 from ..speed import cases, check, modes
 from ..speed.providers import Provider, all_providers
 from . import exits
-from .conditions import conditions
+from .conditions import conditions_or_why_not
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
@@ -56,7 +56,7 @@ def main() -> int:
     options = parser.parse_args()
     shape = cases.BY_NAME["BERT-base up"] if options.device == "cuda" else cases.Shape("small", 96, 80)
     found = run(options.device, shape)
-    report = {**conditions(options.device), "results": found}
+    report = {**conditions_or_why_not(options.device), "results": found}
     if options.output:
         write_json(options.output, report)
     wrong = [f"{name}: {one['check']}" for name, one in found.items() if one["check"] != check.OK]

@@ -21,7 +21,7 @@ from typing import Any
 from pst_kernels.files import write_json
 
 from . import exits
-from .conditions import ROOT, conditions
+from .conditions import ROOT, conditions_or_why_not
 from .processes import end_children_when_ended, environment, run
 
 FOLDER = "tests/gpu"
@@ -112,14 +112,14 @@ def main() -> int:
     run_all(names, record, deadline - 5.0, max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)))
     rows = outcomes(record)
     found = counts(names, rows)
-    write_json(options.output, {**conditions("cuda"), "counts": found, "tests": list(rows.values())})
+    write_json(options.output, {**conditions_or_why_not("cuda"), "counts": found, "tests": list(rows.values())})
     record.unlink(missing_ok=True)
     for row in rows.values():
         if row["outcome"] not in ("passed", "skipped"):
             print(f"{row['outcome']}: {row['test']}\n{row['message'][-600:]}")
     print(f"{len(names)} tests: " + ", ".join(f"{count} {word}" for word, count in sorted(found.items())))
-    if found.keys() & {"failed", "crashed or hung"}:
-        return exits.FAILED
+    if found.keys() & {"failed", "crashed or hung"} or "passed" not in found:
+        return exits.FAILED  # all skipped: there was no device for them
     return exits.OUT_OF_TIME if "not run" in found else exits.PASSED
 
 

@@ -240,7 +240,7 @@ def test_conditions_name_the_device(device, monkeypatch):
 def test_the_kernels_part_saves_the_report(device, monkeypatch, tmp_path, capsys, problems):
     report = json.dumps([{"kernel": "a_kernel", "case": "bf16", "problems": problems}])
     monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=report, returncode=0))
-    monkeypatch.setattr(kernels, "conditions", lambda device: {"device": device})
+    monkeypatch.setattr(kernels, "conditions_or_why_not", lambda device: {"device": device})
     monkeypatch.setattr(sys, "argv", ["kernels", "--output", str(tmp_path / "kernels.json")])
     assert kernels.main() == (exits.FAILED if problems else exits.PASSED)
     assert json.loads((tmp_path / "kernels.json").read_text())["rows"][0]["kernel"] == "a_kernel"
@@ -259,7 +259,7 @@ def test_the_tests_part_saves_every_outcome(monkeypatch, tmp_path, capsys, last,
     monkeypatch.setattr(tests, "collect", lambda: ["one", "two", "three"])
     monkeypatch.setattr(tests, "run_all", run_all)
     monkeypatch.setattr(tests, "end_children_when_ended", lambda: None)
-    monkeypatch.setattr(tests, "conditions", lambda device: {"device": device})
+    monkeypatch.setattr(tests, "conditions_or_why_not", lambda device: {"device": device})
     monkeypatch.setattr(sys, "argv", ["tests", "--output", str(tmp_path / "tests.json")])
     assert tests.main() == status
     saved = json.loads((tmp_path / "tests.json").read_text())
