@@ -5,7 +5,7 @@ Cut they are by torch's own styles, after the conversion:
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 Each process scores, masks and multiplies its own shard; no weight is gathered. The threshold is that of the whole
-matrix (group_selection.py), so the mask depends on the number of processes only where scores differ by rounding. The
+matrix (sharded_selection.py), so the mask depends on the number of processes only where scores differ by rounding. The
 state dict holds the whole mask, one bit a weight, which every process gathers when it is asked for; a checkpoint
 therefore loads into any number of processes.
 """
@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .. import ops
-from ..functional import Options, masked_linear, operand_dtype
+from ..functional import Options, check, masked_linear, operand_dtype
 from ..masks.guess import Guess
 from ..masks.packing import pack_mask, unpack_mask
 from ..masks.refresh import Weights, refresh
-from ..masks.sharded_selection import Place, select
+from ..masks.sharded_selection import ShardPosition, select
 from ..operands import Factors, MaskedWeight, Scales
 
 SCORES = 1 << 19  # made at once
@@ -78,6 +78,7 @@ class Shards:
         else:
             local = x.redistribute(placements=[Shard(x.dim() - 1)]).to_local()
         operands = MaskedWeight(weight, factors, layer.pst_mask, layer.scales)
+        check(local, operands, bias)
         y = masked_linear(local, operands, bias, operand_dtype(local), Options(layer.config.through_magnitude))
         shape = torch.Size((*y.shape[:-1], self.shape[0]))
         placement = Shard(y.dim() - 1) if self.dim == 0 else Partial()
@@ -141,7 +142,7 @@ class Shards:
     def _refresh(self, layer: Any, weight: Tensor, factors: Factors) -> None:
         watched = (layer.weight, *layer.factors)  # the local parts are made anew at every look
         with torch.no_grad():
-            refresh(self, Weights(weight, factors, layer.scales), layer.mask_state(), watched=watched)
+            refresh(self, Weights(weight, factors, layer.scales), layer.mask_state(), layer.watch, sharded=watched)
 
     def prune_mask(
         self, weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor, _masked: None
@@ -153,15 +154,15 @@ class Shards:
             return pack_mask(kept)
         U, V, A, B, R, C = factors
 
-        def blocks():
+        def scores():
             step = max(1, SCORES // weight.shape[1])
             for start in range(0, len(weight), step):
                 rows = slice(start, start + step)
                 yield rows, ops.scores(weight[rows], U[rows], V, A[rows], B, R[rows], C, *scales)
 
         first = (self.first, 0) if self.dim == 0 else (0, self.first)
-        place = Place(*first, *self.shape)
-        last, fraction = Guess.load(guess), k / place.numel
-        chosen = select(blocks, place, k, last.bracket(fraction), kept, self.group)
+        position = ShardPosition(*first, *self.shape)
+        last, fraction = Guess.load(guess), k / position.numel
+        chosen = select(scores, position, k, last.bracket(fraction), kept, self.group)
         last.update(guess, chosen, fraction)
         return pack_mask(kept)

@@ -52,7 +52,7 @@ class LayerTensors(NamedTuple):
 
     @property
     def along(self) -> tuple[int, int, int, int]:
-        """n_i, n_j and the strides of both: see walk.py."""
+        """n_i, n_j and the strides of both: see sweep.py."""
         (rows, columns), (stride_row, stride_column) = self.weight.shape, self.weight.stride()
         if self.transposed:
             return columns, rows, stride_column, stride_row

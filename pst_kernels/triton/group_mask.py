@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..masks.packing import packed_width
-from ..operands import Factors, Scales
-from .group_layer import LayerTensors
 from .group_row import (
     MASK,
     MASKED,
-    SPAN,
+    ROWS,
     field_of,
     load_place,
     load_row,
@@ -30,10 +22,8 @@ from .group_row import (
 from .group_select import search
 from .group_table import MaskTable
 from .mask import kept, load_threshold, store_masked, store_words
-from .score import layouts
 from .select import SLOTS
-from .tiles import Case
-from .walk import hold_rights, step_scores
+from .sweep import hold_rights, step_scores
 
 
 @triton.jit
@@ -44,7 +34,7 @@ def group_mask_kernel(
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`mask.mask_kernel` of one tile of a layer. Without MASKED_TYPE no layer wants M * W'."""
-    layer, band, block = load_place(p_tiles)
+    layer, strip, block = load_place(p_tiles)
     b_row = load_row(p_layers, layer)
     (
         p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
@@ -54,8 +44,8 @@ def group_mask_kernel(
     beta, alpha1, alpha2 = row_scales(b_row)
     key, last_row, last_column = load_threshold(p_state + layer * SLOTS, n_i, n_j, TRANSPOSED)
     p_mask = pointer_of(b_row, MASK, tl.int32, ALIGNED)
-    span = field_of(b_row, SPAN)
-    first_i, length, j, m_j = tile_indices_at(band, block, n_i, n_j, span, BLOCK_J, VECTOR)
+    rows_per_program = field_of(b_row, ROWS)
+    first_i, length, j, m_j = tile_indices_at(strip, block, n_i, n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
     )
@@ -82,20 +72,3 @@ def prune_masks(table: MaskTable) -> None:
         group_mask_kernel[launch.grid](
             group.rows, launch.places, group.state, MASKED_TYPE=group.masked_type, **launch.constants
         )
-
-
-def cases() -> Iterator[Case]:
-    """fp16 compiles as bf16 does."""
-    for name, (weight, *factors) in layouts():
-        if weight.dtype != torch.float16:
-            layer = without_memory(weight, Factors(*factors))
-            yield Case(f"{name}, a table", partial(prune_masks, MaskTable([layer])))
-            keep = layer._replace(masked=torch.empty(weight.shape, dtype=weight.dtype, device="meta"))
-            yield Case(f"{name}, a table with masked weights", partial(prune_masks, MaskTable([keep])))
-
-
-def without_memory(weight: Tensor, factors: Factors) -> LayerTensors:
-    """A layer on device "meta"."""
-    mask = torch.empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32, device="meta")
-    pruned, guess = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
-    return LayerTensors(weight, factors, Scales(), pruned, guess, mask, None)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 # Addresses
 WEIGHT = tl.constexpr(0)
-LEFT_W, RIGHT_W = tl.constexpr(1), tl.constexpr(2)  # of UV, AB and R + C, as in a walk
+LEFT_W, RIGHT_W = tl.constexpr(1), tl.constexpr(2)  # of UV, AB and R + C, as in a sweep
 LEFT_S, RIGHT_S = tl.constexpr(3), tl.constexpr(4)
 LEFT_1, RIGHT_1 = tl.constexpr(5), tl.constexpr(6)
 PRUNED = tl.constexpr(7)
@@ -24,7 +24,7 @@ STRIDE_I, STRIDE_J = tl.constexpr(13), tl.constexpr(14)
 CAPACITY = tl.constexpr(15)  # room for candidates, from FIRST_CANDIDATE on
 FIRST_CANDIDATE = tl.constexpr(16)
 INDEX_BITS = tl.constexpr(17)
-SPAN = tl.constexpr(18)  # of a band
+ROWS = tl.constexpr(18)  # that a program goes through
 TILES = tl.constexpr(19)  # of the launch that gathers, each of one program
 BETA, ALPHA1, ALPHA2 = tl.constexpr(20), tl.constexpr(21), tl.constexpr(22)  # fp32 bits
 FIELDS = tl.constexpr(32)
@@ -32,8 +32,8 @@ FIELDS = tl.constexpr(32)
 # Beside its row a layer has `select.SLOTS` of state, and copies of int32 bins: in one of them all weights could meet
 RADIX_BINS, COPIES = tl.constexpr(2048), tl.constexpr(4)
 
-# A tile's place is one int64: the layer, the band along i, the block of BLOCK_J along j
-LAYERS, BANDS = tl.constexpr(1 << 16), tl.constexpr(1 << 24)
+# A tile's place is one int64: the layer, the strip along i, the block of BLOCK_J along j
+LAYERS, STRIPS = tl.constexpr(1 << 16), tl.constexpr(1 << 24)
 
 
 @triton.jit
@@ -103,17 +103,17 @@ def row_operands(b_row, W_TYPE: tl.constexpr, F_TYPE: tl.constexpr, ALIGNED: tl.
 
 @triton.jit
 def load_place(p_tiles):
-    """Of this program's tile: the layer, the band, the block."""
+    """Of this program's tile: the layer, the strip, the block."""
     place = tl.load(p_tiles + tl.program_id(0))
-    return place % LAYERS, place // LAYERS % BANDS, place // LAYERS // BANDS
+    return place % LAYERS, place // LAYERS % STRIPS, place // LAYERS // STRIPS
 
 
 @triton.jit
-def tile_indices_at(band, block, n_i, n_j, span, BLOCK_J: tl.constexpr, VECTOR: tl.constexpr):
-    """First i of a tile, how many there are, its j, and which of these exist: `walk.band` of any tile.
+def tile_indices_at(strip, block, n_i, n_j, rows_per_program, BLOCK_J: tl.constexpr, VECTOR: tl.constexpr):
+    """First i of a tile, how many there are, its j, and which of these exist: `sweep.program_indices` of any tile.
 
     The indices are int32, which saves the registers that addresses from memory take; products with them are int64.
     """
-    first_i = (band * span).to(tl.int32)
+    first_i = (strip * rows_per_program).to(tl.int32)
     j = (block * BLOCK_J).to(tl.int32) + tl.arange(0, BLOCK_J)
-    return first_i, tl.minimum(span, n_i - first_i).to(tl.int32), tl.max_contiguous(j, VECTOR), j < n_j
+    return first_i, tl.minimum(rows_per_program, n_i - first_i).to(tl.int32), tl.multiple_of(j, VECTOR), j < n_j

@@ -32,7 +32,7 @@ from .group_row import (
     N_J,
     PRUNED,
     RADIX_BINS,
-    SPAN,
+    ROWS,
     STRIDE_I,
     STRIDE_J,
     TILES,
@@ -71,14 +71,14 @@ from .select import (
     slot_of,
     unsigned,
 )  # fmt: skip
-from .walk import flat_index, hold_rights, step_scores
+from .sweep import flat_index, hold_rights, step_scores
 
 if TYPE_CHECKING:
     from .group_table import Group
 
 KEY_TURNS = tl.constexpr(3)  # radix launches over keys; one more over indices
 DIGIT = tl.constexpr(11)
-RARE_SPAN = tl.constexpr(64)  # short bands, for all programs share the layers that are searched
+RARE_ROWS = tl.constexpr(64)  # short strips, for all programs share the layers that are searched
 LOOKED_AT = tl.constexpr(256)  # layers at a time, for one that waits
 
 
@@ -131,7 +131,7 @@ def group_gather_kernel(
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    layer, band, block = load_place(p_tiles)
+    layer, strip, block = load_place(p_tiles)
     p_state += layer * SLOTS
     b_state = load_state(p_state)
     if slot_of(b_state, STATUS) != COLLECT:
@@ -147,8 +147,8 @@ def group_gather_kernel(
     capacity, first_candidate = field_of(b_row, CAPACITY), field_of(b_row, FIRST_CANDIDATE)
     p_key += first_candidate
     p_index += first_candidate
-    span = field_of(b_row, SPAN)
-    first_i, length, j, m_j = tile_indices_at(band, block, n_i, n_j, span, BLOCK_J, VECTOR)
+    rows_per_program = field_of(b_row, ROWS)
+    first_i, length, j, m_j = tile_indices_at(strip, block, n_i, n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
     )
@@ -234,10 +234,10 @@ def group_radix_kernel(
             shift = tl.maximum(shift, 0)
             across = tl.cdiv(n_j, BLOCK_J)
             p_layer_bins = p_bins + tl.full([], layer, tl.int64) * (COPIES * RADIX_BINS)
-            for tile in range(tl.program_id(0), across * tl.cdiv(n_i, RARE_SPAN), tl.num_programs(0)):
+            for tile in range(tl.program_id(0), across * tl.cdiv(n_i, RARE_ROWS), tl.num_programs(0)):
                 place = tl.full([], tile, tl.int64)
                 first_i, length, j, m_j = tile_indices_at(
-                    place // across, place % across, n_i, n_j, RARE_SPAN, BLOCK_J, VECTOR
+                    place // across, place % across, n_i, n_j, RARE_ROWS, BLOCK_J, VECTOR
                 )
                 held_w, held_s, b_right_1 = hold_rights(
                     p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
@@ -284,10 +284,10 @@ def group_collect_kernel(
             capacity, first_candidate = field_of(b_row, CAPACITY), field_of(b_row, FIRST_CANDIDATE)
             across = tl.cdiv(n_j, BLOCK_J)
             b_below = tl.zeros([BLOCK_J], tl.int32)
-            for tile in range(tl.program_id(0), across * tl.cdiv(n_i, RARE_SPAN), tl.num_programs(0)):
+            for tile in range(tl.program_id(0), across * tl.cdiv(n_i, RARE_ROWS), tl.num_programs(0)):
                 place = tl.full([], tile, tl.int64)
                 first_i, length, j, m_j = tile_indices_at(
-                    place // across, place % across, n_i, n_j, RARE_SPAN, BLOCK_J, VECTOR
+                    place // across, place % across, n_i, n_j, RARE_ROWS, BLOCK_J, VECTOR
                 )
                 held_w, held_s, b_right_1 = hold_rights(
                     p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED

@@ -12,17 +12,17 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from ..masks.packing import WORD
 from . import group_row as row
-from . import select, walk
+from . import select, sweep
 from .group_layer import TYPES, LayerTensors
+from .group_tiles import best_tile, cut, tile_for_words
+from .sweep import SweepTile, tile_constants
+from .tiles import targets
+from .tiles.targets import Platform
 
-SHORTEST = 64  # band: at ranks 8 + 8 it reads a byte of factors a weight
 BRACKET = ("W_TYPE", "F_TYPE", "ALIGNED", "RANK_W", "RANK_S", "TRANSPOSED", "maxnreg")  # constants of that kernel
-ROUNDS = 2  # of programs over the whole device, at least: the last one is seldom full
 
 
 class Kind(NamedTuple):
@@ -44,11 +44,11 @@ class Kind(NamedTuple):
             layer.aligned,
         )  # fmt: skip
 
-    @property
-    def constants(self) -> dict[str, Any]:
+    def constants(self, tile: SweepTile, platform: Platform) -> dict[str, Any]:
         return {
             "W_TYPE": TYPES[self.weight], "F_TYPE": TYPES[self.factors], "ALIGNED": self.aligned,
             "RANK_W": self.weight_rank, "RANK_S": self.score_rank, "UNIT": self.unit, "TRANSPOSED": self.transposed,
+            **tile_constants(tile, platform),
         }  # fmt: skip
 
 
@@ -65,46 +65,37 @@ class Group:
 
     def __init__(self, kind: Kind, members: Sequence[LayerTensors], masked: torch.dtype | None) -> None:
         self.members = sorted(members, key=lambda layer: -layer.weight.numel())
-        self.kind, self.device = kind, members[0].weight.device
+        self.device = members[0].weight.device
         self.masked_type = None if masked is None else TYPES[masked]
-        shapes = [layer.along[:2] for layer in self.members]
-        tile = best_tile(kind.weight_rank + kind.score_rank, shapes)
-        spans = spans_of(shapes, tile, walk.programs_wanted(self.device))
-        of_words = tile._replace(block_i=WORD, block_j=128, vector=1, warps=8) if kind.transposed else tile
-        self.gather, self.mask = self._launch(shapes, spans, tile), self._launch(shapes, spans, of_words)
-        self.bracket_constants = {name: value for name, value in self.gather.constants.items() if name in BRACKET} | {
-            "num_warps": 4
-        }
-        self.rare = Launch((walk.programs_wanted(self.device),), None, self._constants(walk.RARE))
+        capacities = [select.capacity_of(layer.weight.numel()) for layer in self.members]
         numels = [layer.weight.numel() for layer in self.members]
-        capacities = [select.capacity_of(numel) for numel in numels]
         self.can_miss = any(numel > room for numel, room in zip(numels, capacities, strict=True))
         self.room, self.index_type = sum(capacities), torch.int32 if max(numels) < 2**31 else torch.int64
+        starts = [sum(capacities[:n]) for n in range(len(numels))]
+        self._place(kind, list(zip(capacities, starts, strict=True)))
+        self.state = torch.zeros((len(numels), select.SLOTS.value), dtype=torch.int64, device=self.device)
+        bins = (len(numels), row.COPIES.value, row.RADIX_BINS.value)
+        self.bins = torch.zeros(bins, dtype=torch.int32, device=self.device)
+
+    def _place(self, kind: Kind, rooms: list[tuple[int, int]]) -> None:
+        """The launches, and the rows of the table; `rooms` are those for candidates, and where they begin."""
+        platform, programs = targets.platform(self.device), sweep.programs_wanted(self.device)
+        shapes = [layer.along[:2] for layer in self.members]
+        tile = best_tile(kind.weight_rank + kind.score_rank, shapes)
+        of_words = tile_for_words(tile, kind.transposed)
+        usual = cut(shapes, tile, programs)
+        of_mask = usual._replace(block_j=of_words.block_j)
+        self.gather = Launch((sum(usual.counts),), usual.places(self.device), kind.constants(tile, platform))
+        self.mask = Launch((sum(of_mask.counts),), of_mask.places(self.device), kind.constants(of_words, platform))
+        self.rare = Launch((programs,), None, kind.constants(sweep.RARE, platform))
+        self.bracket_constants = {"num_warps": 4} | {
+            name: value for name, value in self.gather.constants.items() if name in BRACKET
+        }
         rows = [
-            row_of(layer, capacity, sum(capacities[:n]), span, count_tiles(shape, span, tile))
-            for n, (layer, capacity, span, shape) in enumerate(
-                zip(self.members, capacities, spans, shapes, strict=True)
-            )
+            row_of(layer, *room, rows, tiles)
+            for layer, room, rows, tiles in zip(self.members, rooms, usual.rows, usual.counts, strict=True)
         ]
         self.rows = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self.state = torch.zeros((len(rows), select.SLOTS.value), dtype=torch.int64, device=self.device)
-        self.bins = torch.zeros(
-            (len(rows), row.COPIES.value, row.RADIX_BINS.value), dtype=torch.int32, device=self.device
-        )
-
-    def _constants(self, tile: walk.Tile) -> dict[str, Any]:
-        return self.kind.constants | walk._constants(tile, self.device)
-
-    def _launch(self, shapes: list[tuple[int, int]], spans: list[int], tile: walk.Tile) -> Launch:
-        places = [
-            layer + row.LAYERS.value * (band + row.BANDS.value * block)
-            for layer, ((n_i, n_j), span) in enumerate(zip(shapes, spans, strict=True))
-            for band in range(triton.cdiv(n_i, span))
-            for block in range(triton.cdiv(n_j, tile.block_j))
-        ]
-        return Launch(
-            (len(places),), torch.tensor(places, dtype=torch.int64, device=self.device), self._constants(tile)
-        )
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Room for their keys and indices: half a byte a weight, and used up within a call, so taken for each."""
@@ -114,32 +105,7 @@ class Group:
         )
 
 
-def best_tile(ranks: int, shapes: list[tuple[int, int]]) -> walk.Tile:
-    """Of those for so many ranks, the one that computes the least beside the weights."""
-    tiles = [walk.tile_of(ranks, n_j) for n_j in (1024, 512)]
-    return min(tiles, key=lambda tile: sum(n_i * triton.cdiv(n_j, tile.block_j) * tile.block_j for n_i, n_j in shapes))
-
-
-def count_tiles(shape: tuple[int, int], span: int, tile: walk.Tile) -> int:
-    n_i, n_j = shape
-    return triton.cdiv(n_i, span) * triton.cdiv(n_j, tile.block_j)
-
-
-def spans_of(shapes: list[tuple[int, int]], tile: walk.Tile, programs: int) -> list[int]:
-    """The length of each layer's bands: equal within a layer, whole words, as long as leaves enough programs in all."""
-
-    def spans(longest: int) -> list[int]:
-        return [triton.cdiv(triton.cdiv(n_i, triton.cdiv(n_i, longest)), WORD) * WORD for n_i, _ in shapes]
-
-    longest = walk.LONGEST
-    while longest > SHORTEST and ROUNDS * programs > sum(
-        count_tiles(shape, span, tile) for shape, span in zip(shapes, spans(longest), strict=True)
-    ):
-        longest //= 2
-    return spans(longest)
-
-
-def row_of(layer: LayerTensors, capacity: int, first_candidate: int, span: int, tiles: int) -> list[int]:
+def row_of(layer: LayerTensors, capacity: int, first_candidate: int, rows_per_program: int, tiles: int) -> list[int]:
     """The fields of group_row.py."""
     left_w, right_w, left_s, right_s, left_1, right_1 = layer.factors
     if layer.transposed:
@@ -152,8 +118,8 @@ def row_of(layer: LayerTensors, capacity: int, first_candidate: int, span: int, 
     }  # fmt: skip
     numbers = {
         row.N_I: n_i, row.N_J: n_j, row.STRIDE_I: stride_i, row.STRIDE_J: stride_j, row.CAPACITY: capacity,
-        row.FIRST_CANDIDATE: first_candidate, row.INDEX_BITS: max(1, (n_i * n_j - 1).bit_length()), row.SPAN: span,
-        row.TILES: tiles,
+        row.FIRST_CANDIDATE: first_candidate, row.INDEX_BITS: max(1, (n_i * n_j - 1).bit_length()),
+        row.ROWS: rows_per_program, row.TILES: tiles,
     }  # fmt: skip
     found = [0] * row.FIELDS.value
     for slot, tensor in tensors.items():
@@ -167,10 +133,11 @@ def row_of(layer: LayerTensors, capacity: int, first_candidate: int, span: int, 
 
 def by_masked(layers: list[LayerTensors]) -> list[tuple[list[LayerTensors], torch.dtype | None]]:
     """Apart by the dtype of M * W'; those that do not want it go with the first."""
-    dtypes = list(dict.fromkeys(layer.masked.dtype for layer in layers if layer.masked is not None)) or [None]
-    parts: dict[torch.dtype | None, list[LayerTensors]] = {dtype: [] for dtype in dtypes}
+    dtypes = [layer.masked.dtype for layer in layers if layer.masked is not None]
+    parts: dict[torch.dtype | None, list[LayerTensors]] = {}
     for layer in layers:
-        parts[dtypes[0] if layer.masked is None else layer.masked.dtype].append(layer)
+        first = dtypes[0] if dtypes else None
+        parts.setdefault(first if layer.masked is None else layer.masked.dtype, []).append(layer)
     return [(members, dtype) for dtype, members in parts.items()]
 
 

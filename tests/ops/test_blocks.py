@@ -13,7 +13,7 @@ from toys import differences, logits, snapshot, trained
 import pst_kernels as pst
 from pst_kernels import functional, ops, reference
 from pst_kernels.cpu import block_matmul
-from pst_kernels.layers import linear
+from pst_kernels.layers.pst_layer import PSTLayer
 from pst_kernels.masks import patterns
 from pst_kernels.operands import MaskedWeight, Needs, Scales
 
@@ -83,8 +83,8 @@ def test_gradcheck_of_a_layer_with_a_fixed_mask():
     def forward(x, U, V):
         factors = layer.factors._replace(U=U, V=V)
         operands = MaskedWeight(layer.weight, factors, layer.pst_mask, Scales(0.75, 0.5, 2.0))
-        options = functional.Options(False, block_size=16, learn_scores=torch.tensor(False))
-        return functional.masked_linear(x, operands, layer.bias, x.dtype, options)
+        options = functional.Options(False, block_size=16)
+        return functional.masked_linear(x, operands, layer.bias, x.dtype, options, learn_scores=torch.tensor(False))
 
     assert torch.autograd.gradcheck(forward, (x, layer.pst_U, layer.pst_V))
 
@@ -230,8 +230,8 @@ def test_checkpoints_and_merging(family, pattern, tmp_path):
     loaded = pst.load_pretrained(seeded(family), tmp_path).eval()
     assert not differences(snapshot(model), snapshot(loaded))
     assert torch.equal(logits(loaded, family), logits(model, family))
-    expected, masks = logits(model, family), [m.mask for m in model.modules() if isinstance(m, linear.PSTLayer)]
-    names = [name for name, m in model.named_modules() if isinstance(m, linear.PSTLayer)]
+    expected, masks = logits(model, family), [m.mask for m in model.modules() if isinstance(m, PSTLayer)]
+    names = [name for name, m in model.named_modules() if isinstance(m, PSTLayer)]
     merged = pst.merge_and_unload(model)
     torch.testing.assert_close(logits(merged, family), expected, rtol=1e-4, atol=1e-5)
     for name, mask in zip(names, masks, strict=True):
@@ -284,14 +284,14 @@ def test_an_explicit_triton_backend_does_not_fall_back(monkeypatch):
         layer(torch.randn(2, 200, dtype=torch.float64))
 
 
-def test_layout_lists_the_kept_blocks():
+def test_block_rows_list_the_kept_blocks():
     weight, factors = make_problem(40, 50, weight_dtype=torch.float32, factor_dtype=torch.float32)
     packed = ops.prune_mask(weight, *factors, *Scales(), torch.tensor(5), functional.new_guess(), "block:16")
     mask = functional.unpack_mask(packed, 50)
-    strips, index = block_matmul.layout(packed, (40, 50), 16)
+    rows, index = block_matmul.block_rows(packed, (40, 50), 16)
     again = torch.zeros(40, 50, dtype=torch.bool)
-    for strip in strips:
-        again[strip.rows, index[strip.place]] = True
-        assert [c for one in strip.columns for c in range(one.start, one.stop)] == index[strip.place].tolist()
+    for row in rows:
+        again[row.rows, index[row.span]] = True
+        assert [c for one in row.columns for c in range(one.start, one.stop)] == index[row.span].tolist()
     assert torch.equal(again, mask)
     assert patterns.parse("block:16").fits(mask, 5)

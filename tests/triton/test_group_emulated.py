@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
-from behind_tables import Behind, known
-from dyadic import exact_scores, guess_at, no_guess, problem
+from dyadic import exact_scores, guess_at, problem
+from emulator import Session
 
 kernels = pytest.importorskip("pst_kernels.triton", reason="triton is not installed")
 select = pytest.importorskip("pst_kernels.triton.select")
@@ -14,10 +17,10 @@ from group_problem import alone, assert_same, layer_of, poisoned, rounding, stri
 
 from pst_kernels import reference  # noqa: E402
 from pst_kernels.masks import packing  # noqa: E402
-from pst_kernels.operands import Factors  # noqa: E402
-from pst_kernels.triton import group_table, walk  # noqa: E402
+from pst_kernels.operands import Factors, Scales  # noqa: E402
+from pst_kernels.triton import group_row, sweep  # noqa: E402
 from pst_kernels.triton.group_layer import LayerTensors  # noqa: E402
-from pst_kernels.triton.group_mask import prune_masks, without_memory  # noqa: E402
+from pst_kernels.triton.group_mask import prune_masks  # noqa: E402
 from pst_kernels.triton.group_table import MaskTable  # noqa: E402
 from pst_kernels.triton.tools import machine_code  # noqa: E402
 
@@ -25,17 +28,20 @@ SCALES = (0.5, -2.0, 1.5)
 TIGHT = (97 * 33, 97 * 35)  # numbers of weights of which only 512 can be collected
 
 
-@pytest.fixture
-def behind(emulator, monkeypatch: pytest.MonkeyPatch) -> Behind:
-    return known(emulator, monkeypatch)
+@contextlib.contextmanager
+def emulated(emulator, table: MaskTable, arch: int, order: str = "forward") -> Iterator[Session]:
+    with contextlib.ExitStack() as stack:
+        for group in table.groups:
+            tensors = [tensor for layer in group.members for tensor in layer.tensors]
+            stack.enter_context(emulator.behind(group.rows, tensors))
+        yield stack.enter_context(emulator.emulate(arch, order))
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs for each layer that is searched, several bands, and little room for candidates."""
-    monkeypatch.setattr(walk, "programs_wanted", lambda device: 3)
-    monkeypatch.setattr(group_table, "SHORTEST", 32)
-    monkeypatch.setattr(walk, "LONGEST", 32)
+    monkeypatch.setattr(sweep, "programs_wanted", lambda device: 3)
+    monkeypatch.setattr(sweep, "MOST_ROWS", 32)
     room = select.capacity_of
     monkeypatch.setattr(select, "capacity_of", lambda numel: 512 if numel in TIGHT else room(numel))
 
@@ -79,7 +85,7 @@ def layers_of_all_routes() -> list[LayerTensors]:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_every_route_in_any_order_of_programs(emulator, behind: Behind, small: None, arch: int) -> None:
+def test_every_route_in_any_order_of_programs(emulator, small: None, arch: int) -> None:
     layers = layers_of_all_routes()
     with emulator.emulate(arch):
         want = [alone(layer) for layer in layers]
@@ -90,8 +96,7 @@ def test_every_route_in_any_order_of_programs(emulator, behind: Behind, small: N
     for order in ("forward", "reversed", "shuffled"):
         given = [poisoned(layer) for layer in layers]
         table = MaskTable(given)
-        behind.know(table)
-        with emulator.emulate(arch, order) as session:
+        with emulated(emulator, table, arch, order) as session:
             prune_masks(table)
         assert len(table.groups) == 1
         assert {
@@ -117,7 +122,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_layouts(emulator, behind: Behind, small: None, kind: str) -> None:
+def test_layouts(emulator, small: None, kind: str) -> None:
     arch, make, masked = KINDS[kind]
     first, second = make()
     given = [
@@ -127,8 +132,7 @@ def test_layouts(emulator, behind: Behind, small: None, kind: str) -> None:
     with emulator.emulate(arch):
         want = [alone(layer) for layer in given]
     table = MaskTable(given)
-    behind.know(table)
-    with emulator.emulate(arch):
+    with emulated(emulator, table, arch):
         prune_masks(table)
     assert len(table.groups) == (2 if kind in ("one of each", "strided") else 1)
     for layer, other in zip(given, want, strict=True):
@@ -136,13 +140,15 @@ def test_layouts(emulator, behind: Behind, small: None, kind: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["N_I", "N_J", "FIRST_CANDIDATE"])
-def test_one_more_is_noticed(emulator, behind: Behind, small: None, fault: str) -> None:
+def test_one_more_is_noticed(emulator, small: None, fault: str) -> None:
     """What lies behind a table lies between red zones."""
     layer = layer_of(problem(97, 33, 1), 1100, torch.tensor([9.0, 0.1, 0.5, 0.01]))
     table = MaskTable([layer])
-    behind.know(table)
-    table.groups[0].rows[0, getattr(group_table.row, fault).value] += 1
-    with emulator.emulate(80), pytest.raises(emulator.MemoryFault, match=r"outside (every tensor|memory) in group_"):
+    table.groups[0].rows[0, getattr(group_row, fault).value] += 1
+    with (
+        emulated(emulator, table, 80),
+        pytest.raises(emulator.MemoryFault, match=r"outside (every tensor|memory) in group_"),
+    ):
         prune_masks(table)
 
 
@@ -152,8 +158,10 @@ def test_launches_do_not_grow_with_layers(layers: int) -> None:
     given = []
     for n in range(layers):
         weight, *factors = (torch.empty_like(t, device="meta") for t in problem(*shapes[n % 6], 8))
-        layer = without_memory(weight, Factors(*factors))
-        given.append(layer if n % 2 else layer._replace(masked=torch.empty_like(weight)))
+        mask = torch.empty((weight.shape[0], weight.shape[1] // 32), dtype=torch.int32, device="meta")
+        pruned, guess = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
+        masked = torch.empty_like(weight) if n % 2 else None
+        given.append(LayerTensors(weight, Factors(*factors), Scales(), pruned, guess, mask, masked))
     table = MaskTable(given)
     with machine_code.recorded(machine_code.gpu_target("sm_90")) as launches:
         prune_masks(table)
