@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from pst_kernels.files import replacing
 
-from ..console import console
+from ..console import Table, console
 from ..tables.rows import RESULTS
 from .cases import SHAPES, Shape, short
 

@@ -294,7 +294,9 @@ def test_a_machine_cuts_what_it_cannot_do():
 
 
 def test_quick_is_part_of_the_full_grid():
-    assert set(cases.quick()) <= set(cases.full())
+    for device in ("cpu", "cuda"):
+        assert set(cases.quick(device)) <= set(cases.full())
+    assert set(cases.quick()) < set(cases.quick("cuda"))
     assert {case.mode for case in cases.quick()} == set(cases.MODES)
 
 
@@ -337,7 +339,7 @@ def test_unknown_names_are_refused(capsys):
 
 
 def test_the_command_writes_csv_plots_and_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cases, "quick", lambda: [small_case("step"), small_case("mask")])
+    monkeypatch.setattr(cases, "quick", lambda device: [small_case("step"), small_case("mask")])
     limits = ceilings.Ceilings(dict.fromkeys(cases.DTYPES, 1e11), 1e10)
     monkeypatch.setattr(ceilings, "measured", lambda *_: limits)
     assert command.main(["--quick", "--adamw", "default", "--output", str(tmp_path)]) == 0

@@ -3,12 +3,11 @@
 Interpreter: TRITON_INTERPRET has to be set before triton is imported, so those checks live in files named
 `interpreted_*.py`, which pytest does not collect by itself; test_interpreter.py runs each in a process of its own.
 
-Emulator: the compiled PTX is executed by the package beside this file; tests ask for the `emulator` fixture.
+Emulator: the compiled PTX is executed on CPU tensors by tests/emulator; tests ask for the `emulator` fixture.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -21,12 +20,6 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def emulator() -> ModuleType:
-    pytest.importorskip("triton", reason="triton is not installed")
-    return importlib.import_module("emulator")
 
 
 @pytest.fixture

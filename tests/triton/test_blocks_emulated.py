@@ -9,7 +9,7 @@ from pst_kernels.operands import Needs
 
 pytest.importorskip("triton")
 
-from block_problem import OUTPUTS, Problem
+from block_problem import COMPILED, OUTPUTS, Problem
 from linear_problem import operands_of, relative_error
 
 from pst_kernels import ops
@@ -17,35 +17,10 @@ from pst_kernels.masks.packing import pack_mask
 from pst_kernels.triton import block_gradients, block_lists, block_matmul
 from pst_kernels.triton.tiles import choice, tables
 
-POISONED = (torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a launcher allocates is NaN until a kernel writes it, or no index."""
-    empty = torch.empty
-
-    def poison(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        if tensor.device.type != "cpu" or tensor.dtype not in (torch.int32, *POISONED):
-            return tensor
-        return tensor.fill_(1 << 30 if tensor.dtype == torch.int32 else float("nan"))
-
-    monkeypatch.setattr(torch, "empty", poison)
-
-
-PROBLEMS = [
-    Problem(64, 96, 20, 8, 32, "bfloat16", kept=0.6),
-    Problem(48, 80, 7, 16, 16, "float16", factors="float16"),
-    Problem(64, 96, 3, 8, 16, "float32"),
-    Problem(70, 200, 3, 5, 64, "bfloat16"),
-    Problem(128, 256, 40, 8, 128, "bfloat16", kept=0.7),
-    Problem(64, 128, 33, 8, 64, "bfloat16", weight="float32", transposed=True, through=False),
-    Problem(32, 96, 3, 64, 32, "bfloat16", kept=0.8),
-]
-
-
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", COMPILED, ids=str)
 def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
     with emulator.emulate(arch) as session:
         errors = problem.errors()

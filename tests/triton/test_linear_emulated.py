@@ -9,37 +9,17 @@ from pst_kernels.operands import Needs
 
 pytest.importorskip("triton")
 
-from linear_problem import OUTPUTS, SCALES, Problem, operands_of, relative_error
+from linear_problem import COMPILED, OUTPUTS, SCALES, Problem, operands_of, relative_error
 
 from pst_kernels import ops
 from pst_kernels.triton import gradients, matmul
 from pst_kernels.triton.tiles import choice, tables
 
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a launcher allocates is NaN until a kernel writes it."""
-    empty = torch.empty
-
-    def nan(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type == "cpu" else tensor
-
-    monkeypatch.setattr(torch, "empty", nan)
-
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 GRADIENT_KERNELS = {"factor_gradients_kernel", "many_ranks_kernel"}  # for up to 16 ranks in all, and for more
-PROBLEMS = [
-    Problem(128, 128, 40, 8, "bfloat16"),
-    Problem(128, 128, 7, 16, "float16", factors="float16"),
-    Problem(64, 96, 3, 8, "float32"),
-    Problem(129, 65, 3, 5, "bfloat16"),
-    Problem(128, 64, 20, 8, "bfloat16", weight="float32"),
-    Problem(64, 128, 17, 8, "bfloat16", transposed=True, through=False),
-]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", COMPILED, ids=str)
 def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
     with emulator.emulate(arch) as session:
         errors = problem.errors()
