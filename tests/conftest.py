@@ -23,6 +23,14 @@ def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
+# Fixtures of a module that take long: their tests go to one worker, which makes them once. With --dist loadgroup.
+SHARED = {"found", "finished", "launched", "trained", "report"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        if SHARED & set(getattr(item, "fixturenames", ())):
+            target = getattr(item, "callspec", None) and item.callspec.params.get("report", "")
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {target}"))

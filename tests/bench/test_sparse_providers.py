@@ -28,11 +28,16 @@ def test_the_names():
     assert [provider.steps for provider in PROVIDERS.values()] == [16, 1, 1, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (name, dtype)
+        for name in PROVIDERS
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+        if (name, dtype) != (BSR, torch.bfloat16)  # torch's BSR product on a CPU has none
+    ],
+)
 def test_every_provider_passes_its_check(name, dtype):
-    if name == BSR and dtype == torch.bfloat16:
-        pytest.skip("torch's BSR product on a CPU has no bfloat16")
     shapes = (WHOLE,) if name == BSR else (WHOLE, RAGGED)  # torch takes whole blocks alone
     for shape in shapes:
         assert check.check_layer(PROVIDERS[name], shape, dtype, "cpu") == check.OK
