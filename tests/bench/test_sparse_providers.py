@@ -93,6 +93,7 @@ def test_a_mask_that_is_never_made_again_is_told():
     assert "after steps of AdamW (fused=None) the mask is stale at" in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "backward", "step", "mask"])
 def test_rows_of_a_case(mode):
     everyone = [*all_providers("cpu"), *PROVIDERS.values()]
@@ -132,6 +133,7 @@ def test_a_mask_case_makes_a_new_mask_each_time():
     assert int(layer.mask.sum()) == 2 * 64 * 64
 
 
+@pytest.mark.slow
 def test_they_run_when_asked_for_and_not_in_the_quick_benchmark(monkeypatch, tmp_path):
     def names(**settings):
         return [provider.name for provider in run.Options(**settings).providers]

@@ -23,6 +23,14 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What compiles kernels by the dozen, or interprets them, is no part of `make test-quick`."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.parent == here and {"emulator", "found", "report"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.compiled)
+
+
 @pytest.fixture(scope="session")
 def emulator() -> ModuleType:
     pytest.importorskip("triton", reason="triton is not installed")

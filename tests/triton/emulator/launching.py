@@ -53,11 +53,10 @@ def _no_machine_code(*given: Any) -> Any:
 @contextlib.contextmanager
 def ptx_only() -> Iterator[None]:
     """Inside, Triton compiles to PTX and no further: what ptxas makes of it, half of the time, nobody here runs."""
-    hook, knobs.runtime.add_stages_inspection_hook = knobs.runtime.add_stages_inspection_hook, _no_machine_code
-    try:
+    with knobs.runtime.scope(), knobs.compilation.scope():
+        knobs.runtime.add_stages_inspection_hook = _no_machine_code
+        knobs.compilation.disable_line_info = True  # which takes 5 % of the time
         yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook = hook
 
 
 def compile_ptx(
