@@ -3,12 +3,11 @@
 Interpreter: TRITON_INTERPRET has to be set before triton is imported, so those checks live in files named
 `interpreted_*.py`, which pytest does not collect by itself; test_interpreter.py runs each in a process of its own.
 
-Emulator: the compiled PTX is executed by the package beside this file; tests ask for the `emulator` fixture.
+Emulator: the compiled PTX is executed on CPU tensors by tests/emulator; tests ask for the `emulator` fixture.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -21,20 +20,6 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What compiles kernels by the dozen, or interprets them, is no part of `make test-quick`."""
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.parent == here and {"emulator", "found", "report"} & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.compiled)
-
-
-@pytest.fixture(scope="session")
-def emulator() -> ModuleType:
-    pytest.importorskip("triton", reason="triton is not installed")
-    return importlib.import_module("emulator")
 
 
 @pytest.fixture
@@ -56,9 +41,9 @@ def touched(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[tuple
 
 @pytest.fixture
 def many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bands as short as on a GPU with many multiprocessors, so that small problems have many programs."""
-    walk = pytest.importorskip("pst_kernels.triton.walk", reason="triton is not installed")
-    monkeypatch.setattr(walk, "programs_wanted", lambda device: 264)
+    """Sweeps as short as on a GPU with many multiprocessors, so that small problems have many programs."""
+    sweep = pytest.importorskip("pst_kernels.triton.sweep", reason="triton is not installed")
+    monkeypatch.setattr(sweep, "programs_wanted", lambda device: 264)
 
 
 @pytest.fixture(params=[80, 90])
