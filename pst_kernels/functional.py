@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from . import ops
 from .masks.packing import packed_width, unpack_mask
@@ -101,6 +103,7 @@ def pst_linear(
     """
     scales = Scales(float(beta), float(alpha1), float(alpha2))
     operands = MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, scales)
+    check(x, operands, bias)
     return masked_linear(x, operands, bias, operand_dtype(x), Options(through_magnitude))
 
 
@@ -108,29 +111,40 @@ class Options(NamedTuple):
     """What a layer knows and wants beside the operands of its product."""
 
     through_magnitude: bool = True
-    masked: Tensor | None = None  # M * W' (out, in), if it is made already; used by the forward, and not kept
+    kept: bool = False  # whether M * W', if it is made already, stays as it is until the backward
     block_size: int | None = None  # of a mask that consists of blocks
-    # bool, 0-d, on the CPU; with blocks: whether A, B, R and C get their gradients, which need all of G, or zeros. U
-    # and V learn from kept blocks then: Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M
-    learn_scores: Tensor | None = None
-    producer: Any = None  # how x can be made again (layers/recompute.py), so that it need not be kept
 
 
 def masked_linear(
-    x: Tensor, operands: MaskedWeight, bias: Tensor | None, dtype: torch.dtype, options: Options
-) -> Tensor:
-    """`pst_linear` for a layer; `dtype` is `operand_dtype(x)`."""
-    _check(x, operands, bias)
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, dtype: torch.dtype, options: Options,
+    masked: Tensor | None = None, learn_scores: Tensor | None = None, producer: Any = None,
+) -> Tensor:  # fmt: skip
+    """`pst_linear` of operands that `check` let pass; `dtype` is `operand_dtype(x)`.
+
+    `masked` is M * W' (out, in) in this dtype, if it is made already. `learn_scores` (bool, 0-d, on the CPU) says, for
+    a mask of blocks, whether A, B, R and C get their gradients, which need all of G, or zeros; U and V learn from kept
+    blocks then: Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M. `producer` says how x can be made again
+    (layers/recompute.py), so that it need not be kept.
+    """
     weight, factors, mask, scales = operands
-    with without_autocast(x.device.type):
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if dtype is not flat.dtype:
+        flat = flat.to(dtype)
+    if not _autocast(x.device.type):  # entering autocast costs as much as a small layer's forward
         y = _PSTLinear.apply(
-            x.to(dtype).reshape(-1, x.shape[-1]), bias, weight, *factors, mask, tuple(scales), *options
+            flat, bias, weight, *factors, mask, masked, learn_scores, (*scales, *options), producer
         )  # fmt: skip
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y = _PSTLinear.apply(
+                flat, bias, weight, *factors, mask, masked, learn_scores, (*scales, *options), producer
+            )  # fmt: skip
     # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
 
-def _check(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> None:
+def check(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> None:
+    """Raise ValueError or TypeError that names what does not fit."""
     weight, factors, mask, _ = operands
     factors.check(weight)
     if not x.is_floating_point():
@@ -166,38 +180,43 @@ class _PSTLinear(torch.autograd.Function):
     # not setup_context(), for which torch binds the arguments by inspection at every call
     @staticmethod
     def forward(
-        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, scales,
-        through_magnitude, masked, block_size, learn_scores, producer,
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, learn_scores, constants, producer
     ) -> Tensor:  # fmt: skip
-        ctx.scales, ctx.through_magnitude, ctx.block_size = scales, through_magnitude, block_size
-        ctx.dtypes = [None if t is None else t.dtype for t in (bias, U, V, A, B, R, C)]
-        ctx.make, kept = (None, (x,)) if producer is None else producer
-        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, *kept)
-        if masked is not None and masked.dtype == x.dtype:
-            return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
+        *scales, _, kept, block_size = constants
+        ctx.constants, ctx.bias_dtype = constants, None if bias is None else bias.dtype
+        ctx.make, taken = (None, (x,)) if producer is None else producer
+        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, masked if kept else None, *taken)
+        if masked is not None:
+            return linear(x, masked, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
         operands = weight, U, V, A, B, R, C, mask, *scales
         if block_size is not None:
             return ops.block_forward(x.contiguous(), *operands, bias, block_size)
         return ops.linear_forward(x.contiguous(), *operands, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: hooks on saved tensors may unpack each only once
-        operands, learn_scores, kept = saved[:8], saved[8], saved[9:]
+        operands, learn_scores, masked, taken = saved[:8], saved[8], saved[9], saved[10:]
+        *scales, through_magnitude, _, block_size = ctx.constants
         needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
+        learns = any(needs_factors)
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
         with without_autocast(gy.device.type):
-            x = kept[0] if ctx.make is None else ctx.make(*kept).to(gy.dtype).reshape(-1, operands[0].shape[1])
-            tensors = gy.contiguous(), x.contiguous(), *operands, *ctx.scales
-            needs = ctx.through_magnitude, needs_input, any(needs_factors)
-            if ctx.block_size is None:
-                dx, *factors = ops.linear_backward(*tensors, *needs)
+            x = taken[0] if ctx.make is None else ctx.make(*taken).to(gy.dtype).reshape(-1, operands[0].shape[1])
+            tensors = gy.contiguous(), x.contiguous(), *operands, *scales
+            if block_size is not None:
+                dx, *factors = ops.block_backward(
+                    *tensors, block_size, learn_scores, through_magnitude, needs_input, learns
+                )  # fmt: skip
             else:
-                dx, *factors = ops.block_backward(*tensors, ctx.block_size, learn_scores, *needs)
-        bias_dtype, *dtypes = ctx.dtypes
-        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
-        gradients = [g.to(t) if need else None for g, t, need in zip(factors, dtypes, needs_factors, strict=True)]
-        return dx if needs_input else None, dbias, None, *gradients, *[None] * 7
+                dx, *factors = ops.linear_backward(*tensors, through_magnitude, needs_input and masked is None, learns)
+                if masked is not None and needs_input:
+                    dx = tensors[0] @ masked
+        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
+        of_factors = zip(factors, operands[1:7], needs_factors, strict=True)
+        gradients = [gradient.to(factor.dtype) if need else None for gradient, factor, need in of_factors]
+        return dx if needs_input else None, dbias, None, *gradients, None, None, None, None, None
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
@@ -216,7 +235,7 @@ def _autocast(device_type: str) -> bool:
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     if _autocast(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()  # entering autocast costs as much as a small layer's forward
+    return contextlib.nullcontext()
 
 
 def _check_whole(name: str, value: Any) -> None:

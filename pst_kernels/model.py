@@ -14,7 +14,9 @@ from torch import nn
 from . import env
 from .config import PSTConfig, matches
 from .export import formats
-from .layers.linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d, refuse_meta
+from .layers.checks import check_finite, is_conv1d, refuse_meta
+from .layers.linear import PSTConv1D, PSTLinear
+from .layers.pst_layer import PSTLayer
 from .targets import find_targets, head_modules, parameter_uses
 
 logger = logging.getLogger("pst_kernels")

@@ -66,9 +66,7 @@ _NUMBERS = ", ".join(f"float {name}" for name in Scales._fields)
 FACTORS, SCALES = _Group(_TENSORS, Factors), _Group(_NUMBERS, Scales)
 MASKED_WEIGHT = _Group(f"Tensor weight, {_TENSORS}, Tensor mask, {_NUMBERS}", MaskedWeight.of)
 NEEDS = _Group("bool needs_input, bool needs_factors", Needs)
-MASK_STATE = _Group(
-    "Tensor num_pruned, Tensor(a!) mask, Tensor(b!) guess, Tensor(c!) seen, SymInt interval, str pattern", MaskState
-)
+MASK_STATE = _Group("Tensor num_pruned, Tensor(a!) mask, Tensor(b!) guess, SymInt interval, str pattern", MaskState)
 
 
 def _define(name: str, arguments: Sequence[str | _Group], returns: str, fake: Any, run: Any = None) -> None:
@@ -106,7 +104,7 @@ def _fake_backward(gy: Tensor, x: Tensor, operands: MaskedWeight, *rest: Any) ->
 
 
 def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
-    refresh(kernels, weights, state)
+    refresh(kernels, weights, state, due.watch_of(weights.factors.U))
 
 
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"  # dx, and the gradients of the factors
@@ -129,9 +127,9 @@ _define(
     run=lambda kernels, weight, factors, scales, state: _refresh(kernels, Weights(weight, factors, scales), state),
 )  # fmt: skip
 _define(
-    "is_last_before_refresh", ["Tensor seen", "SymInt interval"], "Tensor",
-    lambda seen, _: seen.new_empty((), dtype=torch.bool),
-    run=lambda _, seen, interval: torch.tensor(due.is_last_before_refresh(seen, interval), device="cpu"),
+    "is_last_before_refresh", ["Tensor U", "SymInt interval"], "Tensor",
+    lambda *_: torch.empty((), dtype=torch.bool, device="cpu"),
+    run=lambda _, U, interval: torch.tensor(due.watch_of(U).is_last_before_refresh(interval), device="cpu"),
 )  # fmt: skip
 _define(
     "masked_weight", [MASKED_WEIGHT, "ScalarType dtype"], "Tensor",

@@ -66,9 +66,10 @@ class Problem(NamedTuple):
             learned = {name: given[name].detach().requires_grad_() for name in LEARNED}
             x, factors = learned["x"], Factors(*(learned[name] for name in Factors._fields))
             operands = MaskedWeight(given["weight"], factors, mask, Scales(**SCALES))
-            options = functional.Options(self.through, block_size=self.size, learn_scores=learn)
+            options = functional.Options(self.through, block_size=self.size)
             with torch.autocast(device, dtype=gy.dtype, enabled=bool(self.weight)):
-                y = functional.masked_linear(x, operands, given["bias"], functional.operand_dtype(x), options)
+                dtype = functional.operand_dtype(x)
+                y = functional.masked_linear(x, operands, given["bias"], dtype, options, learn_scores=learn)
             y.backward(gy)
             return [y.detach(), *(tensor.grad for tensor in learned.values())]
 

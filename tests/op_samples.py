@@ -11,7 +11,6 @@ from oracle import make_problem
 from torch import Tensor
 
 from pst_kernels import functional, ops
-from pst_kernels.masks import due
 
 
 def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -34,8 +33,8 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
     blocks = ops.prune_mask(*weights, count(1), new(), "block:16")
     for pattern, pruned, mask in (("unstructured", count(200), packed), ("block:16", count(1), blocks)):
         yield "prune_mask", (*weights, pruned, new(), pattern)
-        yield "refresh_mask", (*weights, pruned, mask.clone(), new(), due.never_seen(8), 1, pattern)
-    yield "is_last_before_refresh", (due.never_seen(8), 16)
+        yield "refresh_mask", (*weights, pruned, mask.clone(), new(), 1, pattern)
+    yield "is_last_before_refresh", (factors[0], 16)
     unstructured, of_blocks = ((weight, *factors, mask, *scales) for mask in (packed, blocks))
     yield "masked_weight", (*unstructured, dtype)
     yield "linear_forward", (x, *unstructured, bias)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .. import ops
-from ..functional import Options, masked_linear, operand_dtype
+from ..functional import Options, check, masked_linear, operand_dtype
 from ..masks.guess import Guess
 from ..masks.packing import pack_mask, unpack_mask
 from ..masks.refresh import Weights, refresh
@@ -78,6 +78,7 @@ class Shards:
         else:
             local = x.redistribute(placements=[Shard(x.dim() - 1)]).to_local()
         operands = MaskedWeight(weight, factors, layer.pst_mask, layer.scales)
+        check(local, operands, bias)
         y = masked_linear(local, operands, bias, operand_dtype(local), Options(layer.config.through_magnitude))
         shape = torch.Size((*y.shape[:-1], self.shape[0]))
         placement = Shard(y.dim() - 1) if self.dim == 0 else Partial()
@@ -141,7 +142,7 @@ class Shards:
     def _refresh(self, layer: Any, weight: Tensor, factors: Factors) -> None:
         watched = (layer.weight, *layer.factors)  # the local parts are made anew at every look
         with torch.no_grad():
-            refresh(self, Weights(weight, factors, layer.scales), layer.mask_state(), watched=watched)
+            refresh(self, Weights(weight, factors, layer.scales), layer.mask_state(), layer.watch, sharded=watched)
 
     def prune_mask(
         self, weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor, _masked: None

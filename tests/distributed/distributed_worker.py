@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import pst_kernels as pst
 from pst_kernels import cpu
-from pst_kernels.layers import linear
+from pst_kernels.layers import checks
 
 RANKS, STEPS, BATCH, WIDTH = 4, 6, 8, 24
 # 33 rows of 40 columns: neither a multiple of the 32 columns of a word, nor of the number of processes; so is rank 3
@@ -78,7 +78,7 @@ class Training:
         return self
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: linear.whole(tensor).detach().clone() for name, tensor in self.model.state_dict().items()}
+        return {name: checks.whole(tensor).detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def save(self, folder: Path) -> None:
         dcp.save(self._states(), checkpoint_id=folder, process_group=self.mesh and self.mesh.get_group())

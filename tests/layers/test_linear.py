@@ -1,5 +1,6 @@
 """PSTLinear and PSTConv1D: when a mask is made, merging, dtypes, and what a state dict means."""
 
+import concurrent.futures
 import copy
 import pickle
 
@@ -10,7 +11,7 @@ from torch import nn
 import pst_kernels as pst
 from pst_kernels import cpu, reference
 from pst_kernels.cpu import row_blocks
-from pst_kernels.layers import linear
+from pst_kernels.layers.pst_layer import FACTORS
 
 
 @pytest.fixture(params=["PSTLinear", "PSTConv1D"])
@@ -94,7 +95,7 @@ def test_recomputation_reuses_the_mask(layer, refreshes):
     assert len(refreshes) == 1
 
 
-@pytest.mark.parametrize("name", ["weight", *linear.FACTORS])
+@pytest.mark.parametrize("name", ["weight", *FACTORS])
 def test_every_input_of_the_mask_is_watched(layer, refreshes, name):
     layer.refresh_mask()
     with torch.no_grad():
@@ -189,7 +190,7 @@ def test_from_linear_holds_the_same_parameters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_and_unmerge(layer, dtype):
     layer.to(dtype)
-    for factor in linear.FACTORS:  # PEFT's way: factors stay fp32 over a 16-bit base
+    for factor in FACTORS:  # PEFT's way: factors stay fp32 over a 16-bit base
         setattr(layer, factor, nn.Parameter(getattr(layer, factor).float()))
     layer.eval()
     x = torch.randn(6, 40).to(dtype)
@@ -251,7 +252,7 @@ def test_a_dense_state_dict_loads(layer):
     dense = {"weight": torch.randn_like(layer.weight), "bias": torch.randn(24)}
     result = layer.load_state_dict(dense, strict=False)
     assert not result.unexpected_keys
-    assert sorted(result.missing_keys) == sorted([*linear.FACTORS, "pst_mask", "pst_num_pruned"])
+    assert sorted(result.missing_keys) == sorted([*FACTORS, "pst_mask", "pst_num_pruned"])
     x = torch.randn(3, 40)
     torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)
 
@@ -301,3 +302,50 @@ def test_trains_after_an_evaluation_in_inference_mode(monkeypatch):
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
     step(layer, x)
     torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_at_a_first_forward_get_the_same_right_output():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layer, x = pst.PSTLinear(256, 1024).eval(), torch.randn(8, 256)
+        with torch.no_grad(), concurrent.futures.ThreadPoolExecutor(4) as pool:
+            outputs = list(pool.map(lambda _, layer=layer, x=x: layer(x), range(4)))
+            expected = reference_output(layer, x)
+        for y in outputs:
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_functional_call_with_fresh_tensors(layer):
+    """A tensor at the address of a freed one, with the same version, is another tensor all the same."""
+    x, base = torch.randn(4, 40), {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for _ in range(20):
+        changed = base | {"pst_V": base["pst_V"] + 0.3 * torch.randn_like(base["pst_V"])}
+        with torch.no_grad():
+            y = torch.func.functional_call(layer, changed, (x,))
+        again = copy.deepcopy(layer)
+        with torch.no_grad():
+            again.pst_V.copy_(changed["pst_V"])
+        torch.testing.assert_close(y.double(), reference_output(again, x), rtol=1e-5, atol=1e-5)
+        del y, changed
+
+
+def test_a_replaced_data_is_noticed(layer):
+    """As weights of an average are swapped in: `p.data = average`."""
+    layer(torch.randn(4, 40))
+    layer.pst_V.data = torch.randn_like(layer.pst_V)
+    x = torch.randn(4, 40)
+    torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_are_refused(layer):
+    """They came out as zeros: the backward is written by hand, and not differentiable itself."""
+    x = torch.randn(4, 40, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.pow(2).sum().backward()
+
+
+def test_transforms_of_torch_func_say_that_they_do_not_apply(layer):
+    for transformed in (torch.func.grad(lambda x: layer(x).sum()), torch.func.vmap(lambda x: layer(x))):
+        with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
+            transformed(torch.randn(4, 40))

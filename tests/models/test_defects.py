@@ -14,7 +14,7 @@ from torch import nn
 import pst_kernels as pst
 from pst_kernels import cpu, functional, reference
 from pst_kernels.cpu import row_blocks as rows
-from pst_kernels.layers.linear import FACTORS
+from pst_kernels.layers.pst_layer import FACTORS
 from pst_kernels.model import pst_layers
 
 

@@ -13,7 +13,7 @@ from toys import differences, logits, snapshot, trained
 import pst_kernels as pst
 from pst_kernels import functional, ops, reference
 from pst_kernels.cpu import block_matmul
-from pst_kernels.layers import linear
+from pst_kernels.layers.pst_layer import PSTLayer
 from pst_kernels.masks import patterns
 from pst_kernels.operands import MaskedWeight, Needs, Scales
 
@@ -83,8 +83,8 @@ def test_gradcheck_of_a_layer_with_a_fixed_mask():
     def forward(x, U, V):
         factors = layer.factors._replace(U=U, V=V)
         operands = MaskedWeight(layer.weight, factors, layer.pst_mask, Scales(0.75, 0.5, 2.0))
-        options = functional.Options(False, block_size=16, learn_scores=torch.tensor(False))
-        return functional.masked_linear(x, operands, layer.bias, x.dtype, options)
+        options = functional.Options(False, block_size=16)
+        return functional.masked_linear(x, operands, layer.bias, x.dtype, options, learn_scores=torch.tensor(False))
 
     assert torch.autograd.gradcheck(forward, (x, layer.pst_U, layer.pst_V))
 
@@ -230,8 +230,8 @@ def test_checkpoints_and_merging(family, pattern, tmp_path):
     loaded = pst.load_pretrained(seeded(family), tmp_path).eval()
     assert not differences(snapshot(model), snapshot(loaded))
     assert torch.equal(logits(loaded, family), logits(model, family))
-    expected, masks = logits(model, family), [m.mask for m in model.modules() if isinstance(m, linear.PSTLayer)]
-    names = [name for name, m in model.named_modules() if isinstance(m, linear.PSTLayer)]
+    expected, masks = logits(model, family), [m.mask for m in model.modules() if isinstance(m, PSTLayer)]
+    names = [name for name, m in model.named_modules() if isinstance(m, PSTLayer)]
     merged = pst.merge_and_unload(model)
     torch.testing.assert_close(logits(merged, family), expected, rtol=1e-4, atol=1e-5)
     for name, mask in zip(names, masks, strict=True):

@@ -107,7 +107,7 @@ SIGNATURES = {
         "sparsity=0.9", "initial_sparsity=0.0", "weight_rank=8", "score_rank=8", "beta=1.0", "alpha1=1.0", "alpha2=1.0",
         "through_magnitude=True", "warmup=0.1", "cooldown=0.3", "target_modules=all-linear", "exclude_modules=None",
         "modules_to_save=None", "train_bias=False", "adapter_dtype=torch.float32", "pattern=unstructured",
-        "mask_interval=1", "recompute_input=True",
+        "mask_interval=1", "recompute_input=True", "masked_weight=auto",
     ]),
     "replace_linear": (pst.replace_linear, ["model", "config=None"]),
     "refresh_masks": (pst.refresh_masks, ["model"]),
