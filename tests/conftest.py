@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import pytest
 import torch
 
 pytest.register_assert_rewrite("tiny_grid")
-pytest_plugins = ["emulation"]
 torch.set_num_threads(1)  # toy models gain nothing from more, and lose much on a busy machine
 
 
@@ -15,6 +17,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for name in ("PST_KERNELS_BACKEND", "PST_KERNELS_CPU", "PST_KERNELS_ARCH", "PST_KERNELS_TUNING"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ModuleType:
+    """The package that executes the compiled PTX of kernels on CPU tensors."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    return importlib.import_module("emulator")
 
 
 @pytest.fixture

@@ -467,14 +467,14 @@ def test_roofline_of_a_pst_step():
 
 
 def test_roofline_takes_the_tiles_of_the_kernels():
-    tiles = pytest.importorskip("pst_kernels.triton.tiles")
-    if not hasattr(tiles, "matmul"):
+    choice = pytest.importorskip("pst_kernels.triton.tiles.choice")
+    if not hasattr(choice, "matmul"):
         pytest.skip("no table of tiles yet")
     shape = cases.BY_NAME["Llama-8B query"]
     for tokens in (16, 16384):
         found = roofline.shipped_tiles("sm_90", shape, tokens, torch.bfloat16)
         assert found.source == roofline.SHIPPED
-        tile = tiles.matmul("sm_90", torch.bfloat16, torch.bfloat16, tokens, 4096, 8)
+        tile = choice.matmul("sm_90", torch.bfloat16, torch.bfloat16, tokens, 4096, 8)
         assert found.forward == (None if tile is None else (tile.rows, tile.columns))
 
 

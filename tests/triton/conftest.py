@@ -3,7 +3,7 @@
 Interpreter: TRITON_INTERPRET has to be set before triton is imported, so those checks live in files named
 `interpreted_*.py`, which pytest does not collect by itself; test_interpreter.py runs each in a process of its own.
 
-Emulator: the compiled PTX is executed on CPU tensors, see emulation.py.
+Emulator: the compiled PTX is executed on CPU tensors by tests/emulator; tests ask for the `emulator` fixture.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def touched(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[tuple
         check(self, address, size, mask, space, ins)
         if space == "global":
             way = "stored" if ins.op[0] == "st" else "loaded"
-            marks = seen.setdefault((self.p.name, way), np.zeros(self.mem.data.size, bool))
+            marks = seen.setdefault((self.program.name, way), np.zeros(self.memory.data.size, bool))
             marks[(address if mask is None else address[mask])[:, None] + np.arange(size)] = True
 
     monkeypatch.setattr(emulator.Block, "check", marking)
@@ -41,9 +41,9 @@ def touched(emulator: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[tuple
 
 @pytest.fixture
 def many_programs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bands as short as on a GPU with many multiprocessors, so that small problems have many programs."""
-    walk = pytest.importorskip("pst_kernels.triton.walk", reason="triton is not installed")
-    monkeypatch.setattr(walk, "programs_wanted", lambda device: 264)
+    """Sweeps as short as on a GPU with many multiprocessors, so that small problems have many programs."""
+    sweep = pytest.importorskip("pst_kernels.triton.sweep", reason="triton is not installed")
+    monkeypatch.setattr(sweep, "programs_wanted", lambda device: 264)
 
 
 @pytest.fixture(params=[80, 90])
