@@ -81,7 +81,9 @@ class PSTLayer(nn.Module):
         self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
         self.has_learned_mask = False  # whether it comes of training, or of a checkpoint, not of the conversion alone
         self.watch = due.Watch()
+        self.scheduled = False  # whether a schedule refreshes it after every optimizer step
         self._ready: Ready | None = None
+        self._kept_weight: Tensor | None = None
         due.register(self)
         self._unmerged_weight: Tensor | None = None
         self._shards: Any = None
@@ -105,7 +107,7 @@ class PSTLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ready = None
+        self._ready = self._kept_weight = None
         due.register(self)  # a copy has optimizers of its own
 
     @property
@@ -196,7 +198,6 @@ class PSTLayer(nn.Module):
     def mark_stale(self) -> None:
         """Let the next forward compute the mask anew."""
         self.watch.mark_stale()
-        self._ready = None
 
     def after_load(self, with_mask: bool) -> None:
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
@@ -313,7 +314,7 @@ class PSTLayer(nn.Module):
 
         def room() -> Tensor | None:
             if keep:
-                return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+                return self._room_to_keep(dtype)
             return kernels.forward_scratch(x.numel() // max(1, x.shape[-1]), dtype, weight, factors.weight_rank)
 
         # What is made in an evaluation must serve training too.
@@ -321,13 +322,57 @@ class PSTLayer(nn.Module):
         with torch.inference_mode(inference), torch.no_grad():
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
             if keep and masked is None:
-                masked = ops.masked_weight(*operands.flat, dtype)
+                masked = self._room_to_keep(dtype).copy_(ops.masked_weight(*operands.flat, dtype))
         parameters = tuple(self._parameters.get(name) for name in NAMES)
         ready = Ready(dtype, x.device, operands, parameters, masked, options, self.watch.looks)
         # Under autocast x and the product differ in their dtype, and a parametrised factor is no parameter of the
         # layer: every forward looks at all of it again.
         self._ready = ready if x.dtype == dtype and None not in parameters[1:] else None
         return ready
+
+    def _room_to_keep(self, dtype: torch.dtype) -> Tensor:
+        """Where M * W' is kept: the same place from step to step, which a captured graph reads."""
+        weight, kept = self.oriented_weight, self._kept_weight
+        if kept is None or kept.dtype != dtype or kept.device != weight.device:
+            kept = self._kept_weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        torch.autograd.graph.increment_version(kept)  # a backward that still needs what was there must say so
+        return kept
+
+    def grouping_kernels(self) -> Any:
+        """The room that makes this layer's mask together with others', or None."""
+        weight = self.weight
+        plain = type(weight) in PLAIN and type(self.pst_U) in PLAIN and type(self.pst_num_pruned) is Tensor
+        if self.merged or not plain or not self.pattern.with_masked_weight or weight.dtype == torch.float64:
+            return None
+        kernels = ops.kernels_for(weight.device.type)
+        return kernels if hasattr(kernels, "prune_masks") else None
+
+    def needs_mask(self) -> bool:
+        """Whether the mask is due; remembers a change after which it is not."""
+        watched = (self.weight, *self.factors)
+        if self.watch.is_fresh(self.pst_num_pruned, watched):
+            return False
+        if self.watch.is_due(self.pst_num_pruned, self.config.mask_interval):
+            return True
+        self.watch.note(self.pst_num_pruned, watched, made=False)
+        return False
+
+    def grouped_tensors(self, kind: Any) -> Any:
+        """What a grouped pass needs of this layer, M * W' with it where the last forward kept it."""
+        ready = self._ready
+        keep = ready is not None and ready.options.kept
+        masked = self._room_to_keep(ready.dtype) if ready is not None and keep else None
+        guess = self.pst_guess.view(torch.float32)
+        return kind(
+            self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
+        )  # fmt: skip
+
+    def note_grouped_mask(self) -> None:
+        """The mask, and M * W' where there was room for it, were made in a grouped pass."""
+        self.watch.note(self.pst_num_pruned, (self.weight, *self.factors), made=True)
+        if self._ready is not None:
+            kept = self._kept_weight if self._ready.options.kept else None
+            self._ready = self._ready._replace(masked=kept, look=self.watch.looks)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
