@@ -5,7 +5,6 @@ Shapes throughout: weight (out, in), U (out, r1), V (r1, in), A (out, r2), B (r2
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch.nn.functional import linear
 from . import ops
 from .masks.packing import packed_width, unpack_mask
 from .operands import Factors, MaskedWeight, Scales, compute_dtype
+from .ops import autocast_enabled, without_autocast
 
 __all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
 
@@ -130,7 +130,7 @@ def masked_linear(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if dtype is not flat.dtype:
         flat = flat.to(dtype)
-    if not _autocast(x.device.type):  # entering autocast costs as much as a small layer's forward
+    if not autocast_enabled(x.device.type):  # entering autocast costs as much as a small layer's forward
         y = _PSTLinear.apply(
             flat, bias, weight, *factors, mask, masked, learn_scores, (*scales, *options), producer
         )  # fmt: skip
@@ -225,17 +225,7 @@ def operand_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocasts(x: Tensor) -> bool:
-    return x.dtype != torch.float64 and _autocast(x.device.type)
-
-
-def _autocast(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to answer for meta
-
-
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    if _autocast(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return x.dtype != torch.float64 and autocast_enabled(x.device.type)
 
 
 def _check_whole(name: str, value: Any) -> None:

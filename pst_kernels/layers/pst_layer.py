@@ -319,7 +319,7 @@ class PSTLayer(nn.Module):
 
         # What is made in an evaluation must serve training too.
         inference = torch.is_inference_mode_enabled() and self.pst_mask.is_inference()
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad(), ops.without_autocast(weight.device.type):
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
             if keep and masked is None:
                 masked = self._room_to_keep(dtype).copy_(ops.masked_weight(*operands.flat, dtype))
