@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -32,12 +33,17 @@ def _run(compiled: Any, frame: np.ndarray, shares: int) -> None:
         team.run(compiled, frame, shares)
 
 
-def _frame(dtype: np.dtype, **values: Any) -> np.ndarray:
-    """Numbers, and tensors, of which the frame gets the address: they must live as long as it is used."""
-    frame = np.zeros(1, dtype)
-    for name, value in values.items():
-        frame[name] = value.data_ptr() if isinstance(value, Tensor) else value
-    return frame
+def _frame(fields: dict[str, int], dtype: np.dtype, **values: Any) -> np.ndarray:
+    """Numbers, and tensors, of which the frame gets the address: they must live as long as it is used.
+
+    All numbers are int64 and written at once: one by one they would take as long as the product of a small layer.
+    """
+    numbers = fields | values
+    return np.array([n.data_ptr() if isinstance(n, Tensor) else n for n in numbers.values()], np.int64).view(dtype)
+
+
+_product = functools.partial(_frame, dict.fromkeys(sparse_passes.FRAME.names or (), 0), sparse_passes.FRAME)
+_making = functools.partial(_frame, dict.fromkeys(sparse_lists.FRAME.names or (), 0), sparse_lists.FRAME)
 
 
 def lists(weight: Tensor, mask: Tensor) -> SparseRows:
@@ -45,8 +51,8 @@ def lists(weight: Tensor, mask: Tensor) -> SparseRows:
     rows, columns = weight.shape
     pointers = torch.empty(chunks_of(columns) * rows + 1, dtype=torch.int32)
     share_rows = max(1, SHARE // columns)
-    frame = _frame(
-        sparse_lists.FRAME, packed=mask, weight=weight, pointers=pointers, rows=rows, columns=columns,
+    frame = _making(
+        packed=mask, weight=weight, pointers=pointers, rows=rows, columns=columns,
         words=packed_width(columns), row_stride=weight.stride(0), column_stride=weight.stride(1),
         share_rows=share_rows, is_16_bit=weight.element_size() == 2,
     )  # fmt: skip
@@ -70,8 +76,8 @@ def transposed(lists: SparseRows) -> SparseRows:
     bases = torch.from_numpy(np.cumsum(sizes.T).astype(np.int32) - sizes.T.ravel())
     its_values, its_offsets = torch.empty_like(values), torch.empty_like(offsets)
     its_pointers = torch.empty(its_chunks * columns + 1, dtype=torch.int32)
-    frame = _frame(
-        sparse_lists.FRAME, values=values, offsets=offsets, pointers=pointers, bases=bases, its_values=its_values,
+    frame = _making(
+        values=values, offsets=offsets, pointers=pointers, bases=bases, its_values=its_values,
         its_offsets=its_offsets, its_pointers=its_pointers, rows=rows, columns=columns,
         is_16_bit=values.element_size() == 2,
     )  # fmt: skip
@@ -79,42 +85,45 @@ def transposed(lists: SparseRows) -> SparseRows:
     return SparseRows(its_values, its_offsets, its_pointers, columns, rows)
 
 
+@functools.lru_cache(maxsize=256)
 def _tiles(tokens: int) -> np.ndarray:
-    """int32 (tiles, 2): first token and width of every tile."""
-    starts = range(0, tokens - WIDTH + 1, WIDTH)
+    """int32 (tiles, 2): first token and width of every tile. The last tokens take the narrowest that hold them."""
+    starts = list(range(0, tokens - WIDTH + 1, WIDTH))
     tiles = [(start, WIDTH) for start in starts]
     start = len(tiles) * WIDTH
-    while start < tokens:
-        left = tokens - start
-        width = WIDTH if left > 48 else max(w for w in WIDTHS if w <= max(left, WIDTHS[0]))
-        if left < 2 * width and left > width + WIDTHS[0]:
-            width = min(w for w in WIDTHS if w >= left)
-        tiles.append((start, width))
-        start += width
+    if WIDTH // 2 < tokens - start <= WIDTH * 3 // 4:  # a half and one more is less than a whole
+        tiles.append((start, WIDTH // 2))
+        start += WIDTH // 2
+    if start < tokens:
+        tiles.append((start, min(width for width in WIDTHS if width >= tokens - start)))
     return np.array(tiles, np.int32)
 
 
 def multiply(x: Tensor, lists: SparseRows, bias: Tensor | None, out: Tensor) -> Tensor:
     """out (T, rows) = x (T, columns) W^T + bias; x and out with rows of stride 1, bias fp32, T and the sizes not 0."""
     values, offsets, pointers, rows, columns = lists
-    tokens, threads = len(x), torch.get_num_threads()
-    if values.dtype == torch.bfloat16 and tokens > WIDTHS[0]:
+    tokens, threads = x.shape[0], torch.get_num_threads()
+    if tokens > WIDTHS[0] and values.dtype == torch.bfloat16:
         values = buffers.get("sparse values", values.shape, torch.float32, _CPU).copy_(values)
     tiles = _tiles(tokens)
+    # each share packs its tile: many tiles are shares enough, few are cut by rows
     groups = 1 if len(tiles) >= 8 * threads else -(-SHARES * threads // len(tiles))
-    group_rows = -(-(-(-rows // groups)) // GROUP_ROWS) * GROUP_ROWS
+    group_rows = -(-rows // (groups * GROUP_ROWS)) * GROUP_ROWS
+    if tokens == 1:
+        group_rows = min(group_rows, sparse_passes.ROWS)
     groups = -(-rows // group_rows)
-    width = int(tiles[:, 1].max())
-    packed = buffers.get("sparse panels", (threads, columns * width), torch.float32, _CPU)
+    width = WIDTH if tokens >= WIDTH else int(tiles[:, 1].max())
+    panels = chunks_of(columns) * CHUNK * width
+    packed = buffers.get("sparse panels", (threads, panels), torch.float32, _CPU)
     sums = buffers.get("sparse sums", (threads, sparse_passes.ROWS * WIDTH), torch.float32, _CPU)
-    frame = _frame(
-        sparse_passes.FRAME, x=x, y=out, values=values, offsets=offsets, pointers=pointers, packed=packed, sums=sums,
-        rows=rows, columns=columns, tokens=tokens, groups=groups, group_rows=group_rows, tiles=tiles.ctypes.data,
-        packed_bytes=4 * columns * width, x_stride=x.stride(0), y_stride=out.stride(0),
-        x_is_bf16=x.dtype == torch.bfloat16, y_is_bf16=out.dtype == torch.bfloat16,
-        values_are_bf16=values.dtype == torch.bfloat16, bias=0 if bias is None else bias,
+    frame = _product(
+        x=x, y=out, values=values, offsets=offsets, pointers=pointers, packed=packed, sums=sums, rows=rows,
+        columns=columns, tokens=tokens, groups=groups, group_rows=group_rows, tiles=tiles.ctypes.data,
+        packed_bytes=4 * panels, x_stride=x.stride(0), y_stride=out.stride(0), x_is_bf16=x.dtype == torch.bfloat16,
+        y_is_bf16=out.dtype == torch.bfloat16, values_are_bf16=values.dtype == torch.bfloat16,
+        bias=0 if bias is None else bias,
     )  # fmt: skip
-    _run(sparse_passes.multiply, frame, len(tiles) * groups)
+    _run(sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply, frame, len(tiles) * groups)
     return out
 
 
@@ -126,8 +135,8 @@ def sampled(gy: Tensor, x: Tensor, lists: SparseRows, out: Tensor) -> Tensor:
     packed = buffers.get("sparse panels", (tiles, columns, WIDTH), torch.float32, _CPU)
     packed_y = buffers.get("sparse gradients", (tiles, rows, WIDTH), torch.float32, _CPU)
     group_rows = min(rows, SAMPLED_ROWS)
-    frame = _frame(
-        sparse_passes.FRAME, offsets=offsets, pointers=pointers, packed=packed, packed_y=packed_y, out=out, rows=rows,
+    frame = _product(
+        offsets=offsets, pointers=pointers, packed=packed, packed_y=packed_y, out=out, rows=rows,
         columns=columns, group_rows=group_rows, x_stride=x.stride(0), y_stride=gy.stride(0),
         x_is_bf16=x.dtype == torch.bfloat16, y_is_bf16=gy.dtype == torch.bfloat16,
     )  # fmt: skip

@@ -13,6 +13,8 @@ from .jit import part, whole_pass
 from .threads import pointer_to, take_share
 from .vectors import (
     HALVES,
+    LANES,
+    PLACES,
     WIDTH,
     WIDTHS,
     dots,
@@ -20,9 +22,10 @@ from .vectors import (
     transpose,
     transpose_from_halves,
     transpose_to_halves,
+    vector_products,
 )
 
-CHUNK = 128  # columns of a panel: 32 KB with 64 tokens
+CHUNK = PLACES  # columns of a panel: 32 KB with 64 tokens
 ROWS = 512  # rows whose sums are held at once: 128 KB with 64 tokens, which stay in a core's second cache
 _NUMBERS = (
     "next", "slots", "shares", "groups", "group_rows", "rows", "columns", "tokens", "first_tile", "packed_bytes",
@@ -89,7 +92,7 @@ def _pack(source, stride, is_bf16, tokens, columns, width, packed):
             start = whole
         else:
             for j in range(columns):
-                for token in range(there, SQUARE):
+                for token in range(there, min(SQUARE, width - first)):
                     out[j * width + first + token] = np.float32(0)
         for token in range(there):
             line = source + (first + token) * stride * size
@@ -185,6 +188,42 @@ def multiply(address):
             size = 2 if f.y_is_bf16 else 4
             target = f.y + (token * f.y_stride + first) * size
             _unpack(sums, width, last - first, target, f.y_stride, f.y_is_bf16, tokens)
+
+
+@whole_pass
+def multiply_one(address):
+    """`multiply` for one token: lists are read once, at the speed of memory. A share is a group of rows."""
+    f = _frame(address)
+    slot = take_share(address + 8)
+    chunks = (f.columns + CHUNK - 1) // CHUNK
+    kept = np.int64(_integers(f.pointers + 4 * f.rows * chunks, 1)[0])
+    packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * ROWS * WIDTH * 4
+    bias, totals = _floats(f.bias, f.rows), _floats(sums, ROWS * LANES)
+    y, y_halves = _floats(f.y, f.rows), _halves(f.y, f.rows)
+    _pack(f.x, f.x_stride, f.x_is_bf16, 1, f.columns, 1, packed)
+    table = _floats(packed, chunks * CHUNK)
+    for j in range(f.columns, chunks * CHUNK):
+        table[j] = np.float32(0)
+    while True:
+        share = take_share(address)
+        if share >= f.shares:
+            return
+        first, last = share * f.group_rows, min(f.rows, (share + 1) * f.group_rows)
+        for chunk in range(chunks):
+            vector_products(
+                f.values_are_bf16, f.values, f.offsets, f.pointers + 4 * chunk * f.rows, kept, first, last,
+                packed + chunk * CHUNK * 4, sums, np.int64(chunk == 0),
+            )  # fmt: skip
+        for i in range(first, last):
+            total = np.float32(0)
+            for lane in range(LANES):
+                total += totals[(i - first) * LANES + lane]
+            if f.bias:
+                total += bias[i]
+            if f.y_is_bf16:
+                y_halves[i] = _narrow(total)
+            else:
+                y[i] = total
 
 
 @part

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 WIDTHS = (8, 16, 32, 64)  # tokens of a tile
 WIDTH = WIDTHS[-1]
+PLACES = 128  # of a table that is looked up in: the columns of a chunk
 
 _FLOAT, _I64, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _FUSED = ("contract", "nsz")
@@ -171,6 +172,95 @@ def row_product(typing_context, form, values, offsets, count, panel, sums, start
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, types.float32), generate
+
+
+def _lookup(builder: ir.IRBuilder, table: ir.Value) -> Callable[[ir.Value], ir.Value]:
+    """What makes table[places] of a vector of places; the table has PLACES floats.
+
+    With AVX-512 it lies in eight registers: a gather is as slow as a load for each lane.
+    """
+    vector, indices = ir.VectorType(_FLOAT, LANES), ir.VectorType(_I32, LANES)
+    parts = [_load(builder, table, part * LANES, LANES) for part in range(PLACES // LANES)] if LANES == 16 else []
+    choose = ir.FunctionType(vector, [vector, indices, vector])
+
+    def look(places: ir.Value) -> ir.Value:
+        if not parts:
+            result: ir.Value = ir.Constant(vector, ir.Undefined)
+            for lane in range(LANES):
+                place = builder.zext(builder.extract_element(places, ir.Constant(_I32, lane)), _I64)
+                result = builder.insert_element(result, builder.load(builder.gep(table, [place])), ir.Constant(_I32, lane))
+            return result
+        two = cgutils.get_or_insert_function(builder.module, choose, "llvm.x86.avx512.vpermi2var.ps.512")
+        found = [builder.call(two, [parts[part], places, parts[part + 1]]) for part in range(0, len(parts), 2)]
+        bit = 2 * LANES
+        while len(found) > 1:
+            upper = builder.icmp_signed("!=", builder.and_(places, _integers([bit] * LANES)), _integers([0] * LANES))
+            found = [builder.select(upper, found[n + 1], found[n]) for n in range(0, len(found), 2)]
+            bit *= 2
+        return found[0]
+
+    return look
+
+
+def _vector_products(builder: ir.IRBuilder, value_type: ir.Type, arguments: list[ir.Value]) -> None:
+    values, offsets, pointers, kept, first, last, table, sums, starts = arguments
+    values, offsets = _pointer(builder, values, value_type), _pointer(builder, offsets, _I8)
+    pointers, sums = _pointer(builder, pointers, _I32), _pointer(builder, sums, _FLOAT)
+    table, vector = _pointer(builder, table, _FLOAT), ir.VectorType(_FLOAT, LANES)
+    look, zero = _lookup(builder, table), ir.Constant(vector, [0.0] * LANES)
+    starts, one = builder.icmp_signed("!=", starts, _constant(0)), _constant(1)
+    held = cgutils.alloca_once(builder, vector)
+
+    def pointer(row: ir.Value) -> ir.Value:
+        return builder.zext(builder.load(builder.gep(pointers, [row])), _I64)
+
+    def floats(loaded: ir.Value) -> ir.Value:
+        return loaded if value_type == _FLOAT else _widened(builder, loaded)
+
+    with cgutils.for_range_slice(builder, first, last, one) as (row, _):
+        begin, end = pointer(row), pointer(builder.add(row, one))
+        place = builder.gep(sums, [builder.mul(builder.sub(row, first), _constant(LANES))])
+        builder.store(builder.select(starts, zero, _load(builder, place, 0, LANES)), held)
+        with cgutils.for_range_slice(builder, begin, end, _constant(LANES)) as (entry, _):
+            whole = builder.icmp_signed("<=", builder.add(entry, _constant(LANES)), kept)
+            with builder.if_else(whole) as (inside, at_the_end):
+                with inside:  # what is read of the next row is not counted
+                    bytes = ir.VectorType(_I8, LANES).as_pointer()
+                    offset = builder.load(builder.bitcast(builder.gep(offsets, [entry]), bytes), align=1)
+                    here = builder.bitcast(builder.gep(values, [entry]), ir.VectorType(value_type, LANES).as_pointer())
+                    value = floats(builder.load(here, align=2))
+                    product = builder.fmul(value, look(builder.zext(offset, ir.VectorType(_I32, LANES))))
+                    left = _splat(builder, builder.trunc(builder.sub(end, entry), _I32), LANES)
+                    counted = builder.icmp_signed("<", _integers(list(range(LANES))), left)
+                    total = builder.fadd(builder.load(held), builder.select(counted, product, zero))
+                    builder.store(total, held)
+                with at_the_end, cgutils.for_range_slice(builder, entry, end, one) as (single, _):
+                    offset = builder.zext(builder.load(builder.gep(offsets, [single])), _I64)
+                    value = floats(builder.load(builder.gep(values, [single])))
+                    product = builder.fmul(value, builder.load(builder.gep(table, [offset])))
+                    lane = builder.trunc(builder.sub(single, entry), _I32)
+                    total = builder.load(held)
+                    number = builder.fadd(builder.extract_element(total, lane), product)
+                    builder.store(builder.insert_element(total, number, lane), held)
+        _store(builder, builder.load(held), place, 0)
+
+
+@intrinsic
+def vector_products(typing_context, halves, values, offsets, pointers, kept, first, last, table, sums, starts):
+    """For one token: sums (last - first, LANES) of a chunk's products of rows first to last, lane by lane.
+
+    `table` (PLACES,) is the chunk of x; `kept` the length of the whole list, behind which nothing is read.
+    """
+
+    def generate(context, builder, signature, arguments):
+        with builder.if_else(builder.icmp_signed("!=", arguments[0], _constant(0))) as (in_halves, in_floats):
+            with in_halves:
+                _vector_products(builder, _I16, arguments[1:])
+            with in_floats:
+                _vector_products(builder, _FLOAT, arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10), generate
 
 
 def _dots_of(vectors: int) -> Any:
