@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from .checkpoint import load_pretrained, save_pretrained
 from .config import PSTConfig
+from .export.compressed import load_compressed, save_compressed
+from .layers.block_sparse_linear import BlockSparseLinear
 from .layers.linear import PSTConv1D, PSTLinear
-from .model import get_layer_status, merge_and_unload, print_trainable_parameters, replace_linear
+from .model import (
+    get_layer_status,
+    merge_and_unload,
+    print_trainable_parameters,
+    refresh_masks,
+    replace_linear,
+)
 from .schedule import SparsitySchedule
 
 if TYPE_CHECKING:
@@ -22,6 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BlockSparseLinear",
     "PSTCallback",
     "PSTConfig",
     "PSTConv1D",
@@ -29,10 +38,13 @@ __all__ = [
     "SparsitySchedule",
     "functional",
     "get_layer_status",
+    "load_compressed",
     "load_pretrained",
     "merge_and_unload",
     "print_trainable_parameters",
+    "refresh_masks",
     "replace_linear",
+    "save_compressed",
     "save_pretrained",
 ]
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .files import replacing
-from .layers.linear import FACTORS, PSTLayer, is_conv1d, refuse_meta, whole
+from .layers.checks import is_conv1d, refuse_meta, whole
+from .layers.pst_layer import FACTORS, PSTLayer
 from .masks.packing import WORD, packed_width, unpack_mask
 from .masks.patterns import Pattern, parse
 from .model import get_config, modules_to_save, pst_layers, replace_linear

@@ -19,6 +19,7 @@ from .masks import patterns
 
 CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"
+MASKED_WEIGHT = ("auto", "keep", "remake")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -67,6 +68,8 @@ class PSTConfig:
         adapter_dtype: dtype of the factors, whatever the base weight's; a torch dtype or its name.
         pattern: structure of the mask: "unstructured", "block:16", "block:32", "block:64" or "block:128" (whole blocks,
             which CPUs skip), or "N:M" such as "2:4" (at most N of every M neighbouring inputs are kept).
+        masked_weight: "keep" M * W' from one change of the factors to the next (a number a weight more memory; each
+            product is then one of the library), "remake" it for every product, or "auto" (layers/kept.py has the rule).
         recompute_input: do not keep a layer's input for backward where it can be made again from what autograd keeps
             anyway: after GELU, SiLU, a product of two activations, or an fp32 LayerNorm. Costs one pass over it.
         mask_interval: optimizer steps from one mask to the next, at least 1; the default is 16 for blocks, else 1. With
@@ -93,6 +96,7 @@ class PSTConfig:
     pattern: str = "unstructured"
     mask_interval: int = _DefaultCount(1)
     recompute_input: bool = True
+    masked_weight: str = "auto"
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -116,6 +120,10 @@ class PSTConfig:
         for name in ("through_magnitude", "train_bias", "recompute_input"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.masked_weight not in MASKED_WEIGHT:
+            raise ValueError(
+                f"masked_weight={self.masked_weight!r} is not known; use one of {', '.join(MASKED_WEIGHT)}"
+            )
         self.adapter_dtype = _dtype(self.adapter_dtype)
         self.target_modules = _targets("target_modules", self.target_modules)
         if self.exclude_modules is not None:

@@ -70,6 +70,24 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def backend_for(device_type: str) -> tuple[str, str]:
+    """The backend for tensors on a device, and why. Raises ImportError when an explicit request cannot be met."""
+    requested = backend()
+    if requested == "torch":
+        return "torch", "PST_KERNELS_BACKEND=torch"
+    if requested == "triton":
+        if not has_triton():
+            raise ImportError(
+                "PST_KERNELS_BACKEND=triton, but triton is not installed; install it or unset the variable"
+            )
+        return "triton", "PST_KERNELS_BACKEND=triton"
+    if device_type != "cuda":
+        return "torch", f"no kernels for {device_type} tensors"
+    if not has_triton():
+        return "torch", "triton is not installed"
+    return "triton", "CUDA tensors and triton is installed"
+
+
 def versions() -> dict[str, str]:
     """Installed version of every package that matters here, "not installed" where it is absent."""
     found = {"pst_kernels": _version("pst_kernels"), "python": platform.python_version()}

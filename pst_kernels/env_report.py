@@ -39,5 +39,5 @@ def capability_report() -> dict[str, dict[str, Any]]:
 
 
 def _backends(device: str) -> dict[str, str]:
-    backend, reason = ops.backend_for(device)
+    backend, reason = env.backend_for(device)
     return dict.fromkeys(ops.NAMES, f"{backend} ({reason})")

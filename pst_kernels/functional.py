@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
 from . import ops
-from .cpu.row_blocks import compute_dtype
-from .layers.recompute import make_again, producer_of
 from .masks.packing import packed_width, unpack_mask
+from .operands import Factors, MaskedWeight, Scales, compute_dtype
 
 __all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
-
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def scores(
     weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
     *, beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: training never
-    stores it.
+    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: the unstructured
+    mask is made without storing it.
     """
-    _check_factors(weight, U, V, A, B, R, C)
-    return ops.scores(weight, U, V, A, B, R, C, float(beta), float(alpha1), float(alpha2))
+    factors = Factors(U, V, A, B, R, C)
+    factors.check(weight)
+    return ops.scores(weight, *factors, float(beta), float(alpha1), float(alpha2))
 
 
 def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,8 @@ def prune_mask(
     Equal scores: the lower flat index is pruned first. The scores are not stored. `num_pruned` is an int or a 0-d int64
     tensor, which stays on its device. Raises ValueError for an int outside [0, weight.numel()] and for wrong shapes.
     """
-    _check_factors(weight, U, V, A, B, R, C)
+    factors = Factors(U, V, A, B, R, C)
+    factors.check(weight)
     if isinstance(num_pruned, Tensor):
         if num_pruned.dtype != torch.int64 or num_pruned.dim() != 0:
             raise TypeError(
@@ -77,8 +78,8 @@ def prune_mask(
         if not 0 <= num_pruned <= weight.numel():
             raise ValueError(f"num_pruned must be in [0, {weight.numel()}] for this weight, got {num_pruned}")
         num_pruned = torch.tensor(num_pruned, dtype=torch.int64, device=weight.device)
-    guess = new_guess(weight.device)
-    return ops.prune_mask(weight, U, V, A, B, R, C, num_pruned, guess, float(beta), float(alpha1), float(alpha2))
+    scales = Scales(float(beta), float(alpha1), float(alpha2))
+    return ops.prune_mask(weight, *factors, *scales, num_pruned, new_guess(weight.device), "unstructured")
 
 
 def pst_linear(
@@ -100,24 +101,52 @@ def pst_linear(
         mask = prune_mask(W, U, V, A, B, R, C, int(W.numel() * 0.9))
         y = pst_linear(x, W, bias, U, V, A, B, R, C, mask)
     """
-    return masked_linear(None, x, weight, bias, U, V, A, B, R, C, mask, beta, alpha1, alpha2, through_magnitude)
+    scales = Scales(float(beta), float(alpha1), float(alpha2))
+    operands = MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, scales)
+    check(x, operands, bias)
+    return masked_linear(x, operands, bias, operand_dtype(x), Options(through_magnitude))
+
+
+class Options(NamedTuple):
+    """What a layer knows and wants beside the operands of its product."""
+
+    through_magnitude: bool = True
+    kept: bool = False  # whether M * W', if it is made already, stays as it is until the backward
+    block_size: int | None = None  # of a mask that consists of blocks
 
 
 def masked_linear(
-    masked: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None,
-    U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, mask: Tensor,
-    beta: float, alpha1: float, alpha2: float, through_magnitude: bool,
-    block_size: int | None = None, learn: Tensor | None = None, recompute_input: bool = False,
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, dtype: torch.dtype, options: Options,
+    masked: Tensor | None = None, learn_scores: Tensor | None = None, producer: Any = None,
 ) -> Tensor:  # fmt: skip
-    """`pst_linear` for a layer.
+    """`pst_linear` of operands that `check` let pass; `dtype` is `operand_dtype(x)`.
 
-    If it has M * W' (out, in) already, it passes that as `masked`; the forward uses it and does not keep it.
-    If its mask consists of blocks, it passes their size, and as `learn` (bool, 0-d, on the CPU) whether A, B, R and C
-    shall get their gradients, which need the whole of G, or zeros. U and V then learn from kept blocks alone:
-    Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M.
-    With `recompute_input` it lets x not be kept where that can be made again (recompute.py).
+    `masked` is M * W' (out, in) in this dtype, if it is made already. `learn_scores` (bool, 0-d, on the CPU) says, for
+    a mask of blocks, whether A, B, R and C get their gradients, which need all of G, or zeros; U and V learn from kept
+    blocks then: Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M. `producer` says how x can be made again
+    (layers/recompute.py), so that it need not be kept.
     """
-    _check_factors(weight, U, V, A, B, R, C)
+    weight, factors, mask, scales = operands
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if dtype is not flat.dtype:
+        flat = flat.to(dtype)
+    if not _autocast(x.device.type):  # entering autocast costs as much as a small layer's forward
+        y = _PSTLinear.apply(
+            flat, bias, weight, *factors, mask, masked, learn_scores, (*scales, *options), producer
+        )  # fmt: skip
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            y = _PSTLinear.apply(
+                flat, bias, weight, *factors, mask, masked, learn_scores, (*scales, *options), producer
+            )  # fmt: skip
+    # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
+    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+
+
+def check(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> None:
+    """Raise ValueError or TypeError that names what does not fit."""
+    weight, factors, mask, _ = operands
+    factors.check(weight)
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype})")
     if x.dim() == 0:
@@ -143,15 +172,6 @@ def masked_linear(
         raise TypeError(
             f"x is {x.dtype} but weight is {weight.dtype}; cast x with x.to({weight.dtype}), or use torch.autocast"
         )
-    producer = producer_of(x) if recompute_input else None
-    x = x.to(operand_dtype(x))
-    with without_autocast(x.device.type):
-        y = _PSTLinear.apply(
-            x.reshape(-1, x.shape[-1]), weight, bias, U, V, A, B, R, C, mask,
-            (float(beta), float(alpha1), float(alpha2)), through_magnitude, masked, block_size, learn, producer,
-        )  # fmt: skip
-    # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
 
 class _PSTLinear(torch.autograd.Function):
@@ -160,39 +180,43 @@ class _PSTLinear(torch.autograd.Function):
     # not setup_context(), for which torch binds the arguments by inspection at every call
     @staticmethod
     def forward(
-        ctx: Any, x, weight, bias, U, V, A, B, R, C, mask, scales, through_magnitude, masked, block_size, learn,
-        producer,
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, learn_scores, constants, producer
     ) -> Tensor:  # fmt: skip
-        ctx.scales, ctx.through_magnitude, ctx.block_size = scales, through_magnitude, block_size
-        ctx.dtypes = [None if t is None else t.dtype for t in (bias, U, V, A, B, R, C)]
-        make, taken = (None, (x,)) if producer is None else producer
-        ctx.make = make
-        ctx.save_for_backward(weight, U, V, A, B, mask, learn, *taken)
+        *scales, _, kept, block_size = constants
+        ctx.constants, ctx.bias_dtype = constants, None if bias is None else bias.dtype
+        ctx.make, taken = (None, (x,)) if producer is None else producer
+        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, masked if kept else None, *taken)
+        if masked is not None:
+            return linear(x, masked, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
+        operands = weight, U, V, A, B, R, C, mask, *scales
         if block_size is not None:
-            return ops.block_forward(x.contiguous(), weight, U, V, bias, mask, scales[0], block_size)
-        if masked is not None and masked.dtype == x.dtype:
-            return torch.nn.functional.linear(x, masked, None if bias is None else bias.to(x.dtype))
-        return ops.linear_forward(x.contiguous(), weight, U, V, bias, mask, scales[0])
+            return ops.block_forward(x.contiguous(), *operands, bias, block_size)
+        return ops.linear_forward(x.contiguous(), *operands, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        weight, U, V, A, B, mask, learn, *taken = ctx.saved_tensors
-        needs_input, _, needs_bias, *needs_factors = ctx.needs_input_grad[:9]
+        saved = ctx.saved_tensors  # read once: hooks on saved tensors may unpack each only once
+        operands, learn_scores, masked, taken = saved[:8], saved[8], saved[9], saved[10:]
+        *scales, through_magnitude, _, block_size = ctx.constants
+        needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
+        learns = any(needs_factors)
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
         with without_autocast(gy.device.type):
-            x = taken[0] if ctx.make is None else make_again(ctx.make, taken).to(gy.dtype).reshape(-1, weight.shape[1])
-            tensors = gy.contiguous(), x.contiguous(), weight, U, V, A, B, mask
-            needs = needs_input, any(needs_factors)
-            if ctx.block_size is None:
-                dx, *factors = ops.linear_backward(*tensors, *ctx.scales, ctx.through_magnitude, *needs)
-            else:
+            x = taken[0] if ctx.make is None else ctx.make(*taken).to(gy.dtype).reshape(-1, operands[0].shape[1])
+            tensors = gy.contiguous(), x.contiguous(), *operands, *scales
+            if block_size is not None:
                 dx, *factors = ops.block_backward(
-                    *tensors, learn, *ctx.scales, ctx.through_magnitude, ctx.block_size, *needs
-                )
-        bias_dtype, *dtypes = ctx.dtypes
-        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(bias_dtype) if needs_bias else None
-        gradients = [g.to(t) if need else None for g, t, need in zip(factors, dtypes, needs_factors, strict=True)]
-        return dx if needs_input else None, None, dbias, *gradients, *[None] * 7
+                    *tensors, block_size, learn_scores, through_magnitude, needs_input, learns
+                )  # fmt: skip
+            else:
+                dx, *factors = ops.linear_backward(*tensors, through_magnitude, needs_input and masked is None, learns)
+                if masked is not None and needs_input:
+                    dx = tensors[0] @ masked
+        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
+        of_factors = zip(factors, operands[1:7], needs_factors, strict=True)
+        gradients = [gradient.to(factor.dtype) if need else None for gradient, factor, need in of_factors]
+        return dx if needs_input else None, dbias, None, *gradients, None, None, None, None, None
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:
@@ -211,31 +235,9 @@ def _autocast(device_type: str) -> bool:
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     if _autocast(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()  # entering autocast costs as much as a small layer's forward
+    return contextlib.nullcontext()
 
 
 def _check_whole(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, got {value!r} of type {type(value).__name__}")
-
-
-def _check_factors(weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor) -> None:
-    """Shapes, dtypes and devices; one message that names what is off."""
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be 2-d (out, in), got shape {tuple(weight.shape)}")
-    out, columns = weight.shape
-    for name, tensor in (("V", V), ("B", B)):
-        if tensor.dim() != 2:
-            raise ValueError(f"{name} must have shape (rank, {columns}), got {tuple(tensor.shape)}")
-    expected = {
-        "U": (U, (out, V.shape[0])), "V": (V, (V.shape[0], columns)), "A": (A, (out, B.shape[0])),
-        "B": (B, (B.shape[0], columns)), "R": (R, (out,)), "C": (C, (columns,)),
-    }  # fmt: skip
-    for name, (tensor, shape) in expected.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} for weight {(out, columns)}, got {tuple(tensor.shape)}")
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} is on {tensor.device} but weight is on {weight.device}; move them to one device")
-    for name, tensor in {"weight": weight, **{n: t for n, (t, _) in expected.items()}}.items():
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name} must be one of float32, float16, bfloat16 or float64, got {tensor.dtype}")

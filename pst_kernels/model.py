@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import ops
+from . import env
 from .config import PSTConfig, matches
 from .export import formats
-from .layers.linear import PSTConv1D, PSTLayer, PSTLinear, check_finite, is_conv1d, refuse_meta
+from .layers.checks import check_finite, is_conv1d, refuse_meta
+from .layers.linear import PSTConv1D, PSTLinear
+from .layers.pst_layer import PSTLayer
 from .targets import find_targets, head_modules, parameter_uses
 
 logger = logging.getLogger("pst_kernels")
@@ -122,6 +124,18 @@ def pst_layers(model: nn.Module) -> Iterator[tuple[str, PSTLayer]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, PSTLayer))
 
 
+def refresh_masks(model: nn.Module) -> None:
+    """Bring every mask of a model up to date now, whatever was changed: also through `tensor.data`, which leaves no
+    trace for a layer to notice.
+
+    Forwards, saving and merging do it for what they can notice. Of a model that is sharded over processes every process
+    must call this. Raises ValueError when the model has no PST layers.
+    """
+    get_config(model)
+    for _, layer in pst_layers(model):
+        layer.refresh_mask(force=True)
+
+
 def get_config(model: nn.Module) -> PSTConfig:
     """The config a model was converted with. Raises ValueError when it has no PST layers, or layers of several
     configs.
@@ -194,7 +208,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     return [
         LayerStatus(
             name, tuple(layer.oriented_weight.shape), layer.weight.dtype,
-            ops.backend_for(layer.weight.device.type)[0], layer.sparsity, layer.config.sparsity, layer.merged,
+            env.backend_for(layer.weight.device.type)[0], layer.sparsity, layer.config.sparsity, layer.merged,
         )
         for name, layer in pst_layers(model)
     ]  # fmt: skip

@@ -9,7 +9,7 @@ the other side. Their shapes, dtypes and devices are checked here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,12 @@ class MaskedWeight(NamedTuple):
     def flat(self) -> tuple[Tensor | float, ...]:
         """The arguments of an op's schema, in its order."""
         return self.weight, *self.factors, self.mask, *self.scales
+
+    @classmethod
+    def of(cls, *flat: Any) -> MaskedWeight:
+        """The inverse of `flat`."""
+        weight, *factors = flat[:7]
+        return cls(weight, Factors(*factors), flat[7], Scales(*flat[8:]))
 
 
 class Needs(NamedTuple):

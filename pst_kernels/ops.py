@@ -1,64 +1,48 @@
-"""The ops: schemas, shapes and dtypes, and which backend runs them. The only file that knows backends.
+"""The ops as PyTorch sees them: schemas, fakes and registration of every op, and the room that runs each.
 
-Every op takes a weight (out, in) of any strides in fp32, fp16, bf16 or float64, factors U (out, r1), V (r1, in),
-A (out, r2), B (r2, in), R (out,), C (in,) in any floating dtype, contiguous x (T, in) and gy (T, out), and a packed
-mask (int32, see packing.py). `guess` is fp32 (4,): where the last threshold lay, NaN at first; the ops may update it.
+Every op takes a weight (out, in) of any strides in fp32, fp16, bf16 or float64, factors in any floating dtype (see
+operands.py), contiguous x (T, in) and gy (T, out), and a packed mask (see masks/packing.py). `guess` is fp32 (4,):
+where the last threshold lay, NaN at first; the ops may update it. cpu/ and triton/ export functions of the ops' names,
+which take the operands as named tuples where a schema is flat.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import env
-from .cpu import block_matmul as blocks
-from .cpu import ops as fallback
-from .cpu.row_blocks import compute_dtype
-from .masks import due as refresh
-from .masks import patterns
-from .masks.packing import pack_mask, packed_width
+from .cpu import kept_blocks
+from .masks import due
+from .masks.packing import packed_width
+from .masks.patterns import parse
+from .masks.refresh import MaskState, Weights, refresh
+from .operands import Factors, MaskedWeight, Needs, Scales, compute_dtype, factor_shapes
 
 logger = logging.getLogger("pst_kernels")
 NAMESPACE = "pst_kernels"
-_WEIGHT = "Tensor weight, Tensor U, Tensor V"
-_FACTORS = _WEIGHT + ", Tensor A, Tensor B, Tensor R, Tensor C"
-_SCALES = "float beta, float alpha1, float alpha2"
 NAMES: list[str] = []  # of every op, filled by _define
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def backend_for(device_type: str) -> tuple[str, str]:
-    """The backend for tensors on a device, and why. Raises ImportError when an explicit request cannot be met."""
-    requested = env.backend()
-    if requested == "torch":
-        return "torch", "PST_KERNELS_BACKEND=torch"
-    if requested == "triton":
-        if not env.has_triton():
-            raise ImportError(
-                "PST_KERNELS_BACKEND=triton, but triton is not installed; install it or unset the variable"
-            )
-        return "triton", "PST_KERNELS_BACKEND=triton"
-    if device_type != "cuda":
-        return "torch", f"no kernels for {device_type} tensors"
-    if not env.has_triton():
-        return "torch", "triton is not installed"
-    return "triton", "CUDA tensors and triton is installed"
-
-
-def _implementation(device_type: str) -> ModuleType:
-    backend, reason = backend_for(device_type)
+def kernels_for(device_type: str) -> ModuleType:
+    """The room whose functions run the ops on a device: cpu/, which takes any device, or triton/."""
+    backend, reason = env.backend_for(device_type)
     if backend == "triton":
-        from . import triton as kernels
+        from . import triton
 
-        return kernels
+        return triton
     if device_type == "cuda" and env.backend() == "auto":
         _say_once(f"pst_kernels runs in plain PyTorch on the GPU, slowly: {reason}")
-    return fallback
+    from . import cpu
+
+    return cpu
 
 
 @functools.cache
@@ -66,161 +50,118 @@ def _say_once(message: str) -> None:
     logger.warning(message)
 
 
-def _define(name: str, arguments: str, returns: str, fake: Any, run: Any = None, device_of: int = 0) -> None:
-    """Register an op for every device; `run` replaces the dispatch to a backend."""
+class _Group(NamedTuple):
+    """Neighbouring arguments of a schema that are one operand in Python."""
+
+    schema: str
+    make: Callable[..., Any]
+
+    @property
+    def size(self) -> int:
+        return self.schema.count(",") + 1
+
+
+_TENSORS = ", ".join(f"Tensor {name}" for name in Factors._fields)
+_NUMBERS = ", ".join(f"float {name}" for name in Scales._fields)
+FACTORS, SCALES = _Group(_TENSORS, Factors), _Group(_NUMBERS, Scales)
+MASKED_WEIGHT = _Group(f"Tensor weight, {_TENSORS}, Tensor mask, {_NUMBERS}", MaskedWeight.of)
+NEEDS = _Group("bool needs_input, bool needs_factors", Needs)
+MASK_STATE = _Group("Tensor num_pruned, Tensor(a!) mask, Tensor(b!) guess, SymInt interval, str pattern", MaskState)
+
+
+def _define(name: str, arguments: Sequence[str | _Group], returns: str, fake: Any, run: Any = None) -> None:
+    """Register an op for every device. Its fake and its room's function take groups as one argument each.
+
+    `run(kernels, ...)` stands in for the function of the op's name in the room.
+    """
+    slots: list[tuple[Callable[..., Any] | None, int, int]] = []  # (what makes the operand, first, end)
+    for argument in arguments:
+        first = slots[-1][2] if slots else 0
+        size, make = (argument.size, argument.make) if isinstance(argument, _Group) else (1, None)
+        slots.append((make, first, first + size))
+
+    def operands(flat: tuple[Any, ...]) -> list[Any]:
+        return [flat[first] if make is None else make(*flat[first:end]) for make, first, end in slots]
 
     @torch.no_grad()
-    def dispatch(*args: Any) -> Any:
-        return getattr(_implementation(args[device_of].device.type), name)(*args)
+    def dispatch(*flat: Any) -> Any:
+        kernels = kernels_for(flat[0].device.type)
+        return getattr(kernels, name)(*operands(flat)) if run is None else run(kernels, *operands(flat))
 
     NAMES.append(name)
-    _library.define(f"{name}({arguments}) -> {returns}")
-    _library.impl(name, run or dispatch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    schema = ", ".join(argument.schema if isinstance(argument, _Group) else argument for argument in arguments)
+    _library.define(f"{name}({schema}) -> {returns}")
+    _library.impl(name, dispatch, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *flat: fake(*operands(flat)), lib=_library)
 
 
-def _accumulate(weight: Tensor, *shapes: tuple) -> tuple[Tensor, ...]:
+def _fake_backward(gy: Tensor, x: Tensor, operands: MaskedWeight, *rest: Any) -> tuple[Tensor, ...]:
+    weight, factors, (*_, needs) = operands.weight, operands.factors, rest
+    ranks = factors.weight_rank, factors.score_rank
+    shapes = factor_shapes((weight.shape[0], weight.shape[1]), *ranks) if needs.factors else [(0,)] * 6
     dtype = compute_dtype(weight.dtype)
-    return tuple(weight.new_empty(shape, dtype=dtype) for shape in shapes)
+    return x.new_empty(x.shape if needs.input else 0), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-def _fake_mask(weight: Tensor, *_: Any) -> Tensor:
-    return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
+def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
+    refresh(kernels, weights, state, due.watch_of(weights.factors.U))
 
 
-def _fake_backward(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through, needs_input, needs_factors):
-    dx = x.new_empty(x.shape if needs_input else 0)
-    if not needs_factors:
-        return dx, *_accumulate(weight, *[(0,)] * 6)
-    return dx, *_accumulate(weight, U.shape, V.shape, A.shape, B.shape, weight.shape[:1], weight.shape[1:])
-
-
-@torch.no_grad()
-def refresh_with_weight(
-    x: Tensor, dtype: torch.dtype,
-    weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2,
-) -> Tensor | None:  # fmt: skip
-    """`refresh_mask` in front of a forward of x: where the mask is due, M * W' comes from the same pass.
-
-    Returns it in `dtype`, in a scratch buffer that the next layer overwrites; None where the mask was not due, where
-    the forward has no use for it, and where only the op can do it: under a compiler and for tensors of other kinds.
-    """
-    factors = (weight, U, V, A, B, R, C)
-    if torch.compiler.is_compiling() or type(weight) not in (Tensor, torch.nn.Parameter) or not x.is_floating_point():
-        refresh_mask(*factors, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2)
-        return None
-    if not refresh.is_due(seen, num_pruned, factors, interval):
-        return None
-    if any(t.device != weight.device for t in (x, *factors)):
-        refresh.mark_stale(seen)  # the forward is about to say which tensor has to be moved
-        return None
-    kernels = _implementation(weight.device.type)
-    tokens = x.numel() // max(1, x.shape[-1]) if x.dim() else 0
-    masked = kernels.forward_scratch(tokens, dtype, weight, V.shape[0])
-    mask.copy_(kernels.prune_mask(*factors, num_pruned, guess, beta, alpha1, alpha2, masked))
-    return masked
-
-
-@torch.no_grad()
-def _refresh_mask(weight, U, V, A, B, R, C, num_pruned, mask, guess, seen, interval, beta, alpha1, alpha2) -> None:
-    factors = (weight, U, V, A, B, R, C)
-    if refresh.is_due(seen, num_pruned, factors, interval):
-        mask.copy_(prune_mask(*factors, num_pruned, guess, beta, alpha1, alpha2))
-
-
-def _pattern_mask(weight, U, V, A, B, R, C, num_pruned, pattern, beta, alpha1, alpha2) -> Tensor:
-    count = int(num_pruned) if num_pruned.device.type == "cpu" else num_pruned
-    if isinstance(count, int) and count == 0:
-        return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
-    return pack_mask(patterns.parse(pattern).keep(scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2), count))
-
-
-@torch.no_grad()
-def _refresh_pattern_mask(
-    weight, U, V, A, B, R, C, num_pruned, mask, seen, interval, pattern, beta, alpha1, alpha2
-) -> None:  # fmt: skip
-    factors = (weight, U, V, A, B, R, C)
-    if refresh.is_due(seen, num_pruned, factors, interval):
-        mask.copy_(_pattern_mask(*factors, num_pruned, pattern, beta, alpha1, alpha2))
-
-
-@torch.no_grad()
-def _block_forward(x, weight, U, V, bias, mask, beta, size) -> Tensor:
-    kernels = _implementation(x.device.type)
-    forward = blocks.linear_forward if kernels is fallback else kernels.block_forward
-    return forward(x, weight, U, V, bias, mask, beta, size)
-
-
-@torch.no_grad()
-def _block_backward(
-    gy, x, weight, U, V, A, B, mask, learn, beta, alpha1, alpha2, through_magnitude, size, needs_input, needs_factors
-):  # fmt: skip
-    kernels = _implementation(gy.device.type)
-    backward = blocks.linear_backward if kernels is fallback else kernels.block_backward
-    by_blocks = backward(gy, x, weight, U, V, mask, beta, through_magnitude, size, needs_input, needs_factors)
-    if needs_factors and bool(learn):
-        scales = (beta, alpha1, alpha2)
-        whole = linear_backward(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude, False, True)
-        return *by_blocks, *whole[3:]
-    shapes = (A.shape, B.shape, weight.shape[:1], weight.shape[1:]) if needs_factors else [(0,)] * 4
-    return *by_blocks, *(weight.new_zeros(shape, dtype=compute_dtype(weight.dtype)) for shape in shapes)
-
-
-def _fake_block_backward(
-    gy, x, weight, U, V, A, B, mask, learn, beta, alpha1, alpha2, through, size, needs_input, needs_factors
-):  # fmt: skip
-    return _fake_backward(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through, needs_input, needs_factors)
-
+_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"  # dx, and the gradients of the factors
 
 _define(
-    "scores", f"{_FACTORS}, {_SCALES}", "Tensor", lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.float32)
-)
+    "scores", ["Tensor weight", FACTORS, SCALES], "Tensor",
+    lambda weight, *_: weight.new_empty(weight.shape, dtype=torch.float32),
+)  # fmt: skip
 _define(
-    "kth_value", "Tensor scores, SymInt k", "(Tensor, Tensor)",
+    "kth_value", ["Tensor scores", "SymInt k"], "(Tensor, Tensor)",
     lambda scores, k: (scores.new_empty(()), scores.new_empty((), dtype=torch.int64)),
 )  # fmt: skip
-_define("prune_mask", f"{_FACTORS}, Tensor num_pruned, Tensor(a!) guess, {_SCALES}", "Tensor", _fake_mask)
 _define(
-    "refresh_mask",
-    f"{_FACTORS}, Tensor num_pruned, Tensor(a!) mask, Tensor(b!) guess, Tensor(c!) seen, SymInt interval, {_SCALES}",
-    "()", lambda *_: None, run=_refresh_mask,
+    "prune_mask", ["Tensor weight", FACTORS, SCALES, "Tensor num_pruned", "Tensor(a!) guess", "str pattern"], "Tensor",
+    lambda weight, *_: weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32),
+    run=lambda kernels, *operands: parse(operands[-1]).prune(kernels, *operands[:-1]),
 )  # fmt: skip
 _define(
-    "masked_weight", f"{_WEIGHT}, Tensor mask, float beta, ScalarType dtype", "Tensor",
-    lambda weight, U, V, mask, beta, dtype: weight.new_empty(weight.shape, dtype=dtype),
+    "refresh_mask", ["Tensor weight", FACTORS, SCALES, MASK_STATE], "()", lambda *_: None,
+    run=lambda kernels, weight, factors, scales, state: _refresh(kernels, Weights(weight, factors, scales), state),
 )  # fmt: skip
 _define(
-    "linear_forward", f"Tensor x, {_WEIGHT}, Tensor? bias, Tensor mask, float beta", "Tensor",
-    lambda x, weight, U, V, bias, mask, beta: x.new_empty((x.shape[0], weight.shape[0])),
+    "is_last_before_refresh", ["Tensor U", "SymInt interval"], "Tensor",
+    lambda *_: torch.empty((), dtype=torch.bool, device="cpu"),
+    run=lambda _, U, interval: torch.tensor(due.watch_of(U).is_last_before_refresh(interval), device="cpu"),
 )  # fmt: skip
 _define(
-    "linear_backward",
-    f"Tensor gy, Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor mask, {_SCALES}, bool through_magnitude,"
-    " bool needs_input, bool needs_factors",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_backward,
+    "masked_weight", [MASKED_WEIGHT, "ScalarType dtype"], "Tensor",
+    lambda operands, dtype: operands.weight.new_empty(operands.weight.shape, dtype=dtype),
 )  # fmt: skip
 _define(
-    "pattern_mask", f"{_FACTORS}, Tensor num_pruned, str pattern, {_SCALES}", "Tensor", _fake_mask, run=_pattern_mask
-)
-_define(
-    "refresh_pattern_mask",
-    f"{_FACTORS}, Tensor num_pruned, Tensor(a!) mask, Tensor(b!) seen, SymInt interval, str pattern, {_SCALES}",
-    "()", lambda *_: None, run=_refresh_pattern_mask,
+    "linear_forward", ["Tensor x", MASKED_WEIGHT, "Tensor? bias"], "Tensor",
+    lambda x, operands, _: x.new_empty((x.shape[0], operands.weight.shape[0])),
 )  # fmt: skip
 _define(
-    "is_last_before_refresh", "Tensor seen, SymInt interval", "Tensor",
-    lambda seen, interval: seen.new_empty((), dtype=torch.bool),
-    run=lambda seen, interval: torch.tensor(refresh.is_last_before_refresh(seen, interval), device="cpu"),
+    "linear_backward", ["Tensor gy", "Tensor x", MASKED_WEIGHT, "bool through_magnitude", NEEDS], _SEVEN, _fake_backward
 )  # fmt: skip
 _define(
-    "block_forward", f"Tensor x, {_WEIGHT}, Tensor? bias, Tensor mask, float beta, int size", "Tensor",
-    lambda x, weight, U, V, bias, mask, beta, size: x.new_empty((x.shape[0], weight.shape[0])), run=_block_forward,
+    "block_forward", ["Tensor x", MASKED_WEIGHT, "Tensor? bias", "int size"], "Tensor",
+    lambda x, operands, *_: x.new_empty((x.shape[0], operands.weight.shape[0])),
 )  # fmt: skip
 _define(
     "block_backward",
-    f"Tensor gy, Tensor x, {_WEIGHT}, Tensor A, Tensor B, Tensor mask, Tensor learn, {_SCALES}, bool through_magnitude,"
-    " int size, bool needs_input, bool needs_factors",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)", _fake_block_backward, run=_block_backward,
+    ["Tensor gy", "Tensor x", MASKED_WEIGHT, "int size", "Tensor learn_scores", "bool through_magnitude", NEEDS],
+    _SEVEN, _fake_backward,
+)  # fmt: skip
+_define(
+    "kept_blocks_forward",
+    ["Tensor x", "Tensor blocks", "Tensor? bias", "Tensor rows", "Tensor columns", "SymInt out_features"], "Tensor",
+    lambda x, _blocks, _bias, _rows, _columns, out_features: x.new_empty((x.shape[0], out_features)),
+    run=lambda _, *operands: kept_blocks.forward(*operands),
+)  # fmt: skip
+_define(
+    "kept_blocks_backward",
+    ["Tensor gy", "Tensor blocks", "Tensor rows", "Tensor columns", "SymInt in_features"], "Tensor",
+    lambda gy, _blocks, _rows, _columns, in_features: gy.new_empty((gy.shape[0], in_features)),
+    run=lambda _, *operands: kept_blocks.backward(*operands),
 )  # fmt: skip
 
 _ops = getattr(torch.ops, NAMESPACE)
@@ -228,11 +169,11 @@ scores = _ops.scores.default
 kth_value = _ops.kth_value.default
 prune_mask = _ops.prune_mask.default
 refresh_mask = _ops.refresh_mask.default
+is_last_before_refresh = _ops.is_last_before_refresh.default
 masked_weight = _ops.masked_weight.default
 linear_forward = _ops.linear_forward.default
 linear_backward = _ops.linear_backward.default
-pattern_mask = _ops.pattern_mask.default
-refresh_pattern_mask = _ops.refresh_pattern_mask.default
-is_last_before_refresh = _ops.is_last_before_refresh.default
 block_forward = _ops.block_forward.default
 block_backward = _ops.block_backward.default
+kept_blocks_forward = _ops.kept_blocks_forward.default
+kept_blocks_backward = _ops.kept_blocks_backward.default

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .config import ALL_LINEAR, PSTConfig, matches
-from .functional import FLOATING
-from .layers.linear import PSTLayer, check_finite, is_conv1d
+from .layers.checks import check_finite, is_conv1d
+from .layers.pst_layer import PSTLayer
+from .operands import FLOATING
 
 logger = logging.getLogger("pst_kernels")
 

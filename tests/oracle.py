@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pst_kernels.operands import Factors, MaskedWeight, Scales
 
 SHAPES = [(1, 1), (7, 33), (129, 65), (96, 384), (300, 1000)]
 SPARSITIES = [0.0, 0.5, 0.9, 0.99]
@@ -48,3 +51,15 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     """RMS of the error over RMS of the exact result, in float64."""
     value, exact = value.double(), exact.double()
     return ((value - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def grouped(tensors: Sequence[Tensor], scales: Sequence[float] = (1.0, 1.0, 1.0)) -> tuple[Tensor, Factors, Scales]:
+    """(weight, U, V, A, B, R, C) as the rooms of the package take them."""
+    weight, *factors = tensors
+    return weight, Factors(*factors), Scales(*scales)
+
+
+def masked_weight(tensors: Sequence[Tensor], mask: Tensor, scales: Sequence[float] = (1.0, 1.0, 1.0)) -> MaskedWeight:
+    """M * W' of such tensors."""
+    weight, factors, named = grouped(tensors, scales)
+    return MaskedWeight(weight, factors, mask, named)

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 import pst_kernels as pst
 from pst_kernels.checkpoint import RELEASED_NAMES
-from pst_kernels.layers.linear import FACTORS
+from pst_kernels.layers.pst_layer import FACTORS
 from pst_kernels.model import pst_layers
 
 VOCABULARY, WIDTH, LENGTH, LABELS = 50, 32, 7, 3

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_kernels import PSTConfig, replace_linear
-from pst_kernels.layers.linear import PSTLayer
+from pst_kernels.layers.pst_layer import PSTLayer
 from pst_kernels.targets import find_targets
 
 from .. import baselines

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pst_kernels import functional, ops
+from pst_kernels.operands import Scales
 
 from .cases import Case, Shape
 from .providers import OURS, RELEASED, SPARSITY, Provider
@@ -176,7 +177,7 @@ def threshold_tasks(case: Case, device: str) -> dict[str, Task]:
 
     @torch.no_grad()
     def warm() -> Tensor:
-        return ops.prune_mask(weight, *factors, num_pruned, guess, 1.0, 1.0, 1.0)
+        return ops.prune_mask(weight, *factors, *Scales(), num_pruned, guess, "unstructured")
 
     tasks = {KTHVALUE: Task(lambda: torch.kthvalue(scores.view(-1), k))}
     if device == "cpu":

@@ -9,6 +9,7 @@ import torch
 from bench.speed.cases import BY_NAME
 from bench.speed.modes import base_linear, settled
 from pst_kernels import PSTConfig, PSTLinear, functional, ops
+from pst_kernels.operands import MaskedWeight, Scales
 
 SHAPES = [BY_NAME[name] for name in ("BERT-base attention", "BERT-base up", "GPT-2 medium up")]
 TOKENS = 1024
@@ -31,8 +32,12 @@ def x(layer):
     return torch.randn(TOKENS, layer.in_features).to(layer.weight.dtype)
 
 
+def operands(layer):
+    return MaskedWeight(layer.weight, layer.factors, layer.pst_mask, Scales()).flat
+
+
 def test_scores(benchmark, layer):
-    benchmark(ops.scores, layer.weight, *layer.factors, 1.0, 1.0, 1.0)
+    benchmark(ops.scores, layer.weight, *layer.factors, *Scales())
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
@@ -44,8 +49,8 @@ def test_kth_value(benchmark, shape, fraction):
 
 
 def test_prune_mask_cold(benchmark, layer):
-    arguments = (layer.weight, *layer.factors, layer.pst_num_pruned)
-    packed = benchmark(lambda: ops.prune_mask(*arguments, functional.new_guess(), 1.0, 1.0, 1.0))
+    arguments = (layer.weight, *layer.factors, *Scales(), layer.pst_num_pruned)
+    packed = benchmark(lambda: ops.prune_mask(*arguments, functional.new_guess(), "unstructured"))
     assert int((~functional.unpack_mask(packed, layer.in_features)).sum()) == int(layer.pst_num_pruned)
 
 
@@ -56,24 +61,19 @@ def test_prune_mask_warm(benchmark, layer):
     def moved():
         for factor in layer.factors:
             factor.add_(torch.randn_like(factor), alpha=next(signs))
-        return (layer.weight, *layer.factors, layer.pst_num_pruned, guess, 1.0, 1.0, 1.0), {}
+        return (layer.weight, *layer.factors, *Scales(), layer.pst_num_pruned, guess, "unstructured"), {}
 
     benchmark.pedantic(ops.prune_mask, setup=moved, rounds=20, warmup_rounds=2)
 
 
 def test_masked_weight(benchmark, layer):
-    U, V = layer.factors[:2]
-    benchmark(ops.masked_weight, layer.weight, U, V, layer.pst_mask, 1.0, layer.weight.dtype)
+    benchmark(ops.masked_weight, *operands(layer), layer.weight.dtype)
 
 
 def test_linear_forward(benchmark, layer, x):
-    U, V = layer.factors[:2]
-    benchmark(ops.linear_forward, x, layer.weight, U, V, layer.bias, layer.pst_mask, 1.0)
+    benchmark(ops.linear_forward, x, *operands(layer), layer.bias)
 
 
 def test_linear_backward(benchmark, layer, x):
     gy = torch.randn(TOKENS, layer.out_features).to(x.dtype)
-    U, V, A, B = layer.factors[:4]
-    benchmark(
-        ops.linear_backward, gy, x, layer.weight, U, V, A, B, layer.pst_mask, 1.0, 1.0, 1.0, True, True, True
-    )  # fmt: skip
+    benchmark(ops.linear_backward, gy, x, *operands(layer), True, True, True)

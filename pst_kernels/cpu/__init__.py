@@ -1,0 +1,18 @@
+"""The ops of ops.py for CPUs, and in plain PyTorch for any device that has no Triton."""
+
+from .block_matmul import block_forward
+from .ops import (
+    block_backward,
+    forward_scratch,
+    kth_value,
+    linear_backward,
+    linear_forward,
+    masked_weight,
+    prune_mask,
+    scores,
+)
+
+__all__ = [
+    "block_backward", "block_forward", "forward_scratch", "kth_value", "linear_backward", "linear_forward",
+    "masked_weight", "prune_mask", "scores",
+]  # fmt: skip

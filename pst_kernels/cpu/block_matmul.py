@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..masks.packing import WORD
-from .row_blocks import buffers, compute_dtype
+from ..operands import MaskedWeight, Needs, compute_dtype
+from .row_blocks import buffers
 
 THICK = 64  # blocks of at least this size are multiplied one by one
 # Thinner ones too from so many tokens on, where a step with gathering is no longer the faster one on a CPU.
@@ -58,9 +59,10 @@ def layout(mask: Tensor, shape: tuple[int, int], size: int) -> Layout:
 class StripWeights:
     """W' = W + beta U V of the kept blocks, strip by strip, in fp32 (float64 for a float64 weight)."""
 
-    def __init__(self, weight: Tensor, U: Tensor, V: Tensor, beta: float, mask: Tensor, size: int):
+    def __init__(self, operands: MaskedWeight, size: int):
+        weight, U, V, beta = operands.weight, operands.factors.U, operands.factors.V, operands.scales.beta
         self.dtype = compute_dtype(weight.dtype)
-        self.layout = layout(mask, (weight.shape[0], weight.shape[1]), size)
+        self.layout = layout(operands.mask, (weight.shape[0], weight.shape[1]), size)
         self.U = U.to(self.dtype)
         self.V = V.to(self.dtype).index_select(1, self.layout.gather)  # (r, columns of all strips)
         self.weight, self.beta, self.size = weight, beta, size
@@ -92,9 +94,10 @@ def side_by_side(matrix: Tensor, columns: Sequence[slice]) -> Tensor:
     return torch.cat([matrix[:, one] for one in columns], 1)
 
 
-def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float, size: int) -> Tensor:
+def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: int) -> Tensor:
     """y = x (M * W')^T + bias for a mask of blocks."""
-    by_strip = StripWeights(weight, U, V, beta, mask, size)
+    weight = operands.weight
+    by_strip = StripWeights(operands, size)
     y = x.new_empty((x.shape[0], weight.shape[0]))
     # One pass for the bias, or for zeros where nothing is kept, costs less than a small one in front of every product.
     y.zero_() if bias is None else y.copy_(bias)
@@ -111,26 +114,26 @@ def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, b
     return y
 
 
-def linear_backward(
-    gy: Tensor, x: Tensor, weight, U, V, mask: Tensor, beta: float, through_magnitude: bool, size: int,
-    needs_input: bool, needs_factors: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def kept_block_gradients(
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, through_magnitude: bool, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dU and dV, with Q = G * M * (1 + |W'|), or G * M without `through_magnitude`, from kept blocks of G."""
-    by_strip = StripWeights(weight, U, V, beta, mask, size)
+    U, V, beta = operands.factors.U, operands.factors.V, operands.scales.beta
+    by_strip = StripWeights(operands, size)
     flat = by_strip.buffer("strips", by_strip.dtype)
     gradients = by_strip.buffer("strips of G", gy.dtype)
     by_column: dict[int, list[tuple[slice, Tensor]]] = {}
-    dU = by_strip.U.new_zeros(U.shape if needs_factors else 0)
-    dV_strips = by_strip.V.new_empty(by_strip.V.shape if needs_factors else 0)
+    dU = by_strip.U.new_zeros(U.shape if needs.factors else 0)
+    dV_strips = by_strip.V.new_empty(by_strip.V.shape if needs.factors else 0)
     for strip in by_strip.layout.strips:
         if not strip.columns:
             continue
         updated = by_strip.updated(strip, flat)
-        if needs_input:
+        if needs.input:
             cast = updated.to(gy.dtype)
             for columns, place in zip(strip.columns, strip.places, strict=True):
                 by_column.setdefault(columns.start, []).append((strip.rows, cast[:, place]))
-        if needs_factors:
+        if needs.factors:
             G = by_strip.of(strip, gradients)
             if one_by_one(x, size):
                 for columns, place in zip(strip.columns, strip.places, strict=True):
@@ -142,8 +145,8 @@ def linear_backward(
             _, U_rows, V_columns = by_strip.parts[strip.number]
             torch.mm(Q, V_columns.t(), out=dU[strip.rows])
             torch.mm(U_rows.t(), Q, out=dV_strips[:, strip.place])
-    dx = _dx(gy, x, by_column, size) if needs_input else gy.new_empty(0)
-    if not needs_factors:
+    dx = _dx(gy, x, by_column, size) if needs.input else gy.new_empty(0)
+    if not needs.factors:
         return dx, dU, dV_strips
     dV = by_strip.V.new_zeros(V.shape).index_add_(1, by_strip.layout.gather, dV_strips)
     return dx, dU.mul_(beta), dV.mul_(beta)

@@ -1,4 +1,4 @@
-"""Products with a weight of which only blocks are stored, as two ops: y = x W^T + bias, and dx = gy W.
+"""Products with a weight of which only blocks are stored, y = x W^T + bias, and dx = gy W.
 
 The blocks of W (out, in) are stored transposed, (kept, in, out), in row-major order of W's blocks, with the indices of
 torch's BSR: `rows` (row i has blocks rows[i] to rows[i + 1]) and `columns`. Blocks at W's edges are filled up with
@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from .row_blocks import compute_dtype
-
-NAME = "pst_kernels::kept_blocks"
 
 
 class Place(NamedTuple):
@@ -93,50 +89,13 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
     return itertools.pairwise(rows.tolist())
 
 
-def _multiply(
-    x: Tensor, blocks: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, out_features: int
-) -> Tensor:
+def forward(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, out_features: int) -> Tensor:
+    """y = x W^T + bias; x (T, in), blocks and bias of x's floating dtype."""
     product = _multiply_blocks if x.device.type == "cpu" else _multiply_bsr
     return product(x, blocks, bias, rows, columns, out_features)
 
 
-@torch.library.custom_op(f"{NAME}_forward", mutates_args=())
-def multiply(
-    x: Tensor, blocks: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, out_features: int
-) -> Tensor:
-    """y = x W^T + bias; x (T, in), blocks and bias of x's floating dtype. Differentiable in x and bias."""
-    return _multiply(x, blocks, bias, rows, columns, out_features)
-
-
-@torch.library.custom_op(f"{NAME}_backward", mutates_args=())
-def multiply_transposed(gy: Tensor, blocks: Tensor, rows: Tensor, columns: Tensor, in_features: int) -> Tensor:
+def backward(gy: Tensor, blocks: Tensor, rows: Tensor, columns: Tensor, in_features: int) -> Tensor:
     """dx = gy W, the same product with the blocks of W^T."""
     transposed, its_rows, its_columns = transpose(blocks, rows, columns, in_features)
-    return _multiply(gy, transposed, None, its_rows, its_columns, in_features)
-
-
-@multiply.register_fake
-def _(x, blocks, bias, rows, columns, out_features):
-    return x.new_empty((x.shape[0], out_features))
-
-
-@multiply_transposed.register_fake
-def _(gy, blocks, rows, columns, in_features):
-    return gy.new_empty((gy.shape[0], in_features))
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, blocks, _, rows, columns, _ = inputs
-    ctx.save_for_backward(blocks, rows, columns)
-    ctx.in_features = x.shape[1]
-
-
-def _backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-    needs_input, needs_bias = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    # contiguous(): the gradient of a sum has stride 0, and each product of a block would copy it
-    dx = multiply_transposed(gy.contiguous(), *ctx.saved_tensors, ctx.in_features) if needs_input else None
-    dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(gy.dtype) if needs_bias else None
-    return dx, None, dbias, None, None, None
-
-
-multiply.register_autograd(_backward, setup_context=_keep)
+    return forward(gy, transposed, None, its_rows, its_columns, in_features)

@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from ..masks.guess import SAMPLE, Bracket, Guess, sample_bracket
 from ..masks.packing import pack_mask
+from ..operands import Factors, MaskedWeight, Needs, Scales, compute_dtype
+from . import block_matmul
 from .compiled import compiled
-from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, buffers, compute_dtype, multiply_into, row_blocks
-from .select import SAMPLE, BlockScores, Bracket, Guess, Scores, sample_bracket, select
+from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, buffers, multiply_into, row_blocks
+from .select import BlockScores, Scores, select
 
 SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache
 # integers as wide as a dtype, to write zeros with: NumPy has no bf16
@@ -30,10 +33,10 @@ def widened(columns: Tensor) -> Tensor:
     return pad(columns, (0, -columns.shape[1] % 16))
 
 
-def scores(weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float) -> Tensor:
+def scores(weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
     if (passes := compiled(weight)) is not None:
-        return passes.scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
-    by_rows = ScoreRows(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
+        return passes.scores(weight, *factors, *scales)
+    by_rows = ScoreRows(weight, *factors, *scales)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows in by_rows.rows.blocks():
         updated = by_rows.rows.updated(rows)
@@ -61,36 +64,35 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def prune_mask(
-    weight, U, V, A, B, R, C, num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
-    masked: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor, masked: Tensor | None = None
+) -> Tensor:
     """The packed mask; on a CPU also M * W' into `masked` (out, in), in the dtype that it has, from the same pass."""
     k, numel = int(num_pruned), weight.numel()
     if k == 0:
         everything = pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
         if masked is not None:
-            _masked_into(masked, weight, U, V, everything, beta)
+            _masked_into(masked, MaskedWeight(weight, factors, everything, scales))
         return everything
     if weight.device.type != "cpu":
-        everything = scores(weight, U, V, A, B, R, C, beta, alpha1, alpha2).view(-1)
+        everything = scores(weight, factors, scales).view(-1)
         kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         kept.view(-1)[torch.sort(everything, stable=True).indices[:k]] = False
         return pack_mask(kept)
-    factors = (weight, U, V, A, B, R, C, beta, alpha1, alpha2)
+    flat = (weight, *factors, *scales)
     last = Guess.load(guess)
 
     def brackets() -> Iterator[Bracket | None]:
         yield last.bracket(k / numel)
         if numel > 4 * SAMPLE:
-            yield sample_bracket(ScoreRows(*factors).sample(SAMPLE), k / numel)
+            yield sample_bracket(ScoreRows(*flat).sample(SAMPLE), k / numel)
 
     passes = compiled(weight, None if masked is None else masked.dtype)
     if passes is not None:
         packed = passes.new_mask(weight)
-        search: Scores = passes.CompiledScores(*factors, packed, masked)
+        search: Scores = passes.CompiledScores(*flat, packed, masked)
         last.update(guess, select(search, numel, k, brackets()), k / numel)
         return packed
-    by_rows = ScoreRows(*factors)
+    by_rows = ScoreRows(*flat)
     kept = buffers.get("kept", weight.shape, torch.bool, weight.device)
     zeroed = None if masked is None else masked.view(_INTEGER[masked.element_size()]).view(-1).numpy()
     search = BlockScores(lambda: by_rows.blocks(kept, masked), kept.view(-1).numpy(), zeroed)
@@ -109,38 +111,55 @@ def _masked_buffer(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return buffers.get("masked", weight.shape, dtype, weight.device)
 
 
-def _masked_into(out: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float) -> Tensor:
+def _masked_into(out: Tensor, operands: MaskedWeight) -> Tensor:
+    weight, factors, mask, scales = operands
     passes = compiled(weight, out.dtype)
     if passes is not None:
-        return passes.masked_into(out, weight, U, V, mask, beta)
-    return UpdatedRows(weight, U, V, beta).masked_into(out, mask)
+        return passes.masked_into(out, weight, factors.U, factors.V, mask, scales.beta)
+    return UpdatedRows(weight, factors.U, factors.V, scales.beta).masked_into(out, mask)
 
 
-def masked_weight(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    return _masked_into(out, weight, U, V, mask, beta)
+def masked_weight(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(operands.weight.shape, dtype=dtype, device=operands.weight.device)
+    return _masked_into(out, operands)
 
 
-def linear_forward(x: Tensor, weight, U, V, bias: Tensor | None, mask: Tensor, beta: float) -> Tensor:
-    masked = _masked_into(_masked_buffer(weight, x.dtype), weight, U, V, mask, beta)
+def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> Tensor:
+    masked = _masked_into(_masked_buffer(operands.weight, x.dtype), operands)
     return linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
 def linear_backward(
-    gy: Tensor, x: Tensor, weight, U, V, A, B, mask: Tensor, beta: float, alpha1: float, alpha2: float,
-    through_magnitude: bool, needs_input: bool, needs_factors: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx and the six factor gradients from one pass over row blocks of G = gy^T x, which never exists as a whole.
 
     With D = G * W' and Q = G * (M + |W'|), every factor gradient is a low-rank reduction of D or Q.
     """
-    masked = _masked_buffer(weight, gy.dtype) if needs_input else None
-    if not needs_factors:
-        dx = gy.new_empty(0) if masked is None else gy @ _masked_into(masked, weight, U, V, mask, beta)
-        return dx, *(U.new_empty(0, dtype=compute_dtype(weight.dtype)) for _ in range(6))
+    weight, (U, V, A, B, _, _), mask, scales = operands
+    masked = _masked_buffer(weight, gy.dtype) if needs.input else None
+    if not needs.factors:
+        dx = gy.new_empty(0) if masked is None else gy @ _masked_into(masked, operands)
+        dU, dV, dA, dB, dR, dC = (U.new_empty(0, dtype=compute_dtype(weight.dtype)) for _ in range(6))
+        return dx, dU, dV, dA, dB, dR, dC
     make = _factor_gradients if (passes := compiled(weight, gy.dtype)) is None else passes.factor_gradients
-    factors = make(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through_magnitude, masked)
-    return gy @ masked if masked is not None else gy.new_empty(0), *factors
+    gradients = make(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude, masked)
+    return gy @ masked if masked is not None else gy.new_empty(0), *gradients
+
+
+def block_backward(
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: Tensor, through_magnitude: bool,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dU and dV from kept blocks of G; the scores' gradients from all of G, or zeros."""
+    dx, dU, dV = block_matmul.kept_block_gradients(gy, x, operands, size, through_magnitude, needs)
+    if needs.factors and bool(learn_scores):
+        return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
+    dA, dB, dR, dC = (
+        factor.new_zeros(factor.shape if needs.factors else (0,), dtype=compute_dtype(operands.weight.dtype))
+        for factor in operands.factors[2:]
+    )
+    return dx, dU, dV, dA, dB, dR, dC
 
 
 def _factor_gradients(

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from ..masks.packing import PAIRS, packed_width, unpack_flags
+from ..operands import compute_dtype
 
 # Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads.
 BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
 GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of fewer costs more a row
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def block_rows(rows: int, columns: int) -> int:

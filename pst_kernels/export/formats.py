@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..layers.block_sparse_linear import BlockSparseLinear
-from ..layers.linear import PSTConv1D, PSTLayer
+from ..layers.linear import PSTConv1D
+from ..layers.pst_layer import PSTLayer
 from ..masks import patterns
 
 FORMATS = ("dense", "bsr", "semi_structured")

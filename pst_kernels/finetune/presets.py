@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..config import PSTConfig
-from ..layers.linear import FACTORS
+from ..layers.pst_layer import FACTORS
 from ..targets import head_modules
 from .settings import Settings
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cpu.kept_blocks import multiply, row_of_each, starts
-from ..functional import FLOATING, autocasts, operand_dtype, without_autocast
+from .. import ops
+from ..cpu.kept_blocks import row_of_each, starts
+from ..functional import autocasts, operand_dtype, without_autocast
+from ..operands import FLOATING, compute_dtype
 
 PARTS = ("weight", "crow_indices", "col_indices")
 
@@ -140,7 +142,9 @@ class BlockSparseLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         flat = x.reshape(-1, self.in_features).to(dtype).contiguous()
         with without_autocast(x.device.type):
-            y = multiply(flat, self.weight.to(dtype), bias, self.crow_indices, self.col_indices, self.out_features)
+            y = _Product.apply(
+                flat, self.weight.to(dtype), bias, self.crow_indices, self.col_indices, self.out_features
+            )
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _check(self, x: Tensor) -> None:
@@ -204,3 +208,22 @@ class BlockSparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, block_size={self.block_size},"
             f" bias={self.bias is not None}, blocks={len(self.weight)} of {self._grid()[0] * self._grid()[1]}"
         )
+
+
+class _Product(torch.autograd.Function):
+    """y = x W^T + bias, differentiable in x and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x, blocks, bias, rows, columns, out_features) -> Tensor:
+        ctx.save_for_backward(blocks, rows, columns)
+        ctx.in_features = x.shape[1]
+        return ops.kept_blocks_forward(x, blocks, bias, rows, columns, out_features)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
+        needs_input, _, needs_bias, *_ = ctx.needs_input_grad
+        # contiguous(): the gradient of a sum has stride 0, and each product of a block would copy it
+        kept = ctx.saved_tensors
+        dx = ops.kept_blocks_backward(gy.contiguous(), *kept, ctx.in_features) if needs_input else None
+        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(gy.dtype) if needs_bias else None
+        return dx, None, dbias, None, None, None

@@ -21,7 +21,10 @@ from torch import Tensor
 
 
 class Producer(NamedTuple):
-    """`make(*taken)` is the tensor again: the same bits, but for LayerNorm, whose last bit may differ."""
+    """`make(*taken)` is the tensor again: the same bits, but for LayerNorm, whose last bit may differ.
+
+    It raises RuntimeError if what the tensor is made of is gone.
+    """
 
     make: Callable[..., Tensor]
     taken: tuple[Tensor, ...]
@@ -41,17 +44,16 @@ def producer_of(x: Tensor) -> Producer | None:
     except (AttributeError, RuntimeError):  # not there in this version of PyTorch, or changed or freed since
         return None
     usable = found is not None and all(type(t) in (Tensor, torch.nn.Parameter) for t in found.taken)
-    return found if usable else None
+    return Producer(partial(_made_again, found.make), found.taken) if found is not None and usable else None
 
 
-def make_again(producer: Callable[..., Tensor], taken: tuple[Tensor, ...]) -> Tensor:
-    """The input. Raises RuntimeError if what it is made of is gone."""
+def _made_again(make: Callable[..., Tensor], *taken: Tensor) -> Tensor:
     if any(t.numel() and t.untyped_storage().nbytes() == 0 for t in taken):
         raise RuntimeError(
             "a layer's input cannot be made again for its backward: what made it was freed, as FSDP frees the weights"
             " of a LayerNorm that is wrapped apart from the layer; use PSTConfig(recompute_input=False)"
         )
-    return producer(*taken)
+    return make(*taken)
 
 
 def _hooks_on_saved_tensors() -> bool:

@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from .. import ops
-from ..cpu.row_blocks import block_rows, row_blocks
-from ..cpu.select import Guess
-from ..functional import masked_linear
-from ..masks import due as refresh
+from ..functional import Options, check, masked_linear, operand_dtype
+from ..masks.guess import Guess
 from ..masks.packing import pack_mask, unpack_mask
+from ..masks.refresh import Weights, refresh
 from ..masks.sharded_selection import Place, select
+from ..operands import Factors, MaskedWeight, Scales
 
+SCORES = 1 << 19  # made at once
 # Which dimension of a factor runs along the weight's rows (0) or columns (1), by the factor's place in layer.factors.
 RUNS_ALONG = ((0, 0), (1, 1), (0, 0), (1, 1), (0, 0), (1, 0))  # U V A B R C: (of the weight, of the factor)
 
@@ -71,17 +72,14 @@ class Shards:
                 " hooks lay out its input"
             )
         weight, bias, factors = self._operands(layer)
-        self._refresh(layer, weight, [factor.detach() for factor in factors])
+        self._refresh(layer, weight, factors.map(Tensor.detach))
         if self.dim == 0:
             local = x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         else:
             local = x.redistribute(placements=[Shard(x.dim() - 1)]).to_local()
-        config = layer.config
-        U, V, A, B, R, C = factors
-        y = masked_linear(
-            None, local, weight, bias, U, V, A, B, R, C, layer.pst_mask,
-            config.beta, config.alpha1, config.alpha2, config.through_magnitude,
-        )  # fmt: skip
+        operands = MaskedWeight(weight, factors, layer.pst_mask, layer.scales)
+        check(local, operands, bias)
+        y = masked_linear(local, operands, bias, operand_dtype(local), Options(layer.config.through_magnitude))
         shape = torch.Size((*y.shape[:-1], self.shape[0]))
         placement = Shard(y.dim() - 1) if self.dim == 0 else Partial()
         stride = torch.empty(shape, device="meta").stride()
@@ -114,7 +112,7 @@ class Shards:
         rows, columns = (self.last - self.first if i == self.dim else n for i, n in enumerate(self.shape))
         return rows, columns
 
-    def _operands(self, layer: Any) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+    def _operands(self, layer: Any) -> tuple[Tensor, Tensor | None, Factors]:
         """Weight, bias and factors as this shard needs them, with gradients that flow back to the whole ones.
 
         A factor that runs along the cut is cut like the weight; of the others every process needs all, and their
@@ -130,7 +128,7 @@ class Shards:
             layout = (Shard(axis), Shard(axis)) if along == self.dim else (Replicate(), Partial())
             factors.append(factor.redistribute(placements=[layout[0]]).to_local(grad_placements=[layout[1]]))
         bias = None if layer.bias is None else self._bias(layer.bias)
-        return layer.weight.to_local(), bias, factors
+        return layer.weight.to_local(), bias, Factors(*factors)
 
     def _bias(self, bias: DTensor) -> Tensor | None:
         if self.dim == 0:
@@ -141,29 +139,30 @@ class Shards:
         local = bias.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return local * 0 if self.rank else local
 
-    def _refresh(self, layer: Any, weight: Tensor, factors: list[Tensor]) -> None:
-        watched = (layer.weight, *layer.factors)
-        if refresh.is_due(layer._seen, layer.pst_num_pruned, watched, layer.config.mask_interval):
-            with torch.no_grad():
-                layer.pst_mask.copy_(self._prune_mask(layer, weight, *factors))
+    def _refresh(self, layer: Any, weight: Tensor, factors: Factors) -> None:
+        watched = (layer.weight, *layer.factors)  # the local parts are made anew at every look
+        with torch.no_grad():
+            refresh(self, Weights(weight, factors, layer.scales), layer.mask_state(), layer.watch, sharded=watched)
 
-    def _prune_mask(self, layer: Any, weight, U, V, A, B, R, C) -> Tensor:
-        config, k = layer.config, int(layer.pst_num_pruned)
+    def prune_mask(
+        self, weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor, _masked: None
+    ) -> Tensor:
+        """This shard's packed mask, under the threshold of the whole matrix."""
+        k = int(num_pruned)
         kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         if k == 0:
             return pack_mask(kept)
+        U, V, A, B, R, C = factors
 
         def blocks():
-            for rows in row_blocks(0, len(weight), block_rows(*weight.shape)):
-                yield rows, ops.scores(
-                    weight[rows], U[rows], V, A[rows], B, R[rows], C,
-                    float(config.beta), float(config.alpha1), float(config.alpha2),
-                )  # fmt: skip
+            step = max(1, SCORES // weight.shape[1])
+            for start in range(0, len(weight), step):
+                rows = slice(start, start + step)
+                yield rows, ops.scores(weight[rows], U[rows], V, A[rows], B, R[rows], C, *scales)
 
         first = (self.first, 0) if self.dim == 0 else (0, self.first)
         place = Place(*first, *self.shape)
-        state = layer.pst_guess.view(torch.float32)
-        guess, fraction = Guess.load(state), k / place.numel
-        chosen = select(blocks, place, k, guess.bracket(fraction), kept, self.group)
-        guess.update(state, chosen, fraction)
+        last, fraction = Guess.load(guess), k / place.numel
+        chosen = select(blocks, place, k, last.bracket(fraction), kept, self.group)
+        last.update(guess, chosen, fraction)
         return pack_mask(kept)

@@ -1,75 +1,148 @@
 """When a mask is due: computed once per change of what it depends on, not once per forward.
 
-A write in place moves a tensor's version counter, except that of a fused optimizer, so optimizer steps are counted too.
-Gradient accumulation, evaluation and the recomputation of activation checkpointing move nothing, and reuse the mask.
-`seen` (int64, on the CPU) remembers the counters of the last look; a tensor, so that a compiled graph can carry it.
+A write in place moves a tensor's version counter, except that of a fused optimizer, so the optimizers that own a
+layer's factors report their steps too. Gradient accumulation, evaluation and the recomputation of activation
+checkpointing move nothing, and reuse the mask. A write through `tensor.data` moves nothing either: `refresh_masks` is
+for those.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-_CHANGES, _VALID, _FIRST = 0, 1, 2  # changes since the last refresh, whether the counters count, the counters
+
+class Watch:
+    """What a layer's mask was made from, as far as a look can tell it from what is there now."""
+
+    def __init__(self, made: bool = False, changes: int = 0):
+        self.made = made  # whether there is a mask at all
+        self.changes = changes  # of the factors since it was made
+        self.looks = 0  # at which something had changed: what was made after one belongs to its number
+        self.total = 0  # of all versions, which only grow, and addresses
+        self.stepped = False  # whether an optimizer has stepped since the last look
+        self.count: Any = None
+        self.state: list[int] = []
+        # Held, so that no other tensor can get the address of one of these.
+        self.tensors: tuple[Tensor, ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Watch, (self.made, self.changes)  # a copy's tensors are others: its next look sees one change
+
+    def is_fresh(self, num_pruned: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Whether nothing has changed since the last look."""
+        return not self.stepped and self.state == _state(tensors) and self.count == _count(num_pruned)
+
+    def is_as_it_was(self, num_pruned: Any, tensors: Sequence[Any]) -> bool:
+        """`is_fresh` at the price of a few comparisons, for the very same tensors; may be wrong in saying no."""
+        weight, U, V, A, B, R, C = tensors
+        try:
+            total = (
+                weight._version + U._version + V._version + A._version + B._version + R._version + C._version
+                + weight.data_ptr() + U.data_ptr() + V.data_ptr() + A.data_ptr() + B.data_ptr() + R.data_ptr()
+                + C.data_ptr()
+            )  # fmt: skip
+        except RuntimeError:  # inference tensors have none
+            return False
+        return total == self.total and not self.stepped and self.count == _count(num_pruned)
+
+    def is_due(self, num_pruned: Tensor, interval: int) -> bool:
+        """Whether to make the mask now that something has changed: a changed sparsity is due at once, changed factors
+        at every `interval`-th change.
+        """
+        moved = self.count is not None and self.count != _count(num_pruned)
+        return not self.made or moved or self.changes + 1 >= interval
+
+    def note(self, num_pruned: Tensor, tensors: Sequence[Tensor], made: bool) -> None:
+        """Remember this look; `made` says that the mask belongs to these tensors as they are."""
+        self.changes = 0 if made else self.changes + 1
+        self.made, self.stepped = True, False
+        self.looks += 1
+        self.count, self.state, self.tensors = _count(num_pruned), _state(tensors), tuple(tensors)
+        self.total = sum(self.state)
+
+    def mark_stale(self) -> None:
+        """Make the mask before the next use, whatever the counters say."""
+        self.made, self.state, self.tensors = False, [], ()
+
+    def is_last_before_refresh(self, interval: int) -> bool:
+        """Whether the next change makes the mask due, so that a gradient of the scores is worth its cost now."""
+        return self.changes + 1 >= interval
 
 
-_optimizer_steps = 0  # of any optimizer in this process: torch.optim.AdamW(fused=True) moves no version counter
-
-
-def _count_step(*_: object) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-
-def never_seen(tensors: int) -> Tensor:
-    """The state of a mask that was never computed; `tensors` is how many tensors it depends on."""
-    # device="cpu": under `with torch.device("meta")` it would be a meta tensor, and every refresh a silent no-op
-    return torch.zeros(_FIRST + 2 * tensors + 1, dtype=torch.int64, device="cpu")
-
-
-def is_due(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor], interval: int) -> bool:
-    """Whether to recompute the mask now, and remember this look.
-
-    A changed sparsity is due at once, changed factors at every `interval`-th change.
-    """
-    before, now = seen.tolist(), _counters(num_pruned, factors)
-    if before[_VALID] and before[_FIRST:] == now:
-        return False
-    first = not before[_VALID]
-    sparsity_changed = before[_FIRST : _FIRST + 2] != now[:2]
-    changes = before[_CHANGES] + 1
-    due = first or sparsity_changed or changes >= interval
-    seen.numpy()[:] = 0 if due else changes, 1, *now
-    return due
-
-
-def is_last_before_refresh(seen: Tensor, interval: int) -> bool:
-    """Whether the next change makes the mask due, so that a gradient of the scores is worth its cost now."""
-    return int(seen[_CHANGES]) + 1 >= interval
-
-
-def mark_fresh(seen: Tensor, num_pruned: Tensor, factors: Sequence[Tensor]) -> None:
-    """The mask belongs to these tensors as they are: after it was loaded with them."""
-    seen.numpy()[:] = 0, 1, *_counters(num_pruned, factors)
-
-
-def mark_stale(seen: Tensor) -> None:
-    """Recompute before the next use, whatever the counters say."""
-    seen.zero_()
-
-
-def _counters(num_pruned: Tensor, factors: Sequence[Tensor]) -> list[int]:
+def _count(num_pruned: Tensor) -> Any:
     # A process group may write the same count anew in every forward, so it is compared by value where reading is free.
-    count = [int(num_pruned), 0] if num_pruned.device.type == "cpu" else _counter(num_pruned)
-    return [*count, _optimizer_steps, *(n for factor in factors for n in _counter(factor))]
+    if num_pruned.device.type == "cpu":
+        return int(num_pruned)
+    return num_pruned._version, num_pruned.data_ptr()
 
 
-def _counter(tensor: Tensor) -> list[int]:
+def _state(tensors: Sequence[Tensor]) -> list[int]:
     # The address tells a replaced tensor from its predecessor. Inference tensors have no version, and never change.
-    return [0 if tensor.is_inference() else tensor._version, tensor.data_ptr()]
+    try:
+        return [number for tensor in tensors for number in (tensor._version, tensor.data_ptr())]
+    except RuntimeError:
+        return [n for t in tensors for n in (0 if t.is_inference() else t._version, t.data_ptr())]
+
+
+_layers: weakref.WeakSet[Any] = weakref.WeakSet()  # each has `factors` and `watch`
+_by_address: dict[int, weakref.ref[Watch]] = {}
+
+
+def register(layer: Any) -> None:
+    """Let the steps of every optimizer that owns a factor of this layer count as changes of its factors."""
+    _layers.add(layer)
+    _hook_optimizers()
+
+
+@functools.cache
+def _hook_optimizers() -> None:
+    """Once a process, when its first layer is made: a process without layers has no hook."""
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for layer in owned_layers(optimizer):
+        layer.watch.stepped = True
+
+
+def owned_layers(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """The layers of which an optimizer owns a factor."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    owned = set(map(id, parameters))
+    sharded = any(hasattr(p, "full_tensor") for p in parameters)
+    found = []
+    for layer in _layers:
+        factors = layer.factors
+        # Sharded parameters that are gathered now are other objects than the optimizer's.
+        gathered = sharded and not any(hasattr(factor, "full_tensor") for factor in factors)
+        if gathered or any(id(factor) in owned for factor in factors):
+            found.append(layer)
+    return found
+
+
+def layers_on(device: torch.device) -> list[Any]:
+    """All layers whose weight is on a device."""
+    return [layer for layer in _layers if layer.weight.device == device]
+
+
+def watch_of(U: Tensor) -> Watch:
+    """The watch of the layer with this factor: for a compiled graph, which carries tensors alone.
+
+    Not one of a layer's: a new watch, whose mask is due.
+    """
+    address = U.data_ptr()
+    reference = _by_address.get(address)
+    watch = None if reference is None else reference()
+    if watch is None or not watch.tensors or watch.tensors[1].data_ptr() != address:
+        # `factors` of a layer that is being taken apart may not be there
+        found = [layer.watch for layer in _layers if layer.factors.U.data_ptr() == address]
+        watch = found[0] if found else Watch()
+        _by_address[address] = weakref.ref(watch)
+    return watch

@@ -10,14 +10,18 @@ first, among equal ones the lower index: of the weight, of the block in row-majo
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from ..operands import Factors, Scales
+from .packing import pack_mask
 
 Shape = tuple[int, int]  # (out, in) of a weight
 Count = int | Tensor  # a 0-d tensor on the scores' device is not looked at: looking would wait for a GPU
@@ -36,6 +40,16 @@ class Unstructured:
     """Every weight for itself. The other patterns differ from it as their methods say."""
 
     mask_interval = 1  # default number of optimizer steps from one mask to the next
+    block_size: ClassVar[int | None] = None  # of patterns whose products visit kept blocks only
+    with_masked_weight: ClassVar[bool] = True  # whether the pass that makes the mask can make M * W' too
+    across_processes: ClassVar[bool] = True  # whether the mask of a sharded weight can be made
+
+    def prune(
+        self, kernels: Any, weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor,
+        masked: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The packed mask, made by the functions of a room; `masked` (out, in) gets M * W' from the same pass."""
+        return kernels.prune_mask(weight, factors, scales, num_pruned, guess, masked)
 
     @property
     def sparsity(self) -> float | None:
@@ -59,12 +73,33 @@ class Unstructured:
         return int((~kept).sum()) == num_pruned
 
 
+class Structured(Unstructured):
+    """What decides by all scores of the weight, which are stored for it."""
+
+    with_masked_weight = False
+    across_processes = False
+
+    def prune(
+        self, kernels: Any, weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor,
+        masked: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        # on a CPU the count is looked at, which chooses the quicker way; on a GPU that would wait for it
+        count = int(num_pruned) if num_pruned.device.type == "cpu" else num_pruned
+        if isinstance(count, int) and count == 0:
+            return pack_mask(torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+        return pack_mask(self.keep(kernels.scores(weight, factors, scales), count))
+
+
 @dataclass(frozen=True)
-class Blocks(Unstructured):
+class Blocks(Structured):
     """Whole blocks. `pst_num_pruned` counts blocks: int(number of blocks * sparsity)."""
 
     size: int
     mask_interval = 16
+
+    @property
+    def block_size(self) -> int | None:  # type: ignore[override]
+        return self.size
 
     def grid(self, shape: Shape) -> Shape:
         """Rows and columns of blocks."""
@@ -102,7 +137,7 @@ class Blocks(Unstructured):
 
 
 @dataclass(frozen=True)
-class Groups(Unstructured):
+class Groups(Structured):
     """N of M. A sparsity between 0 and 1 - N/M prunes int(M * sparsity) of every group: a schedule rises in stages.
 
     A last group of fewer than M weights keeps as many as the others, if it has them: as if zeros filled it up.
@@ -167,6 +202,7 @@ class Groups(Unstructured):
 Pattern = Unstructured  # the others derive from it
 
 
+@functools.cache
 def parse(text: str) -> Pattern:
     """The pattern of a name. Raises ValueError that lists the names."""
     if text == "unstructured":

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..cpu.select import Bracket, Selection
+from .guess import Bracket, Selection
 
 Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]  # yields (rows of the shard, their fp32 scores), in order
 

@@ -20,9 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import MaskedWeight, Needs
 from . import block_lists, tiles
 from .block_matmul import COLUMNS, ROWS, block_input_gradient
 from .gradient_products import product, product_over_tokens, split, splitting
+from .gradients import linear_backward
 from .matmul import one_stride
 from .score import checked
 from .walk import all_registers
@@ -174,19 +176,24 @@ def block_factor_gradients(
 
 
 def block_backward(
-    gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, through_magnitude: bool,
-    size: int, needs_input: bool, needs_factors: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dU and dV from kept blocks of G."""
-    weight, (U, V) = checked(weight, U, V)
-    mask = mask.contiguous()
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: Tensor, through_magnitude: bool,
+    needs: Needs,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dU and dV from kept blocks of G; the scores' gradients from all of G, or zeros."""
+    weight, factors, mask, (beta, _, _) = operands
+    factors = checked(weight, factors)
+    U, V, mask = factors.U, factors.V, mask.contiguous()
     by_columns = block_lists.lines(mask, weight.shape, size, COLUMNS)
-    dx = block_input_gradient(gy, weight, U, V, beta, by_columns, size) if needs_input else gy.new_empty(0)
-    if not needs_factors:
-        dU, dV = (U.new_empty(0, dtype=torch.float32) for _ in range(2))
-        return dx, dU, dV
+    dx = block_input_gradient(gy, weight, U, V, beta, by_columns, size) if needs.input else gy.new_empty(0)
+    if not needs.factors:
+        dU, dV, dA, dB, dR, dC = (U.new_empty(0, dtype=torch.float32) for _ in range(6))
+        return dx, dU, dV, dA, dB, dR, dC
     by_rows = block_lists.lines(mask, weight.shape, size, ROWS)
-    return dx, *block_factor_gradients(gy, x, weight, U, V, beta, through_magnitude, by_rows, by_columns, size)
+    dU, dV = block_factor_gradients(gy, x, weight, U, V, beta, through_magnitude, by_rows, by_columns, size)
+    if bool(learn_scores):
+        return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
+    dA, dB, dR, dC = (factor.new_zeros(factor.shape, dtype=torch.float32) for factor in factors[2:])
+    return dx, dU, dV, dA, dB, dR, dC
 
 
 def cases() -> Iterator[tiles.Case]:

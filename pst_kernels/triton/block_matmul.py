@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import MaskedWeight
 from . import block_lists, tiles
 from .matmul import one_stride, split, split_factors, store_result
 from .score import checked
@@ -167,11 +168,10 @@ def block_matmul(
     return y
 
 
-def block_forward(
-    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, mask: Tensor, beta: float, size: int
-) -> Tensor:
+def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: int) -> Tensor:
     """y = x (M * W')^T + bias for a mask of blocks."""
-    weight, (U, V) = checked(weight, U, V)
+    weight, factors, mask, (beta, _, _) = operands
+    U, V, *_ = checked(weight, factors)
     bias = None if bias is None else bias.to(x.dtype)
     kept = block_lists.lines(mask.contiguous(), weight.shape, size, ROWS)
     return block_matmul(x, weight, *split_factors(U, V, beta, split(x)), bias, kept, size, transposed=False)

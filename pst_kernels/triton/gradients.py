@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks.packing import packed_width
+from ..operands import MaskedWeight, Needs
 from . import scratch, tiles
 from .gradient_products import gate, product_of_pairs, product_tile, split, splitting
 from .gradient_ranks import many_ranks_kernel
@@ -286,15 +287,15 @@ def factor_gradients(
 
 
 def linear_backward(
-    gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, mask: Tensor,
-    beta: float, alpha1: float, alpha2: float, through_magnitude: bool, needs_input: bool, needs_factors: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx in gy's dtype and the six factor gradients in fp32; empty tensors in place of what is not needed."""
-    weight, (U, V, A, B) = checked(weight, U, V, A, B)
-    dx = input_gradient(gy, weight, U, V, mask, beta) if needs_input else gy.new_empty(0)
-    if needs_factors:
-        return dx, *factor_gradients(gy, x, weight, U, V, A, B, mask, beta, alpha1, alpha2, through_magnitude)
-    dU, dV, dA, dB, dR, dC = (U.new_empty(0, dtype=torch.float32) for _ in range(6))
+    operands = operands._replace(factors=checked(operands.weight, operands.factors))
+    dx = input_gradient(gy, operands) if needs.input else gy.new_empty(0)
+    if needs.factors:
+        weight, (U, V, A, B, _, _), mask, scales = operands
+        return dx, *factor_gradients(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude)
+    dU, dV, dA, dB, dR, dC = (gy.new_empty(0, dtype=torch.float32) for _ in range(6))
     return dx, dU, dV, dA, dB, dR, dC
 
 

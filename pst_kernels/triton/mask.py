@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks.packing import WORD, packed_width
+from ..operands import Factors, MaskedWeight, Scales
 from .score import checked, layouts
 from .select import INDEX, KEY, key_of, signed, threshold
 from .tiles import Case
@@ -151,24 +152,20 @@ def tile_for_words(weight: Tensor, ranks: int) -> Tile:
 
 
 def prune_mask(
-    weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
-    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float, masked: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor, masked: Tensor | None = None
+) -> Tensor:
     """The packed mask, and M * W' into `masked`, contiguous (out, in), from the same pass."""
-    weight, factors = checked(weight, U, V, A, B, R, C)
+    factors = checked(weight, factors)
     if not weight.numel():
         return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
-    tensors: list[Any] = [weight, *factors]
-    scales: list[Any] = [beta, alpha1, alpha2]
-    state = threshold(*[*tensors, num_pruned, guess, *scales])
-    return mask_from(*[state, *tensors, *scales, masked])
+    state = threshold(weight, *factors, num_pruned, guess, *scales)
+    return mask_from(state, weight, *factors, *scales, masked)
 
 
-def masked_weight(
-    weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype, out: Tensor | None = None
-) -> Tensor:
+def masked_weight(operands: MaskedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """M * W' in `dtype`, in `out` (contiguous) where it is given."""
-    weight, (U, V) = checked(weight, U, V)
+    weight, factors, mask, (beta, _, _) = operands
+    U, V, *_ = checked(weight, factors)
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     over = walk(weight, [(U, V)], tile_for_words(weight, U.shape[1]))
@@ -181,11 +178,12 @@ def masked_weight(
 
 def cases() -> Iterator[Case]:
     for name, tensors in layouts():
-        weight, U, V = tensors[:3]
+        weight = tensors[0]
         state = torch.empty(16, dtype=torch.int64, device="meta")
         mask = torch.empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32, device="meta")
         masked = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         arguments: list[Any] = [state, *tensors, 1.0, 1.0, 1.0]
         yield Case(name, partial(mask_from, *arguments))
         yield Case(f"{name}, with the masked weight", partial(mask_from, *[*arguments, masked]))
-        yield Case(name, partial(masked_weight, weight, U, V, mask, 1.0, weight.dtype))
+        operands = MaskedWeight(weight, Factors(*tensors[1:]), mask, Scales())
+        yield Case(name, partial(masked_weight, operands, weight.dtype))

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks.packing import packed_width
+from ..operands import MaskedWeight
 from . import scratch, tiles
 from .mask import masked_weight
 from .score import checked
@@ -308,15 +309,15 @@ def masked_matmul(
     return y
 
 
-def linear_forward(
-    x: Tensor, weight: Tensor, U: Tensor, V: Tensor, bias: Tensor | None, mask: Tensor, beta: float
-) -> Tensor:
-    weight, (U, V) = checked(weight, U, V)
+def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> Tensor:
+    weight, factors, mask, (beta, _, _) = operands
+    factors = checked(weight, factors)
     bias = None if bias is None else bias.to(x.dtype)
-    tile = in_loop_tile(x, weight, V.shape[0], transposed=False)
+    tile = in_loop_tile(x, weight, factors.weight_rank, transposed=False)
     if tile is None:
-        return torch.nn.functional.linear(x, masked_in_scratch(weight, U, V, mask, beta, x.dtype), bias)
-    return masked_matmul(x, weight, *split_factors(U, V, beta, split(x)), bias, mask, tile, transposed=False)
+        return torch.nn.functional.linear(x, masked_in_scratch(operands, x.dtype), bias)
+    left, right = split_factors(factors.U, factors.V, beta, split(x))
+    return masked_matmul(x, weight, left, right, bias, mask, tile, transposed=False)
 
 
 def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
@@ -329,12 +330,14 @@ def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) 
     return scratch.get(weight.shape, dtype, weight.device)
 
 
-def input_gradient(gy: Tensor, weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """dx = gy (M * W'); weight and factors as `checked` leaves them."""
-    tile = in_loop_tile(gy, weight, V.shape[0], transposed=True)
+def input_gradient(gy: Tensor, operands: MaskedWeight) -> Tensor:
+    """dx = gy (M * W'); the factors as `checked` leaves them."""
+    weight, factors, mask, (beta, _, _) = operands
+    tile = in_loop_tile(gy, weight, factors.weight_rank, transposed=True)
     if tile is None:
-        return gy @ masked_in_scratch(weight, U, V, mask, beta, gy.dtype)
-    return masked_matmul(gy, weight, *split_factors(U, V, beta, split(gy)), None, mask, tile, transposed=True)
+        return gy @ masked_in_scratch(operands, gy.dtype)
+    left, right = split_factors(factors.U, factors.V, beta, split(gy))
+    return masked_matmul(gy, weight, left, right, None, mask, tile, transposed=True)
 
 
 def in_loop_tile(x: Tensor, weight: Tensor, rank: int, transposed: bool) -> tiles.Tile | None:
@@ -360,9 +363,9 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
     return weight, weight.stride(0), True
 
 
-def masked_in_scratch(weight: Tensor, U: Tensor, V: Tensor, mask: Tensor, beta: float, dtype: torch.dtype) -> Tensor:
-    out = scratch.get(weight.shape, dtype, weight.device)
-    return masked_weight(weight, U, V, mask, beta, dtype, out=out)
+def masked_in_scratch(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
+    out = scratch.get(operands.weight.shape, dtype, operands.weight.device)
+    return masked_weight(operands, dtype, out=out)
 
 
 def cases() -> Iterator[tiles.Case]:

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Factors, Scales
 from .tiles import Case
 
 UNROLL = tl.constexpr(16)  # ranks up to here are unrolled; above, code size and compile time would grow with them
@@ -134,19 +134,16 @@ def scores_kernel(
 TILE = {"BLOCK_ROWS": 32, "BLOCK_COLUMNS": 64, "num_warps": 4}
 
 
-def scores(
-    weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
-    beta: float, alpha1: float, alpha2: float,
-) -> Tensor:  # fmt: skip
-    """S, fp32 (out, in). For inspection: nothing else stores it."""
-    weight, factors = checked(weight, U, V, A, B, R, C)
+def scores(weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
+    """S, fp32 (out, in): for inspection, and for patterns, which decide by all of it."""
+    factors = checked(weight, factors)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     rows, columns = weight.shape
     grid = (triton.cdiv(rows, TILE["BLOCK_ROWS"]) * triton.cdiv(columns, TILE["BLOCK_COLUMNS"]),)
     if weight.numel():
         scores_kernel[grid](
-            weight, *factors, out, rows, columns, *weight.stride(), beta, alpha1, alpha2,
-            RANK_W=V.shape[0], RANK_S=B.shape[0], UNIT=unit_dimension(weight), **TILE,
+            weight, *factors, out, rows, columns, *weight.stride(), *scales,
+            RANK_W=factors.weight_rank, RANK_S=factors.score_rank, UNIT=unit_dimension(weight), **TILE,
         )  # fmt: skip
     return out
 
@@ -158,15 +155,15 @@ def unit_dimension(weight: Tensor) -> int:
     return 0 if weight.stride(0) == 1 else -1
 
 
-def checked(weight: Tensor, *factors: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The weight as it is and the factors contiguous. Raises TypeError for float64: the kernels compute in fp32."""
+def checked(weight: Tensor, factors: Factors) -> Factors:
+    """The factors contiguous. Raises TypeError for float64: the kernels compute in fp32."""
     for tensor in (weight, *factors):
         if tensor.dtype == torch.float64:
             raise TypeError(
                 "the Triton kernels compute in fp32 and take float32, float16 and bfloat16, got float64;"
                 " set PST_KERNELS_BACKEND=torch, or cast the layer"
             )
-    return weight, [factor.contiguous() for factor in factors]
+    return factors.map(Tensor.contiguous)
 
 
 def layouts() -> Iterator[tuple[str, list[Tensor]]]:
@@ -199,5 +196,5 @@ def operands(rows: int, columns: int, rank: int, dtype: torch.dtype, factor: tor
 
 def cases() -> Iterator[Case]:
     for name, tensors in layouts():
-        arguments: list[Any] = [*tensors, 1.0, 1.0, 1.0]
-        yield Case(name, partial(scores, *arguments))
+        weight, *factors = tensors
+        yield Case(name, partial(scores, weight, Factors(*factors), Scales()))

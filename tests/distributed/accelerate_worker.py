@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, save_fsdp_model
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels.layers.linear import whole
+from pst_kernels.layers.checks import whole
 
 STEPS, ROWS = 3, 8
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import pst_kernels as pst
-from pst_kernels.cpu import ops as fallback
-from pst_kernels.layers import linear
+from pst_kernels import cpu
+from pst_kernels.layers import checks
 
 RANKS, STEPS, BATCH, WIDTH = 4, 6, 8, 24
 # 33 rows of 40 columns: neither a multiple of the 32 columns of a word, nor of the number of processes; so is rank 3
@@ -58,13 +58,13 @@ class Training:
         self.made = 0
 
     def run(self, first: int = 0, last: int = STEPS) -> Training:
-        compute = fallback.prune_mask
+        compute = cpu.prune_mask
 
         def counted(*args):
             self.made += 1
             return compute(*args)
 
-        fallback.prune_mask = counted
+        cpu.prune_mask = counted
         generator = torch.Generator().manual_seed(1)
         batches = [torch.randn(BATCH, WIDTH, generator=generator) for _ in range(STEPS)]
         rank, ranks = (self.mesh.get_local_rank(), self.mesh.size()) if self.engine in ("ddp", "fsdp2") else (0, 1)
@@ -74,11 +74,11 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.schedule.step()
-        fallback.prune_mask = compute
+        cpu.prune_mask = compute
         return self
 
     def state(self) -> dict[str, torch.Tensor]:
-        return {name: linear.whole(tensor).detach().clone() for name, tensor in self.model.state_dict().items()}
+        return {name: checks.whole(tensor).detach().clone() for name, tensor in self.model.state_dict().items()}
 
     def save(self, folder: Path) -> None:
         dcp.save(self._states(), checkpoint_id=folder, process_group=self.mesh and self.mesh.get_group())

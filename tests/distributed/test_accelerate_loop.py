@@ -10,7 +10,7 @@ import toys
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels.cpu import ops as fallback
+from pst_kernels import cpu
 
 accelerate = pytest.importorskip("accelerate")
 STEPS, MICRO_BATCHES = 6, 2
@@ -51,8 +51,8 @@ def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def test_as_a_loop_without_accelerate_and_one_mask_a_step(monkeypatch):
-    made, compute = [], fallback.prune_mask
-    monkeypatch.setattr(fallback, "prune_mask", lambda *args: (made.append(1), compute(*args))[1])
+    made, compute = [], cpu.prune_mask
+    monkeypatch.setattr(cpu, "prune_mask", lambda *args: (made.append(1), compute(*args))[1])
     found = toys.snapshot(Run().train().model)
     assert len(made) == (STEPS + 1) * toys.LINEARS["bert"]  # the last for the state dict
 

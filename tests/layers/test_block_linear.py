@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import differences, snapshot
 
-from pst_kernels.cpu import kept_blocks as block_product
+from pst_kernels import ops
+from pst_kernels.cpu import kept_blocks
 from pst_kernels.layers.block_sparse_linear import BlockSparseLinear
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -139,17 +140,17 @@ def test_only_stored_blocks_are_multiplied(dtype):
     layer, dense = blocks_of((256, 512), 16, dtype)
     parts, indices = (layer.weight.detach(), layer.bias.detach()), (layer.crow_indices, layer.col_indices)
     with Counting():  # it does not see into an op
-        block_product._multiply_blocks(torch.randn(32, 512).to(dtype), *parts, *indices, 256)
+        kept_blocks._multiply_blocks(torch.randn(32, 512).to(dtype), *parts, *indices, 256)
     assert sum(counted) == 32 * int((dense != 0).sum())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     layer, _ = blocks_of((40, 50), dtype=dtype)
-    x, indices = torch.randn(6, 50).to(dtype).requires_grad_(), (layer.crow_indices, layer.col_indices)
-    for bias in (layer.bias, None):
-        torch.library.opcheck(block_product.multiply, (x, layer.weight, bias, *indices, 40))
-    torch.library.opcheck(block_product.multiply_transposed, (torch.randn(6, 40).to(dtype), layer.weight, *indices, 50))
+    x, indices = torch.randn(6, 50).to(dtype), (layer.crow_indices, layer.col_indices)
+    for bias in (layer.bias.detach(), None):
+        torch.library.opcheck(ops.kept_blocks_forward, (x, layer.weight, bias, *indices, 40))
+    torch.library.opcheck(ops.kept_blocks_backward, (torch.randn(6, 40).to(dtype), layer.weight, *indices, 50))
 
 
 def test_compiles_as_one_graph():
@@ -194,10 +195,10 @@ def test_the_product_of_other_devices_is_the_same(shape, with_bias):
     bias = layer.bias if with_bias else None
     x, gy = torch.randn(6, shape[1], dtype=torch.float64), torch.randn(6, shape[0], dtype=torch.float64)
     indices = layer.crow_indices, layer.col_indices
-    y = block_product._multiply_bsr(x, layer.weight, bias, *indices, shape[0])
+    y = kept_blocks._multiply_bsr(x, layer.weight, bias, *indices, shape[0])
     torch.testing.assert_close(y, nn.functional.linear(x, dense, bias), **TIGHT)
-    transposed = block_product.transpose(layer.weight, *indices, shape[1])
-    dx = block_product._multiply_bsr(gy, transposed[0], None, *transposed[1:], shape[1])
+    transposed = kept_blocks.transpose(layer.weight, *indices, shape[1])
+    dx = kept_blocks._multiply_bsr(gy, transposed[0], None, *transposed[1:], shape[1])
     torch.testing.assert_close(dx, gy @ dense, **TIGHT)
 
 

@@ -1,16 +1,16 @@
 """PSTLinear and PSTConv1D: when a mask is made, merging, dtypes, and what a state dict means."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels import reference
-from pst_kernels.cpu import ops as fallback
-from pst_kernels.cpu import row_blocks as rows
-from pst_kernels.layers import linear
+from pst_kernels import cpu, reference
+from pst_kernels.cpu import row_blocks
+from pst_kernels.layers.pst_layer import FACTORS
 
 
 @pytest.fixture(params=["PSTLinear", "PSTConv1D"])
@@ -31,8 +31,8 @@ def layer(request):
 def refreshes(monkeypatch):
     """Counts how often a mask is computed."""
     calls = []
-    compute = fallback.prune_mask
-    monkeypatch.setattr(fallback, "prune_mask", lambda *args: calls.append(1) or compute(*args))
+    compute = cpu.prune_mask
+    monkeypatch.setattr(cpu, "prune_mask", lambda *args: calls.append(1) or compute(*args))
     return calls
 
 
@@ -94,7 +94,7 @@ def test_recomputation_reuses_the_mask(layer, refreshes):
     assert len(refreshes) == 1
 
 
-@pytest.mark.parametrize("name", ["weight", *linear.FACTORS])
+@pytest.mark.parametrize("name", ["weight", *FACTORS])
 def test_every_input_of_the_mask_is_watched(layer, refreshes, name):
     layer.refresh_mask()
     with torch.no_grad():
@@ -133,6 +133,36 @@ def test_mask_interval(refreshes):
     assert made == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
+def test_steps_of_other_optimizers_do_not_shorten_an_interval(refreshes):
+    layer = pst.PSTLinear(16, 16, config=pst.PSTConfig(sparsity=0.5, mask_interval=3))
+    other = torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1)
+    x, made = torch.randn(2, 16), []
+    for _ in range(9):
+        step(layer, x)
+        for _ in range(4):  # a discriminator, say, that is trained beside it
+            other.step()
+            layer(x)
+        made.append(len(refreshes))
+    assert made == [1, 1, 2, 2, 2, 3, 3, 3, 4]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_notices_the_steps_of_its_own_optimizer(refreshes, copied):
+    """A fused optimizer moves no version counter."""
+    layer = pst.PSTLinear(16, 16, config=pst.PSTConfig(sparsity=0.5))
+    layer.refresh_mask()
+    again, x = copied(layer), torch.randn(2, 16)
+    again(x)
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=0.1, fused=True)
+    again(x).pow(2).mean().backward()
+    made = len(refreshes)
+    optimizer.step()
+    layer(x)
+    assert len(refreshes) == made
+    again(x)
+    assert len(refreshes) == made + 1
+
+
 def test_starts_as_magnitude_pruning():
     layer = pst.PSTLinear(32, 8, config=pst.PSTConfig(sparsity=0.75))
     assert torch.equal(layer.mask, reference.prune_mask(layer.weight.abs(), 192))
@@ -159,7 +189,7 @@ def test_from_linear_holds_the_same_parameters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_and_unmerge(layer, dtype):
     layer.to(dtype)
-    for factor in linear.FACTORS:  # PEFT's way: factors stay fp32 over a 16-bit base
+    for factor in FACTORS:  # PEFT's way: factors stay fp32 over a 16-bit base
         setattr(layer, factor, nn.Parameter(getattr(layer, factor).float()))
     layer.eval()
     x = torch.randn(6, 40).to(dtype)
@@ -221,7 +251,7 @@ def test_a_dense_state_dict_loads(layer):
     dense = {"weight": torch.randn_like(layer.weight), "bias": torch.randn(24)}
     result = layer.load_state_dict(dense, strict=False)
     assert not result.unexpected_keys
-    assert sorted(result.missing_keys) == sorted([*linear.FACTORS, "pst_mask", "pst_num_pruned"])
+    assert sorted(result.missing_keys) == sorted([*FACTORS, "pst_mask", "pst_num_pruned"])
     x = torch.randn(3, 40)
     torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)
 
@@ -262,8 +292,8 @@ def test_inference_mode(layer):
 
 def test_trains_after_an_evaluation_in_inference_mode(monkeypatch):
     """The scratch buffers that the evaluation made are then written by the training step."""
-    monkeypatch.setattr(rows, "buffers", rows._Buffers())
-    monkeypatch.setattr(fallback, "buffers", rows.buffers)
+    monkeypatch.setattr(row_blocks, "buffers", row_blocks._Buffers())
+    monkeypatch.setattr(cpu.ops, "buffers", row_blocks.buffers)
     layer, x = pst.PSTLinear(40, 24), torch.randn(4, 40)
     with torch.inference_mode():
         expected = layer(x)

@@ -9,7 +9,7 @@ import torch
 import toys
 
 import pst_kernels as pst
-from pst_kernels.cpu import ops as fallback
+from pst_kernels import cpu
 from pst_kernels.model import pst_layers
 from pst_kernels.schedule import sparsity_at
 
@@ -64,8 +64,8 @@ def make_trainer(model, directory, *callbacks, **changes):
 
 def count_masks(monkeypatch) -> list[int]:
     """Grows by one for every mask that is computed."""
-    counted, prune_mask = [], fallback.prune_mask
-    monkeypatch.setattr(fallback, "prune_mask", lambda *args: (counted.append(1), prune_mask(*args))[1])
+    counted, prune_mask = [], cpu.prune_mask
+    monkeypatch.setattr(cpu, "prune_mask", lambda *args: (counted.append(1), prune_mask(*args))[1])
     return counted
 
 

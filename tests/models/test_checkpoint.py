@@ -11,7 +11,7 @@ from torch import nn
 import pst_kernels as pst
 from pst_kernels.checkpoint import ADAPTER_NAME
 from pst_kernels.config import CONFIG_NAME
-from pst_kernels.layers.linear import FACTORS
+from pst_kernels.layers.pst_layer import FACTORS
 from pst_kernels.model import pst_layers
 
 ENTRIES = (*FACTORS, "pst_mask", "pst_num_pruned")

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels import functional, reference
-from pst_kernels.cpu import ops as fallback
+from pst_kernels import cpu, functional, reference
 from pst_kernels.cpu import row_blocks as rows
-from pst_kernels.layers.linear import FACTORS
+from pst_kernels.layers.pst_layer import FACTORS
 from pst_kernels.model import pst_layers
 
 
@@ -45,7 +44,7 @@ def test_2_no_sort_of_a_matrix_and_one_mask_a_step(monkeypatch):
     """There every forward sorted every matrix."""
     layer = toys.perturb(pst.PSTLinear(512, 512, config=pst.PSTConfig(sparsity=0.7)))
     layer(torch.randn(1, 512))  # the first search has no guess to start from
-    sorted_sizes, passes, prune_mask = [], [], fallback.prune_mask
+    sorted_sizes, passes, prune_mask = [], [], cpu.prune_mask
 
     def watch(owner, name):
         original = getattr(owner, name)
@@ -61,7 +60,7 @@ def test_2_no_sort_of_a_matrix_and_one_mask_a_step(monkeypatch):
             watch(owner, name)
     for name in ("topk", "kthvalue"):
         watch(torch, name)
-    monkeypatch.setattr(fallback, "prune_mask", lambda *args: (passes.append(1), prune_mask(*args))[1])
+    monkeypatch.setattr(cpu, "prune_mask", lambda *args: (passes.append(1), prune_mask(*args))[1])
     optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=1e-4)
     steps, micro_batches = 3, 4
     for _ in range(steps):

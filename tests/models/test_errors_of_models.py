@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import pst_kernels as pst
-from pst_kernels.layers.linear import PSTLayer
+from pst_kernels.layers.pst_layer import PSTLayer
 
 
 class Quantised(nn.Linear):

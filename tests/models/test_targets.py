@@ -12,7 +12,8 @@ from torch import nn
 
 import pst_kernels as pst
 from pst_kernels.config import matches
-from pst_kernels.layers.linear import FACTORS, PSTLayer, is_conv1d
+from pst_kernels.layers.checks import is_conv1d
+from pst_kernels.layers.pst_layer import FACTORS, PSTLayer
 from pst_kernels.model import pst_layers
 
 

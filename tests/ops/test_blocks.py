@@ -12,9 +12,10 @@ from toys import differences, logits, snapshot, trained
 
 import pst_kernels as pst
 from pst_kernels import functional, ops, reference
-from pst_kernels.cpu import block_matmul as blocks
-from pst_kernels.layers import linear
+from pst_kernels.cpu import block_matmul
+from pst_kernels.layers.pst_layer import PSTLayer
 from pst_kernels.masks import patterns
+from pst_kernels.operands import MaskedWeight, Needs, Scales
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 SCALES = {"beta": 0.75, "alpha1": 0.5, "alpha2": 2.0}
@@ -80,11 +81,10 @@ def test_gradcheck_of_a_layer_with_a_fixed_mask():
     layer(x)
 
     def forward(x, U, V):
-        learn = torch.tensor(False)
-        rest = (layer.pst_A, layer.pst_B, layer.pst_R, layer.pst_C)
-        return functional.masked_linear(
-            None, x, layer.weight, layer.bias, U, V, *rest, layer.pst_mask, 0.75, 0.5, 2.0, False, 16, learn
-        )
+        factors = layer.factors._replace(U=U, V=V)
+        operands = MaskedWeight(layer.weight, factors, layer.pst_mask, Scales(0.75, 0.5, 2.0))
+        options = functional.Options(False, block_size=16)
+        return functional.masked_linear(x, operands, layer.bias, x.dtype, options, learn_scores=torch.tensor(False))
 
     assert torch.autograd.gradcheck(forward, (x, layer.pst_U, layer.pst_V))
 
@@ -124,7 +124,7 @@ def test_other_dtypes_err_no_more_than_a_dense_product(pattern, dtype):
         assert ours.dtype == dtype
 
 
-@pytest.mark.parametrize("tokens", [0, 1, blocks.MANY_TOKENS])
+@pytest.mark.parametrize("tokens", [0, 1, block_matmul.MANY_TOKENS])
 @pytest.mark.parametrize("sparsity", [0.0, 0.6, 0.99])
 def test_few_and_many_tokens_and_blocks(tokens, sparsity):
     layer = layer_of("block:16", (40, 50), sparsity=sparsity, mask_interval=1, through_magnitude=False)
@@ -168,12 +168,12 @@ def test_only_kept_blocks_are_visited():
     for pattern in ("block:16", "block:64"):
         layer = layer_of(pattern, (256, 512), sparsity=0.75)
         layer.refresh_mask()
-        tensors = (layer.weight, layer.pst_U.detach(), layer.pst_V.detach())
+        operands = MaskedWeight(layer.weight, layer.factors.map(torch.Tensor.detach), layer.pst_mask, Scales())
         x, gy = torch.randn(32, 512, dtype=torch.float64), torch.randn(32, 256, dtype=torch.float64)
         counted.clear()
         with Counting():  # it does not see into an op
-            blocks.linear_forward(x, *tensors, layer.bias.detach(), layer.pst_mask, 1.0, layer.pattern.size)
-            blocks.linear_backward(gy, x, *tensors, layer.pst_mask, 1.0, True, layer.pattern.size, True, True)
+            block_matmul.block_forward(x, operands, layer.bias.detach(), layer.pattern.size)
+            block_matmul.kept_block_gradients(gy, x, operands, layer.pattern.size, True, Needs(True, True))
         assert sum(counted) == 3 * 32 * 256 * 512 // 4
 
 
@@ -230,8 +230,8 @@ def test_checkpoints_and_merging(family, pattern, tmp_path):
     loaded = pst.load_pretrained(seeded(family), tmp_path).eval()
     assert not differences(snapshot(model), snapshot(loaded))
     assert torch.equal(logits(loaded, family), logits(model, family))
-    expected, masks = logits(model, family), [m.mask for m in model.modules() if isinstance(m, linear.PSTLayer)]
-    names = [name for name, m in model.named_modules() if isinstance(m, linear.PSTLayer)]
+    expected, masks = logits(model, family), [m.mask for m in model.modules() if isinstance(m, PSTLayer)]
+    names = [name for name, m in model.named_modules() if isinstance(m, PSTLayer)]
     merged = pst.merge_and_unload(model)
     torch.testing.assert_close(logits(merged, family), expected, rtol=1e-4, atol=1e-5)
     for name, mask in zip(names, masks, strict=True):
@@ -286,9 +286,9 @@ def test_an_explicit_triton_backend_does_not_fall_back(monkeypatch):
 
 def test_layout_lists_the_kept_blocks():
     weight, factors = make_problem(40, 50, weight_dtype=torch.float32, factor_dtype=torch.float32)
-    packed = ops.pattern_mask(weight, *factors, torch.tensor(5), "block:16", 1.0, 1.0, 1.0)
+    packed = ops.prune_mask(weight, *factors, *Scales(), torch.tensor(5), functional.new_guess(), "block:16")
     mask = functional.unpack_mask(packed, 50)
-    strips, index = blocks.layout(packed, (40, 50), 16)
+    strips, index = block_matmul.layout(packed, (40, 50), 16)
     again = torch.zeros(40, 50, dtype=torch.bool)
     for strip in strips:
         again[strip.rows, index[strip.place]] = True

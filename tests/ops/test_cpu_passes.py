@@ -12,18 +12,18 @@ import numba
 import numpy as np
 import pytest
 import torch
-from oracle import SCALES, make_problem, relative_error
+from oracle import SCALES, grouped, make_problem, masked_weight, relative_error
 
-from pst_kernels import functional, reference
-from pst_kernels.cpu import compiled as cpu
-from pst_kernels.cpu import ops as fallback
-from pst_kernels.cpu.compiled import arguments as operands
+from pst_kernels import cpu, functional, reference
+from pst_kernels.cpu import compiled
+from pst_kernels.cpu.compiled import arguments
 from pst_kernels.cpu.compiled import jit as compile
 from pst_kernels.cpu.compiled import kernels as passes
 from pst_kernels.cpu.compiled import launch as calls
 from pst_kernels.cpu.compiled import row_loops as rows
 from pst_kernels.cpu.compiled import threads as team
 from pst_kernels.masks import packing
+from pst_kernels.operands import Needs
 
 SHAPES = [(1, 1), (7, 33), (129, 65), (96, 384), (5, 1000), (1100, 90)]  # the last: more rows than one group of G
 RANKS = [1, 8, 9]
@@ -77,16 +77,17 @@ def test_bf16_on_either_side(weight_dtype, dtype):
     weight, factors = make_problem(70, 150, weight_dtype=weight_dtype, factor_dtype=torch.float32)
     masked = torch.full(weight.shape, 7.0, dtype=dtype)
     count = torch.tensor(8_000)
-    mask = fallback.prune_mask(weight, *factors, count, no_guess(), *ARGUMENTS, masked)
-    assert torch.equal(mask, fallback.prune_mask(weight, *factors, count, no_guess(), *ARGUMENTS))
-    assert torch.equal(masked, fallback.masked_weight(weight, *factors[:2], mask, SCALES["beta"], dtype))
+    mask = cpu.prune_mask(*grouped((weight, *factors), ARGUMENTS), count, no_guess(), masked)
+    assert torch.equal(mask, cpu.prune_mask(*grouped((weight, *factors), ARGUMENTS), count, no_guess()))
+    assert torch.equal(masked, cpu.masked_weight(masked_weight((weight, *factors), mask, ARGUMENTS), dtype))
     updated = weight.double() + SCALES["beta"] * factors[0].double() @ factors[1].double()
     exact = torch.where(functional.unpack_mask(mask, 150), updated, 0.0)
     torch.testing.assert_close(masked.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
     gy, x = torch.randn(40, 70).to(dtype), torch.randn(40, 150).to(dtype)
-    needed = (mask, *ARGUMENTS, True, False, True)
-    found = fallback.linear_backward(gy, x, weight, *factors[:4], *needed)
-    whole = fallback.linear_backward(gy, x, weight.double(), *(f.double() for f in factors[:4]), *needed)
+    found, whole = (
+        cpu.linear_backward(gy, x, masked_weight(tensors, mask, ARGUMENTS), True, Needs(False, True))
+        for tensors in ((weight, *factors), (weight.double(), *(f.double() for f in factors)))
+    )
     for value, right in zip(found[1:], whole[1:], strict=True):
         assert relative_error(value, right) < (2e-6 if dtype == torch.float32 else 1e-2)  # G is a bf16 product
 
@@ -98,11 +99,11 @@ def test_the_same_bits_on_any_number_of_threads(threads, monkeypatch):
 
     def everything():
         masked = torch.empty(700, 300)
-        mask = fallback.prune_mask(weight, *factors, torch.tensor(150_000), no_guess(), *ARGUMENTS, masked)
+        mask = cpu.prune_mask(*grouped((weight, *factors), ARGUMENTS), torch.tensor(150_000), no_guess(), masked)
         with monkeypatch.context() as patched:  # the library's own product may differ with the threads
             patched.setattr(torch, "mm", lambda left, right, out: out.copy_(left.double() @ right.double()))
             gradients = calls.factor_gradients(gy, x, weight, *factors[:4], mask, *ARGUMENTS, True, masked)
-        return mask, masked, fallback.scores(weight, *factors, *ARGUMENTS), *gradients
+        return mask, masked, cpu.scores(*grouped((weight, *factors), ARGUMENTS)), *gradients
 
     threads(1)
     alone = everything()
@@ -118,7 +119,7 @@ def test_passes_of_several_python_threads_at_once(threads):
     problems = [make_problem(200, 180, seed=i).to(torch.float32) for i in range(4)]
 
     def mask(problem):
-        return fallback.prune_mask(problem.weight, *problem.factors, torch.tensor(30_000), no_guess(), *ARGUMENTS)
+        return cpu.prune_mask(*grouped((problem.weight, *problem.factors), ARGUMENTS), torch.tensor(30_000), no_guess())
 
     alone = list(map(mask, problems))
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -132,7 +133,7 @@ def test_more_ties_than_there_is_room_for(num_pruned):
     weight, factors = torch.full((100, 300), 0.5), [torch.zeros(f.shape) for f in make_problem(100, 300).factors]
     masked = torch.full((100, 300), 7.0)
     guess = torch.tensor([0.5, 1.0, num_pruned / 30_000, 0.01])
-    mask = fallback.prune_mask(weight, *factors, torch.tensor(num_pruned), guess, 1.0, 1.0, 1.0, masked)
+    mask = cpu.prune_mask(*grouped((weight, *factors)), torch.tensor(num_pruned), guess, masked)
     kept = functional.unpack_mask(mask, 300).flatten()
     assert torch.equal(kept, torch.arange(30_000) >= num_pruned)
     assert torch.equal(masked.flatten(), kept * 0.5)
@@ -144,7 +145,7 @@ def test_ties_on_both_sides_of_the_room(share_of_ties):
     weight[torch.rand(200, 400) < share_of_ties] = 0.5
     ties = int((weight == 0.5).sum())
     guess = torch.tensor([0.5, 1e-3, 0.5, 0.01])
-    mask = fallback.prune_mask(weight, *factors, torch.tensor(ties - 3), guess, 1.0, 1.0, 1.0)
+    mask = cpu.prune_mask(*grouped((weight, *factors)), torch.tensor(ties - 3), guess)
     expected = weight > 0.5
     expected.view(-1)[(weight == 0.5).flatten().nonzero()[-3:]] = True
     assert torch.equal(functional.unpack_mask(mask, 400), expected)
@@ -183,9 +184,9 @@ def test_bf16_rounding():
 
 def test_shares_cover_all_rows_once():
     for out, columns in ((1, 1), (7, 10), (300, 1000), (3072, 768), (50_257, 8)):
-        share = operands.share_rows(out, columns)
+        share = arguments.share_rows(out, columns)
         assert 1 <= share <= out
-        sums = operands.share_rows_of_sums(out, calls.SHARES)
+        sums = arguments.share_rows_of_sums(out, calls.SHARES)
         assert sums % rows.GROUP == 0
         assert -(-out // sums) <= calls.SHARES
 
@@ -210,16 +211,16 @@ def test_machine_code_is_kept_by_the_sources_of_the_whole_folder():
     ids=["float64", "fp16", "fp16 result", "transposed", "empty", "another device"],
 )
 def test_what_is_left_to_pytorch(weight, dtype):
-    assert cpu.compiled(weight, dtype) is None
-    assert cpu.compiled(torch.ones(4, 4), torch.bfloat16) is calls
+    assert compiled.compiled(weight, dtype) is None
+    assert compiled.compiled(torch.ones(4, 4), torch.bfloat16) is calls
 
 
 def test_the_variable(monkeypatch):
     monkeypatch.setenv("PST_KERNELS_CPU", "torch")
-    assert cpu.compiled(torch.ones(4, 4)) is None
+    assert compiled.compiled(torch.ones(4, 4)) is None
     monkeypatch.setenv("PST_KERNELS_CPU", "cython")
     with pytest.raises(ValueError, match=r"PST_KERNELS_CPU='cython'.*auto, numba, torch"):
-        cpu.compiled(torch.ones(4, 4))
+        compiled.compiled(torch.ones(4, 4))
 
 
 @pytest.fixture
@@ -229,12 +230,12 @@ def without_numba(monkeypatch):
     ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "numba", None)  # an import of it fails
-    monkeypatch.delattr(cpu, "launch")
-    cpu._import_calls.cache_clear()
-    cpu._say_once.cache_clear()
+    monkeypatch.delattr(compiled, "launch")
+    compiled._import_calls.cache_clear()
+    compiled._say_once.cache_clear()
     yield
-    cpu._import_calls.cache_clear()
-    cpu._say_once.cache_clear()
+    compiled._import_calls.cache_clear()
+    compiled._say_once.cache_clear()
 
 
 @pytest.mark.usefixtures("without_numba")
@@ -252,4 +253,4 @@ def test_without_numba_it_says_so_once_and_goes_on(monkeypatch, caplog):
 @pytest.mark.usefixtures("without_numba")
 def test_an_explicit_request_without_numba_raises():
     with pytest.raises(ImportError, match=r"PST_KERNELS_CPU=numba, but .*install numba or unset"):
-        cpu.compiled(torch.ones(4, 4))
+        compiled.compiled(torch.ones(4, 4))

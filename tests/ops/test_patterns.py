@@ -35,8 +35,9 @@ def by_hand(scores, pattern, num_pruned):
 
 
 def mask_of(problem, name, num_pruned):
-    args = (problem.weight, *problem.factors, torch.tensor(num_pruned), name, *SCALES.values())
-    return functional.unpack_mask(ops.pattern_mask(*args), problem.weight.shape[1])
+    tensors, scales = (problem.weight, *problem.factors), SCALES.values()
+    mask = ops.prune_mask(*tensors, *scales, torch.tensor(num_pruned), functional.new_guess(), name)
+    return functional.unpack_mask(mask, problem.weight.shape[1])
 
 
 @pytest.mark.parametrize("name", PATTERNS)

@@ -11,7 +11,7 @@ from torch import nn
 
 import pst_kernels as pst
 from pst_kernels import reference
-from pst_kernels.layers.linear import FACTORS
+from pst_kernels.layers.pst_layer import FACTORS
 from pst_kernels.model import pst_layers
 
 HALF = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of the largest output

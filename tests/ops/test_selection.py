@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import make_problem
+from oracle import grouped, make_problem, masked_weight
 
-from pst_kernels import functional
-from pst_kernels.cpu import ops as fallback
+from pst_kernels import cpu, functional
 from pst_kernels.cpu import row_blocks as rows
 from pst_kernels.cpu import select as selection
 from pst_kernels.cpu.compiled import launch as calls
+from pst_kernels.masks import guess as guesses
 
 N = 100_003  # above the size from which a sample is drawn, and prime
 
@@ -82,7 +82,7 @@ def count_passes(monkeypatch):
 
 
 def mask_of(weight, factors, num_pruned, guess):
-    return fallback.prune_mask(weight, *factors, torch.tensor(num_pruned), guess, 1.0, 1.0, 1.0)
+    return cpu.prune_mask(*grouped((weight, *factors)), torch.tensor(num_pruned), guess)
 
 
 @pytest.mark.usefixtures("cpu_passes")
@@ -123,7 +123,7 @@ def test_a_bracket_that_ends_at_the_answer(end, offset):
     """The k-th is the first score inside, the last one below, and so on: each end is inclusive."""
     scores = np.arange(1000, dtype=np.float32)
     edge = 500.0 + offset
-    bracket = selection.Bracket(edge, 600.0) if end == "lower" else selection.Bracket(400.0, edge)
+    bracket = guesses.Bracket(edge, 600.0) if end == "lower" else guesses.Bracket(400.0, edge)
     kept = np.empty(1000, bool)
     source = selection.BlockScores(lambda: iter([(0, scores)]), kept)
     chosen = selection.select(source, 1000, 501, [bracket])
@@ -147,7 +147,7 @@ def test_the_sample_brackets_the_answer():
     generator = np.random.default_rng(3)
     for fraction in (1e-4, 0.1, 0.5, 0.9, 0.9999):
         scores = generator.standard_normal(200_000).astype(np.float32)
-        bracket = selection.sample_bracket(generator.choice(scores, selection.SAMPLE), fraction)
+        bracket = guesses.sample_bracket(generator.choice(scores, guesses.SAMPLE), fraction)
         answer = np.sort(scores)[int(fraction * scores.size)]
         assert bracket.lower <= answer <= bracket.upper
         inside = np.count_nonzero((scores >= bracket.lower) & (scores <= bracket.upper))
@@ -180,14 +180,14 @@ def test_the_mask_and_the_masked_weight_from_one_pass(dtype, route, monkeypatch)
     count = torch.tensor(0 if route == "nothing pruned" else int(numel * 0.6))
     guess = functional.new_guess()
     if route in ("warm", "missed"):
-        fallback.prune_mask(*factors, count, guess, 1.0, 1.0, 1.0)
+        cpu.prune_mask(*grouped(factors), count, guess)
     if route == "missed":
         guess[0] += 1e3
     if route == "sorted":
-        monkeypatch.setattr(fallback, "SAMPLE", numel)
+        monkeypatch.setattr(cpu.ops, "SAMPLE", numel)
     masked = torch.full(factors[0].shape, 7.0, dtype=dtype)
-    mask = fallback.prune_mask(*factors, count, guess.clone(), 1.0, 1.0, 1.0, masked)
-    assert torch.equal(mask, fallback.prune_mask(*factors, count, guess.clone(), 1.0, 1.0, 1.0))
+    mask = cpu.prune_mask(*grouped(factors), count, guess.clone(), masked)
+    assert torch.equal(mask, cpu.prune_mask(*grouped(factors), count, guess.clone()))
     kept = functional.unpack_mask(mask, 310)
     assert int(kept.sum()) == numel - int(count)
-    assert torch.equal(masked, fallback.masked_weight(*factors[:3], mask, 1.0, dtype))
+    assert torch.equal(masked, cpu.masked_weight(masked_weight(factors, mask), dtype))

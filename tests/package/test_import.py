@@ -62,33 +62,28 @@ def test_works_without_triton_and_transformers():
 
 
 IMPORTED = """
-import json, sys, time
+import json, sys
 import torch
-start = time.perf_counter()
+from torch.optim import optimizer
 import pst_kernels
-seconds = time.perf_counter() - start
-loaded = [name for name in ("triton", "transformers", "accelerate", "matplotlib", "pandas") if name in sys.modules]
+heavy = ("triton", "numba", "transformers", "accelerate", "matplotlib", "pandas")
+loaded = [name for name in heavy if name in sys.modules]
 print(json.dumps({
-    "seconds": seconds, "loaded": loaded, "cuda": torch.cuda.is_initialized(),
-    "triton rooms": [name for name in sys.modules if name.startswith("pst_kernels.triton")],
+    "loaded": loaded, "cuda": torch.cuda.is_initialized(), "hooks": len(optimizer._global_optimizer_post_hooks),
+    "rooms": [name for name in sys.modules if name.startswith(("pst_kernels.triton", "pst_kernels.cpu.compiled."))],
 }))
 """
 
 
-def test_is_light_and_touches_no_device():
-    # the best of three: other processes may hold up any one of them
-    found = [run(IMPORTED) for _ in range(3)]
-    assert found[0]["loaded"] == []
-    assert found[0]["triton rooms"] == []
-    assert found[0]["cuda"] is False
-    assert min(one["seconds"] for one in found) < 0.2
+def test_is_light_touches_no_device_and_hooks_no_optimizer():
+    assert run(IMPORTED) == {"loaded": [], "cuda": False, "hooks": 0, "rooms": []}
 
 
 def test_every_public_name():
     names = {
         "PSTConfig", "replace_linear", "PSTLinear", "PSTConv1D", "SparsitySchedule", "PSTCallback",
         "print_trainable_parameters", "get_layer_status", "merge_and_unload", "save_pretrained", "load_pretrained",
-        "functional",
+        "functional", "refresh_masks", "BlockSparseLinear", "save_compressed", "load_compressed",
     }  # fmt: skip
     assert set(pst.__all__) == names
     assert all(getattr(pst, name) is not None for name in names)
@@ -112,9 +107,10 @@ SIGNATURES = {
         "sparsity=0.9", "initial_sparsity=0.0", "weight_rank=8", "score_rank=8", "beta=1.0", "alpha1=1.0", "alpha2=1.0",
         "through_magnitude=True", "warmup=0.1", "cooldown=0.3", "target_modules=all-linear", "exclude_modules=None",
         "modules_to_save=None", "train_bias=False", "adapter_dtype=torch.float32", "pattern=unstructured",
-        "mask_interval=1", "recompute_input=True",
+        "mask_interval=1", "recompute_input=True", "masked_weight=auto",
     ]),
     "replace_linear": (pst.replace_linear, ["model", "config=None"]),
+    "refresh_masks": (pst.refresh_masks, ["model"]),
     "merge_and_unload": (pst.merge_and_unload, ["model", "safe_merge=False", "*", "format=dense"]),
     "save_pretrained": (pst.save_pretrained, ["model", "directory"]),
     "load_pretrained": (pst.load_pretrained, ["model", "directory"]),

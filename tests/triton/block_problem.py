@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pst_kernels import functional
 from pst_kernels.masks.packing import pack_mask
+from pst_kernels.operands import Factors, MaskedWeight, Scales
 
 OUTPUTS = ("y", "dx", "dU", "dV", "dA", "dB", "dR", "dC")
 
@@ -60,10 +61,12 @@ class Problem(NamedTuple):
         gy, kept = given.pop("gy"), given.pop("kept")
         learned = [given[name].requires_grad_() for name in ("x", "U", "V", "A", "B", "R", "C")]
         with torch.autocast("cpu", dtype=gy.dtype, enabled=bool(self.weight)):
-            y = functional.masked_linear(
-                None, **given, mask=pack_mask(kept), through_magnitude=self.through, **SCALES,
-                block_size=self.size, learn=torch.tensor(self.learn),
-            )  # fmt: skip
+            factors = Factors(*(given[name] for name in Factors._fields))
+            operands = MaskedWeight(given["weight"], factors, pack_mask(kept), Scales(**SCALES))
+            options = functional.Options(self.through, block_size=self.size)
+            x, dtype = given["x"], functional.operand_dtype(given["x"])
+            learn = torch.tensor(self.learn)
+            y = functional.masked_linear(x, operands, given["bias"], dtype, options, learn_scores=learn)
         # its transpose is contiguous, it is not
         y.backward(gy.t().contiguous().t())
         return [y.detach(), *(tensor.grad for tensor in learned)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from dyadic import SHAPES, exact_scores, grid, guess_at, no_guess, problem
+from oracle import grouped, masked_weight
 
 from pst_kernels import reference
 from pst_kernels import triton as kernels
@@ -22,7 +23,7 @@ def counts(numel: int) -> list[int]:
 def check_mask(tensors: list, num_pruned: int, guess: torch.Tensor | None = None) -> torch.Tensor:
     want = reference.prune_mask(exact_scores(tensors), num_pruned)
     guess = no_guess() if guess is None else guess
-    mask = kernels.prune_mask(*tensors, torch.tensor(num_pruned), guess, *SCALES)
+    mask = kernels.prune_mask(*grouped(tensors, SCALES), torch.tensor(num_pruned), guess)
     assert torch.equal(mask, packing.pack_mask(want))  # padding bits too
     return mask
 
@@ -32,7 +33,7 @@ def check_mask(tensors: list, num_pruned: int, guess: torch.Tensor | None = None
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scores(shape: tuple, rank: int, dtype: torch.dtype) -> None:
     tensors = problem(*shape, rank, dtype)
-    assert torch.equal(kernels.scores(*tensors, *SCALES).double(), exact_scores(tensors))
+    assert torch.equal(kernels.scores(*grouped(tensors, SCALES)).double(), exact_scores(tensors))
 
 
 @pytest.mark.parametrize("rank", [5, 40])
@@ -41,7 +42,7 @@ def test_scores_to_rounding(rank: int) -> None:
     r = torch.randn
     tensors = [r(rows, columns), r(rows, rank), r(rank, columns), r(rows, rank), r(rank, columns), r(rows), r(columns)]
     want = reference.scores(*(t.double() for t in tensors), beta=0.3, alpha1=-0.7, alpha2=1.9)
-    got = kernels.scores(*tensors, 0.3, -0.7, 1.9)
+    got = kernels.scores(*grouped(tensors, (0.3, -0.7, 1.9)))
     size = tensors[0].abs() + 0.3 * tensors[1].abs() @ tensors[2].abs() + 0.7 * tensors[3].abs() @ tensors[4].abs() + 8
     assert ((got - want).abs() <= 2**-22 * size).all()
 
@@ -56,7 +57,9 @@ def test_mask_and_masked_weight(shape: tuple, rank: int) -> None:
             mask = check_mask(tensors, num_pruned)
             kept = packing.unpack_mask(mask, shape[1])
             want = reference.updated_weight(weight.double(), U.double(), V.double()) * kept
-            assert torch.equal(kernels.masked_weight(weight, U, V, mask, 1.0, torch.float32).double(), want)
+            assert torch.equal(
+                kernels.masked_weight(masked_weight((weight, *tensors[1:]), mask), torch.float32).double(), want
+            )
 
 
 @pytest.mark.parametrize("kind", ["transposed", "strided", "column step"])
@@ -71,8 +74,8 @@ def test_weights_of_other_strides(kind: str, shape: tuple) -> None:
     else:
         weight = torch.full((shape[0], shape[1], 2), torch.nan, dtype=weight.dtype)[..., 0].copy_(weight)
     mask = check_mask([weight, *tensors[1:]], weight.numel() // 2)
-    assert torch.equal(kernels.scores(weight, *tensors[1:], *SCALES).double(), exact_scores(tensors))
-    masked = kernels.masked_weight(weight, *tensors[1:3], mask, 1.0, torch.float32)
+    assert torch.equal(kernels.scores(*grouped((weight, *tensors[1:]), SCALES)).double(), exact_scores(tensors))
+    masked = kernels.masked_weight(masked_weight((weight, *tensors[1:]), mask), torch.float32)
     want = reference.updated_weight(*(t.double() for t in tensors[:3])) * packing.unpack_mask(mask, shape[1])
     assert masked.is_contiguous()
     assert torch.equal(masked.double(), want)
@@ -89,7 +92,7 @@ def test_mask_and_masked_weight_in_one_pass() -> None:
         masked = torch.full((96, 384), torch.nan)
         mask = mask_module.mask_from(state, *tensors, *SCALES, masked=masked)
         assert torch.equal(mask, packing.pack_mask(reference.prune_mask(exact_scores(tensors), 9000)))
-        assert torch.equal(masked, kernels.masked_weight(*tensors[:3], mask, 1.0, torch.float32))
+        assert torch.equal(masked, kernels.masked_weight(masked_weight(tensors, mask), torch.float32))
 
 
 @pytest.mark.parametrize("programs", [1, 264])
@@ -188,24 +191,29 @@ def test_the_same_bits_whatever_the_tile() -> None:
     """Scores that do round: the walk's tiles and the scores kernel's must find the same threshold and mask."""
     rows, columns, rank, r = 96, 384, 8, torch.randn
     tensors = [r(rows, columns), r(rows, rank), r(rank, columns), r(rows, rank), r(rank, columns), r(rows), r(columns)]
-    scores = kernels.scores(*tensors, 0.3, -0.7, 1.9)
-    mask = kernels.prune_mask(*tensors, torch.tensor(20000), no_guess(), 0.3, -0.7, 1.9)
+    scores = kernels.scores(*grouped(tensors, (0.3, -0.7, 1.9)))
+    mask = kernels.prune_mask(*grouped(tensors, (0.3, -0.7, 1.9)), torch.tensor(20000), no_guess())
     assert torch.equal(mask, packing.pack_mask(reference.prune_mask(scores, 20000)))
     transposed = [tensors[0].T.contiguous().T, *tensors[1:]]
-    assert torch.equal(mask, kernels.prune_mask(*transposed, torch.tensor(20000), no_guess(), 0.3, -0.7, 1.9))
-    assert torch.equal(scores, kernels.scores(*transposed, 0.3, -0.7, 1.9))
+    assert torch.equal(
+        mask, kernels.prune_mask(*grouped(transposed, (0.3, -0.7, 1.9)), torch.tensor(20000), no_guess())
+    )
+    assert torch.equal(scores, kernels.scores(*grouped(transposed, (0.3, -0.7, 1.9))))
 
 
 def test_float64_is_refused() -> None:
     tensors = [t.double() for t in problem(7, 33, 1)]
     with pytest.raises(TypeError, match="PST_KERNELS_BACKEND=torch"):
-        kernels.scores(*tensors, *SCALES)
+        kernels.scores(*grouped(tensors, SCALES))
     with pytest.raises(TypeError, match="PST_KERNELS_BACKEND=torch"):
-        kernels.prune_mask(*tensors, torch.tensor(3), no_guess(), *SCALES)
+        kernels.prune_mask(*grouped(tensors, SCALES), torch.tensor(3), no_guess())
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_empty_weights(shape: tuple) -> None:
     tensors = problem(*shape, 2)
-    assert kernels.scores(*tensors, *SCALES).shape == shape
-    assert kernels.prune_mask(*tensors, torch.tensor(0), no_guess(), *SCALES).shape == (shape[0], -(-shape[1] // 32))
+    assert kernels.scores(*grouped(tensors, SCALES)).shape == shape
+    assert kernels.prune_mask(*grouped(tensors, SCALES), torch.tensor(0), no_guess()).shape == (
+        shape[0],
+        -(-shape[1] // 32),
+    )

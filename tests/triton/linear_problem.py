@@ -15,9 +15,16 @@ from torch import Tensor
 
 from pst_kernels import functional, reference
 from pst_kernels.masks.packing import pack_mask
+from pst_kernels.operands import Factors, MaskedWeight, Scales
 
 OUTPUTS = ("y", "dx", "dU", "dV", "dA", "dB", "dR", "dC")
 SCALES = {"beta": 0.7, "alpha1": 1.3, "alpha2": 0.9}
+
+
+def operands_of(tensors: dict[str, Tensor], kept: Tensor) -> MaskedWeight:
+    """M * W' of a problem's tensors, under a bool mask."""
+    factors = Factors(*(tensors[name] for name in Factors._fields))
+    return MaskedWeight(tensors["weight"], factors, pack_mask(kept), Scales(**SCALES))
 
 
 class Problem(NamedTuple):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pst_kernels.operands import Needs
+
 pytest.importorskip("triton")
 
 from block_problem import OUTPUTS, Problem
-from linear_problem import SCALES, relative_error
+from linear_problem import operands_of, relative_error
 
 from pst_kernels import ops
 from pst_kernels.masks.packing import pack_mask
@@ -95,13 +97,12 @@ def test_no_pruned_block_is_read(emulator, arch: int, kept: float) -> None:
     """NaN in every pruned block of W reaches nothing, whatever step of a strip it would lie in."""
     problem = Problem(64, 112, 3, 8, 16, "bfloat16", kept=kept)
     given = problem.tensors()
-    gy, x, weight, U, V = (given[name] for name in ("gy", "x", "weight", "U", "V"))
-    weight = torch.where(given["kept"], weight, float("nan"))
-    mask = pack_mask(given["kept"])
+    gy, x, kept_weights = given["gy"], given["x"], torch.where(given["kept"], given["weight"], float("nan"))
+    operands = operands_of(given | {"weight": kept_weights}, given["kept"])
     with emulator.emulate(arch):
         found = (
-            block_matmul.block_forward(x, weight, U, V, None, mask, 0.7, 16),
-            *block_gradients.block_backward(gy, x, weight, U, V, mask, 0.7, True, 16, True, True),
+            block_matmul.block_forward(x, operands, None, 16),
+            *block_gradients.block_backward(gy, x, operands, 16, torch.tensor(False), True, Needs(True, True))[:3],
         )
     assert all(bool(value.isfinite().all()) and bool(value.any()) == (kept > 0) for value in found)
 
@@ -111,14 +112,14 @@ def test_work_is_proportional_to_the_kept_blocks(emulator, arch: int) -> None:
     size, tokens, lines = 64, 16, 3
     problem = Problem(lines * size, lines * size, tokens, 8, size, "bfloat16")
     given = problem.tensors()
-    gy, x, weight, U, V = (given[name] for name in ("gy", "x", "weight", "U", "V"))
+    gy, x = given["gy"], given["x"]
     stats = []
     for kept in range(3):
         flags = (torch.arange(lines)[:, None] + torch.arange(lines)) % lines < kept
-        mask = pack_mask(flags.repeat_interleave(size, 0).repeat_interleave(size, 1))
+        operands = operands_of(given, flags.repeat_interleave(size, 0).repeat_interleave(size, 1))
         with emulator.emulate(arch) as session:
-            block_matmul.block_forward(x, weight, U, V, None, mask, 0.7, size)
-            block_gradients.block_backward(gy, x, weight, U, V, mask, 0.7, True, size, True, True)
+            block_matmul.block_forward(x, operands, None, size)
+            block_gradients.block_backward(gy, x, operands, size, torch.tensor(False), True, Needs(True, True))
         stats.append(session.stats)
 
     def counted(kernel: str) -> tuple[list[int], list[int]]:
@@ -146,10 +147,10 @@ def test_opcheck(emulator, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, b
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
     given = Problem(32, 64, 3, 8, 16).tensors()
-    x, gy, weight, U, V, A, B = (given[name] for name in ("x", "gy", "weight", "U", "V", "A", "B"))
-    mask = pack_mask(given["kept"])
+    x, gy = given["x"], given["gy"]
+    operands = operands_of(given, given["kept"]).flat
     tests = ("test_schema", "test_faketensor")
     with emulator.emulate(90):
-        torch.library.opcheck(ops.block_forward, (x, weight, U, V, None, mask, 0.7, 16), test_utils=tests)
-        arguments = (gy, x, weight, U, V, A, B, mask, torch.tensor(False), *SCALES.values(), True, 16, *needs)
+        torch.library.opcheck(ops.block_forward, (x, *operands, None, 16), test_utils=tests)
+        arguments = (gy, x, *operands, 16, torch.tensor(False), True, *needs)
         torch.library.opcheck(ops.block_backward, arguments, test_utils=tests)

@@ -8,15 +8,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from dyadic import no_guess, problem
+from oracle import grouped, masked_weight
 
-from pst_kernels.cpu import ops as fallback
-from pst_kernels.masks.packing import pack_mask
+from pst_kernels import cpu
+from pst_kernels.operands import Needs
 
 kernels = pytest.importorskip("pst_kernels.triton", reason="triton is not installed")
 select = pytest.importorskip("pst_kernels.triton.select")
 
 from block_problem import Problem as BlockProblem  # noqa: E402
-from linear_problem import SCALES, Problem  # noqa: E402
+from linear_problem import Problem, operands_of  # noqa: E402
 
 from pst_kernels.triton import block_gradients, block_matmul, gradients, matmul, tiles  # noqa: E402
 from pst_kernels.triton.tools import machine_code as shipping  # noqa: E402
@@ -62,20 +63,19 @@ def run_selection(rows: int, columns: int, transposed: bool = False) -> None:
     tensors = problem(rows, columns, 5)
     if transposed:
         tensors[0] = tensors[0].T.contiguous().T
-    kernels.scores(*tensors, 1.0, 1.0, 1.0)
+    kernels.scores(*grouped(tensors, (1.0, 1.0, 1.0)))
     guess, num_pruned = torch.tensor([9.0, 0.1, 0.5, 0.01]), torch.tensor(rows * columns // 2)
     masked = torch.empty(rows, columns, dtype=torch.bfloat16)
-    bits = kernels.prune_mask(*tensors, num_pruned, guess, 1.0, 1.0, 1.0, masked)
-    assert torch.equal(bits, fallback.prune_mask(*tensors, num_pruned, no_guess(), 1.0, 1.0, 1.0))
-    kernels.masked_weight(*tensors[:3], bits, 1.0, torch.float32)
+    bits = kernels.prune_mask(*grouped(tensors, (1.0, 1.0, 1.0)), num_pruned, guess, masked)
+    assert torch.equal(bits, cpu.prune_mask(*grouped(tensors, (1.0, 1.0, 1.0)), num_pruned, no_guess()))
+    kernels.masked_weight(masked_weight(tensors, bits), torch.float32)
 
 
 def run_linear(rows: int, columns: int, tokens: int = 3, transposed: bool = False, rank: int = 5) -> None:
     given = Problem(rows, columns, tokens, rank, "bfloat16", transposed=transposed).tensors()
-    gy, x, weight, U, V, A, B = (given[name] for name in ("gy", "x", "weight", "U", "V", "A", "B"))
-    bits = pack_mask(given["kept"])
-    matmul.linear_forward(x, weight, U, V, given["bias"], bits, 0.7)
-    gradients.linear_backward(gy, x, weight, U, V, A, B, bits, *SCALES.values(), True, True, True)
+    gy, x, operands = given["gy"], given["x"], operands_of(given, given["kept"])
+    matmul.linear_forward(x, operands, given["bias"])
+    gradients.linear_backward(gy, x, operands, True, Needs(True, True))
 
 
 def run_blocks(rows: int, columns: int, size: int, tokens: int = 3, transposed: bool = False) -> None:
@@ -84,11 +84,11 @@ def run_blocks(rows: int, columns: int, size: int, tokens: int = 3, transposed: 
     flags = problem.flags()
     flags[-1] = True
     flags[:, -1] = True
-    bits = pack_mask(flags.repeat_interleave(size, 0).repeat_interleave(size, 1)[:rows, :columns])
     given = problem.tensors()
-    gy, x, weight, U, V = (given[name] for name in ("gy", "x", "weight", "U", "V"))
-    block_matmul.block_forward(x, weight, U, V, given["bias"], bits, 0.7, size)
-    block_gradients.block_backward(gy, x, weight, U, V, bits, 0.7, True, size, True, True)
+    kept = flags.repeat_interleave(size, 0).repeat_interleave(size, 1)[:rows, :columns]
+    gy, x, operands = given["gy"], given["x"], operands_of(given, kept)
+    block_matmul.block_forward(x, operands, given["bias"], size)
+    block_gradients.block_backward(gy, x, operands, size, torch.tensor(False), True, Needs(True, True))
 
 
 def change_arguments(emulator, monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[dict], None]) -> None:

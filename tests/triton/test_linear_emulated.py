@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pst_kernels.operands import Needs
+
 pytest.importorskip("triton")
 
-from linear_problem import OUTPUTS, SCALES, Problem, relative_error
+from linear_problem import OUTPUTS, SCALES, Problem, operands_of, relative_error
 
 from pst_kernels import ops
-from pst_kernels.masks.packing import pack_mask
 from pst_kernels.triton import gradients, matmul, tiles
 
 
@@ -95,20 +96,18 @@ def test_opcheck(emulator, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, b
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
     given = Problem(32, 64, 3, 8).tensors()
-    weight, U, V, A, B = (given[name] for name in ("weight", "U", "V", "A", "B"))
-    mask = pack_mask(given["kept"])
+    operands = operands_of(given, given["kept"]).flat
     tests = ("test_schema", "test_faketensor")
     with emulator.emulate(90):
-        torch.library.opcheck(ops.linear_forward, (given["x"], weight, U, V, None, mask, 0.7), test_utils=tests)
-        arguments = (given["gy"], given["x"], weight, U, V, A, B, mask, 0.7, 1.3, 0.9, True, *needs)
+        torch.library.opcheck(ops.linear_forward, (given["x"], *operands, None), test_utils=tests)
+        arguments = (given["gy"], given["x"], *operands, True, *needs)
         torch.library.opcheck(ops.linear_backward, arguments, test_utils=tests)
 
 
 def gradients_of(problem: Problem) -> tuple[torch.Tensor, ...]:
     given = problem.tensors()
-    mask = pack_mask(given["kept"])
-    operands = (given[name] for name in ("gy", "x", "weight", "U", "V", "A", "B"))
-    return gradients.linear_backward(*operands, mask, *SCALES.values(), True, False, True)[1:]
+    operands = operands_of(given, given["kept"])
+    return gradients.linear_backward(given["gy"], given["x"], operands, True, Needs(False, True))[1:]
 
 
 @pytest.mark.parametrize(
@@ -186,9 +185,8 @@ def test_ranks_that_share_an_operand(emulator, arch: int, rank_w: int, rank_s: i
     U, V, A, B = (factor.contiguous() for factor in (U, V, A, B))
     gy, x, weight = (given[name] for name in ("gy", "x", "weight"))
     with emulator.emulate(arch):
-        found = gradients.linear_backward(
-            gy, x, weight, U, V, A, B, pack_mask(given["kept"]), *SCALES.values(), True, False, True
-        )[1:]
+        operands = operands_of(given | {"U": U, "V": V, "A": A, "B": B}, given["kept"])
+        found = gradients.linear_backward(gy, x, operands, True, Needs(False, True))[1:]
     beta, alpha1, alpha2 = SCALES.values()
     G = gy.double().T @ x.double()
     updated = weight.double() + beta * U.double() @ V.double()

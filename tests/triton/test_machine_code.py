@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import grouped
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -130,7 +131,7 @@ def test_ranks_that_once_spilled_on_sm_100(rank: int) -> None:
     pruned, guess = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
     target = kernels.gpu_target("sm_100")
     with tiles.compiling_for("sm_100"), kernels.recorded(target) as launches:
-        mask.prune_mask(*tensors, pruned, guess, 1.0, 1.0, 1.0)
+        mask.prune_mask(*grouped(tensors), pruned, guess)
     binaries = {
         binary.key: binary
         for kernel, *bound in launches

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from dyadic import exact_scores, guess_at, no_guess, problem
+from oracle import grouped, masked_weight
 
-from pst_kernels import reference
-from pst_kernels.cpu import ops as fallback
+from pst_kernels import cpu, reference
 from pst_kernels.masks import packing
 
 kernels = pytest.importorskip("pst_kernels.triton", reason="triton is not installed")
@@ -23,13 +23,13 @@ def test_masks_equal_the_fallback_bit_for_bit(emulator, arch: int, dtype: torch.
     tensors = problem(65, 129, 8, dtype)
     num_pruned = torch.tensor(5000)
     with emulator.emulate(arch):
-        mask = kernels.prune_mask(*tensors, num_pruned, no_guess(), *SCALES)
-        masked = kernels.masked_weight(*tensors[:3], mask, 1.0, torch.float32)
-        scores = kernels.scores(*tensors, *SCALES)
-    assert torch.equal(mask, fallback.prune_mask(*tensors, num_pruned, no_guess(), *SCALES))
+        mask = kernels.prune_mask(*grouped(tensors, SCALES), num_pruned, no_guess())
+        masked = kernels.masked_weight(masked_weight(tensors, mask), torch.float32)
+        scores = kernels.scores(*grouped(tensors, SCALES))
+    assert torch.equal(mask, cpu.prune_mask(*grouped(tensors, SCALES), num_pruned, no_guess()))
     assert int((~packing.unpack_mask(mask, 129)).sum()) == 5000
     assert torch.equal(scores.double(), exact_scores(tensors))
-    assert torch.equal(masked, fallback.masked_weight(*tensors[:3], mask, 1.0, torch.float32))
+    assert torch.equal(masked, cpu.masked_weight(masked_weight(tensors, mask), torch.float32))
 
 
 @pytest.mark.parametrize("kind", ["transposed", "rank 5", "rank 19", "rank 40", "bf16 factors"])
@@ -39,10 +39,10 @@ def test_other_layouts(emulator, kind: str) -> None:
     if kind == "transposed":
         tensors[0] = tensors[0].T.contiguous().T
     with emulator.emulate(90):
-        mask = kernels.prune_mask(*tensors, torch.tensor(1500), no_guess(), *SCALES)
-        masked = kernels.masked_weight(*tensors[:3], mask, 1.0, torch.float32)
-    assert torch.equal(mask, fallback.prune_mask(*tensors, torch.tensor(1500), no_guess(), *SCALES))
-    assert torch.equal(masked, fallback.masked_weight(*tensors[:3], mask, 1.0, torch.float32))
+        mask = kernels.prune_mask(*grouped(tensors, SCALES), torch.tensor(1500), no_guess())
+        masked = kernels.masked_weight(masked_weight(tensors, mask), torch.float32)
+    assert torch.equal(mask, cpu.prune_mask(*grouped(tensors, SCALES), torch.tensor(1500), no_guess()))
+    assert torch.equal(masked, cpu.masked_weight(masked_weight(tensors, mask), torch.float32))
 
 
 @pytest.mark.parametrize(("route", "arch"), [("guess", 80), ("sample", 90), ("radix", 80), ("ties", 80)])
@@ -80,8 +80,8 @@ def test_mask_and_masked_weight_in_one_pass(emulator, dtype: torch.dtype) -> Non
     with emulator.emulate(90):
         state = select.threshold(*tensors, torch.tensor(1100), no_guess(), *SCALES)
         mask = mask_module.mask_from(state, *tensors, *SCALES, masked=masked)
-    assert torch.equal(mask, fallback.prune_mask(*tensors, torch.tensor(1100), no_guess(), *SCALES))
-    assert torch.equal(masked, fallback.masked_weight(*tensors[:3], mask, 1.0, dtype))
+    assert torch.equal(mask, cpu.prune_mask(*grouped(tensors, SCALES), torch.tensor(1100), no_guess()))
+    assert torch.equal(masked, cpu.masked_weight(masked_weight(tensors, mask), dtype))
 
 
 @pytest.mark.parametrize("arch", [90])
@@ -113,6 +113,6 @@ def test_bytes_per_weight(emulator) -> None:
     assert sum(s.load_bytes + s.store_bytes for s in session.stats.values()) / numel <= 4.5
     assert torch.equal(mask, packing.pack_mask(reference.prune_mask(scores, k)))
     with emulator.emulate(90) as session:
-        again = kernels.masked_weight(*tensors[:3], mask, 1.0, torch.bfloat16)
+        again = kernels.masked_weight(masked_weight(tensors, mask), torch.bfloat16)
     assert sum(s.load_bytes + s.store_bytes for s in session.stats.values()) / numel <= 4.3
     assert torch.equal(again, masked)

@@ -19,8 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
-from pst_kernels.cpu import ops as fallback
+from pst_kernels import cpu
 from pst_kernels.masks.packing import pack_mask
+from pst_kernels.operands import Factors, MaskedWeight, Needs, Scales
 
 from .. import block_gradients, block_lists, block_matmul, gradients, matmul, tiles
 
@@ -127,12 +128,19 @@ def _problem(key: str, args: argparse.Namespace, device: torch.device) -> dict[s
     }  # fmt: skip
 
 
+def _operands(problem: dict[str, Any]) -> MaskedWeight:
+    weight, U, V, A, B, mask = (problem[name] for name in ("weight", "U", "V", "A", "B", "mask"))
+    R, C = (torch.zeros(n, device=weight.device) for n in weight.shape)
+    return MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, Scales(*SCALES))
+
+
 def _matmul_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int) -> Iterator[Run]:
     """Forward and input gradient, which share a table."""
-    weight, U, V, A, B, mask = (problem[name] for name in ("weight", "U", "V", "A", "B", "mask"))
+    weight = problem["weight"]
     x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
-    y = fallback.linear_forward(x, weight, U, V, None, mask, SCALES[0])
-    dx = fallback.linear_backward(gy, x, weight, U, V, A, B, mask, *SCALES, True, True, False)[0]
+    operands = _operands(problem)
+    y = cpu.linear_forward(x, operands, None)
+    dx = cpu.linear_backward(gy, x, operands, True, Needs(True, False))[0]
     for other in neighbours(tile):
 
         def launch(tile: tiles.Tile = other) -> list[Tensor]:
@@ -151,9 +159,9 @@ def _in_loop(problem: dict[str, Any], x: Tensor, gy: Tensor, tile: tiles.Tile) -
 
 
 def _made_first(problem: dict[str, Any], x: Tensor, gy: Tensor) -> list[Tensor]:
-    weight, U, V, mask = (problem[name] for name in ("weight", "U", "V", "mask"))
-    y = x @ matmul.masked_in_scratch(weight, U, V, mask, SCALES[0], x.dtype).T
-    return [y, gy @ matmul.masked_in_scratch(weight, U, V, mask, SCALES[0], x.dtype)]
+    operands = _operands(problem)
+    y = x @ matmul.masked_in_scratch(operands, x.dtype).T
+    return [y, gy @ matmul.masked_in_scratch(operands, x.dtype)]
 
 
 def _switch(problem: dict[str, Any], rows: Sequence[tuple[int, tiles.Tile]]) -> int:
@@ -176,7 +184,7 @@ def _switch(problem: dict[str, Any], rows: Sequence[tuple[int, tiles.Tile]]) -> 
 def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: str) -> Iterator[Run]:
     weight, U, V, A, B, mask = (problem[name] for name in ("weight", "U", "V", "A", "B", "mask"))
     x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
-    expected = fallback.linear_backward(gy, x, weight, U, V, A, B, mask, *SCALES, True, False, True)[1:]
+    expected = cpu.linear_backward(gy, x, _operands(problem), True, Needs(False, True))[1:]
     table = tiles.GRADIENTS[tiles.architecture(x.device)]
     for other in neighbours(tile, tiles.GRADIENT_COLUMNS):
 
@@ -205,7 +213,7 @@ def _block_matmul_runs(problem: dict[str, Any], tokens: int, key: str, size: int
 
     def launch() -> list[Tensor]:
         return [
-            block_matmul.block_forward(x, weight, U, V, None, mask, SCALES[0], size),
+            block_matmul.block_forward(x, _operands(problem)._replace(mask=mask), None, size),
             block_matmul.block_input_gradient(gy, weight, U, V, SCALES[0], by_columns, size),
         ]
 

@@ -1,0 +1,348 @@
+"""PSTLayer: what the linear layers under PST share. A forward looks whether the mask is due, and multiplies."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import PSTConfig, check_sparsity
+from ..functional import Options, check, masked_linear, new_guess, operand_dtype
+from ..masks import due, patterns
+from ..masks.packing import packed_width, unpack_mask
+from ..masks.refresh import MaskState, Weights, refresh
+from ..operands import Factors, MaskedWeight, Scales, factor_shapes
+from .checks import PLAIN, check_finite, refuse_meta, whole
+from .kept import keeps
+from .recompute import producer_of
+
+NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
+FACTORS = NAMES[2:]
+
+
+class Ready(NamedTuple):
+    """What was checked and made for forwards like the last one."""
+
+    dtype: torch.dtype  # of x and of the product
+    device: torch.device
+    operands: MaskedWeight
+    parameters: tuple[Tensor | None, ...]  # of the layer, in the order of its `NAMES`
+    masked: Tensor | None  # M * W' (out, in)
+    options: Options
+    look: int  # of the watch, after which it was made
+
+
+class PSTLayer(nn.Module):
+    """What PSTLinear and PSTConv1D share; they differ in how the weight lies.
+
+    Parameters pst_U (out, weight_rank), pst_V (weight_rank, in), pst_A (out, score_rank), pst_B (score_rank, in),
+    pst_R (out,), pst_C (in,); buffers pst_mask (packed, one bit a weight) and pst_num_pruned (int64, 0-d), both in the
+    state dict, so a reloaded layer is as sparse as the saved one.
+
+    The mask is computed when a factor, the weight or the sparsity has changed since the last forward (every
+    `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen; call
+    `refresh_mask(force=True)` after one.
+    """
+
+    weight: Any  # a Parameter
+    bias: Any  # a Parameter or None
+    pst_U: nn.Parameter
+    pst_V: nn.Parameter
+    pst_A: nn.Parameter
+    pst_B: nn.Parameter
+    pst_R: nn.Parameter
+    pst_C: nn.Parameter
+    pst_mask: Tensor
+    pst_num_pruned: Tensor
+    pst_guess: Tensor
+
+    def _add_factors(self, config: PSTConfig | None) -> None:
+        config = PSTConfig() if config is None else config
+        if not isinstance(config, PSTConfig):
+            raise TypeError(
+                f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say"
+            )
+        out, columns = self.oriented_weight.shape
+        self.config = config
+        # as text: torch.compile(dynamic=True) makes symbols of floats, and cannot pass a symbol into a checkpoint
+        self._scales = Scales(float(config.beta), float(config.alpha1), float(config.alpha2))
+        self._scales_as_text = tuple(map(float.hex, self._scales))
+        self.pattern = patterns.parse(config.pattern)
+        self.merged = False
+        shapes = factor_shapes((out, columns), config.weight_rank, config.score_rank)
+        device = self.weight.device
+        for name, shape in zip(FACTORS, shapes, strict=True):
+            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=config.adapter_dtype, device=device)))
+        self.register_buffer("pst_mask", torch.empty((out, packed_width(columns)), dtype=torch.int32, device=device))
+        self.register_buffer("pst_num_pruned", torch.zeros((), dtype=torch.int64, device=device))
+        # fp32 kept as bits: model.to(torch.bfloat16) must not round where the last threshold was
+        self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
+        self.watch = due.Watch()
+        self._ready: Ready | None = None
+        due.register(self)
+        self._unmerged_weight: Tensor | None = None
+        self._shards: Any = None
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(config.train_bias)
+        self.reset_factors()
+        self.sparsity = config.sparsity
+
+    def reset_factors(self) -> None:
+        """U, A ~ N(0, 1); V, B, R, C = 0, so that the layer starts as plain magnitude pruning of W."""
+        with torch.no_grad():
+            for name in FACTORS:
+                factor = getattr(self, name)
+                factor.normal_() if name in ("pst_U", "pst_A") else factor.zero_()
+
+    @property
+    def oriented_weight(self) -> Tensor:
+        """The weight as (out, in), a view."""
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._ready = None
+        due.register(self)  # a copy has optimizers of its own
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.pst_U, self.pst_V, self.pst_A, self.pst_B, self.pst_R, self.pst_C)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of this layer's weights that are pruned now. Reading it waits for the device.
+
+        Set it to choose how many are: whole blocks or weights of a group, rounded down (see patterns.py).
+        """
+        return self.weights_pruned / self.weight.numel()
+
+    @sparsity.setter
+    def sparsity(self, value: float) -> None:
+        self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
+
+    @property
+    def weights_pruned(self) -> int:
+        """How many weights are pruned now; where blocks have ragged edges, that is for the mask to say."""
+        counted = self.pattern.weights_pruned(self._shape, int(self.pst_num_pruned))
+        return int((~self.mask).sum()) if counted is None else counted
+
+    def num_pruned_at(self, sparsity: float) -> int:
+        """What `pst_num_pruned` holds at a sparsity: a number of weights, or of blocks."""
+        return self.pattern.num_pruned_at(self._shape, sparsity)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        out, columns = self.oriented_weight.shape
+        return out, columns
+
+    @property
+    def mask(self) -> Tensor:
+        """bool (out, in), True for kept weights; up to date. Of a tensor parallel layer every process must ask."""
+        self.refresh_mask()
+        return unpack_mask(self._whole_mask(), self.oriented_weight.shape[1])
+
+    def _tensor_parallel(self) -> Any:
+        """How the weight is cut, a `tensor_parallel.Shards`, or None. `parallelize_module` makes the buffers DTensors,
+        as `fully_shard` does not.
+        """
+        count = self.pst_num_pruned
+        if self._shards is None and type(count) is not Tensor and hasattr(count, "device_mesh"):
+            from . import tensor_parallel  # torch.distributed.tensor, which most programs need not load
+
+            if not self.pattern.across_processes:
+                raise RuntimeError(
+                    f"pattern={self.config.pattern!r} does not run under tensor parallelism; use pattern='unstructured'"
+                )
+            self._shards = tensor_parallel.take_over(self)
+        return self._shards
+
+    def _whole_mask(self) -> Tensor:
+        shards = self._tensor_parallel()
+        return self.pst_mask if shards is None else shards.whole_mask(self.pst_mask)
+
+    def refresh_mask(self, force: bool = False) -> None:
+        """Compute the mask if it is due, or now if `force`. A merged layer's mask stays as it was merged."""
+        if self.merged:
+            return
+        if force:
+            self.mark_stale()
+        if (shards := self._tensor_parallel()) is not None:
+            shards.refresh(self)
+            return
+        with torch.no_grad():
+            ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        """The weight (out, in) and the factors, whole."""
+        return tuple(map(whole, (self.oriented_weight, *self.factors)))
+
+    def mask_state(self) -> MaskState:
+        """What `refresh` takes: the mask, and what says when it is due."""
+        guess = self.pst_guess.view(torch.float32)
+        config = self.config
+        return MaskState(
+            self.pst_num_pruned, self.pst_mask, guess, config.mask_interval, config.pattern
+        )  # fmt: skip
+
+    @property
+    def scales(self) -> Scales:
+        """beta, alpha1 and alpha2."""
+        return Scales(*map(float.fromhex, self._scales_as_text)) if torch.compiler.is_compiling() else self._scales
+
+    def mark_stale(self) -> None:
+        """Let the next forward compute the mask anew."""
+        self.watch.mark_stale()
+        self._ready = None
+
+    def after_load(self, with_mask: bool) -> None:
+        """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
+        if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
+            self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
+        if with_mask:
+            self._ready = None
+            self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True)
+        else:
+            self.mark_stale()
+
+    def masked_weight(self) -> Tensor:
+        """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
+        if self.merged:
+            return self.oriented_weight.detach().clone()
+        if self._tensor_parallel() is not None:
+            self._refuse_sharded()
+        self.refresh_mask()
+        with torch.no_grad():
+            return ops.masked_weight(*self._weights(), self.pst_mask, *self.scales, self.weight.dtype)
+
+    def _refuse_sharded(self) -> None:
+        raise RuntimeError(
+            "the weight is sharded over processes and cannot be merged there;"
+            " load the saved state into a model of one process, and merge that"
+        )
+
+    def merge(self, safe_merge: bool = False) -> None:
+        """Put M * W' in the weight's place, for inference; a second call does nothing.
+
+        The unmerged weight is kept for `unmerge`. With `safe_merge`, raises ValueError and changes nothing if M * W'
+        has NaN or infinite values.
+        """
+        if self.merged:
+            return
+        if hasattr(self.weight, "full_tensor"):
+            self._refuse_sharded()
+        refuse_meta("the weight", self.weight)
+        merged = self.masked_weight()
+        if safe_merge:
+            check_finite(merged, "the merged weight", "lower the learning rate, or merge an earlier checkpoint")
+        self._unmerged_weight = self.weight.detach().clone()
+        with torch.no_grad():
+            self.oriented_weight.copy_(merged)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Undo `merge`, bit for bit; does nothing on an unmerged layer."""
+        if self._unmerged_weight is None:
+            return
+        with torch.no_grad():
+            self.weight.copy_(self._unmerged_weight)
+        self._unmerged_weight, self.merged = None, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            return self._merged_forward(x)
+        ready = self._ready
+        if ready is None or torch.compiler.is_compiling() or not self._is_ready(ready, x):
+            if (shards := self._tensor_parallel()) is not None:
+                return shards.forward(self, x)
+            ready = self._prepare(x)
+        learn_scores = None
+        if ready.options.block_size is not None:
+            learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
+        if ready.masked is not None and not ready.options.kept:  # it lies in a buffer that the next layer overwrites
+            self._ready = ready._replace(masked=None)
+        producer = producer_of(x) if self.config.recompute_input else None
+        return masked_linear(
+            x, ready.operands, self.bias, ready.dtype, ready.options, ready.masked, learn_scores, producer
+        )  # fmt: skip
+
+    def _is_ready(self, ready: Ready, x: Tensor) -> bool:
+        """Whether a forward of x needs nothing but its product: nothing has changed that a look can tell."""
+        held, weight = self._parameters, ready.operands.weight
+        if (
+            ready.look != self.watch.looks
+            or x.dtype is not ready.dtype
+            or torch.is_autocast_enabled(weight.device.type)
+        ):
+            return False
+        for name, parameter in zip(NAMES, ready.parameters, strict=True):
+            if held.get(name) is not parameter:
+                return False
+        return (
+            x.device == ready.device == weight.device
+            and x.dim() > 0
+            and x.shape[-1] == weight.shape[1]
+            and not weight.requires_grad
+            and self.watch.is_as_it_was(self._buffers["pst_num_pruned"], ready.parameters[1:])
+        )
+
+    def _prepare(self, x: Tensor) -> Ready:
+        """Check the operands of a forward of x, bring the mask up to date, and M * W' where it is made before.
+
+        The pass that makes a mask makes M * W' too. An op does it under a compiler, and for tensors of other kinds.
+        """
+        weight, factors, dtype, config = self.oriented_weight, self.factors, operand_dtype(x), self.config
+        operands = MaskedWeight(weight, factors, self.pst_mask, self.scales)
+        check(x, operands, self.bias)
+        compiling = torch.compiler.is_compiling()
+        keep = not compiling and self.pattern.with_masked_weight and keeps(config.masked_weight, weight, dtype)
+        options = Options(config.through_magnitude, keep, self.pattern.block_size)
+        if compiling or type(weight) not in PLAIN:
+            self.refresh_mask()
+            return Ready(dtype, x.device, operands, (), None, options, -1)
+        kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
+
+        def room() -> Tensor | None:
+            if keep:
+                return torch.empty(weight.shape, dtype=dtype, device=weight.device)
+            return kernels.forward_scratch(x.numel() // max(1, x.shape[-1]), dtype, weight, factors.weight_rank)
+
+        # What is made in an evaluation must serve training too.
+        inference = torch.is_inference_mode_enabled() and self.pst_mask.is_inference()
+        with torch.inference_mode(inference), torch.no_grad():
+            masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
+            if keep and masked is None:
+                masked = ops.masked_weight(*operands.flat, dtype)
+        parameters = tuple(self._parameters.get(name) for name in NAMES)
+        ready = Ready(dtype, x.device, operands, parameters, masked, options, self.watch.looks)
+        # Under autocast x and the product differ in their dtype, and a parametrised factor is no parameter of the
+        # layer: every forward looks at all of it again.
+        self._ready = ready if x.dtype == dtype and None not in parameters[1:] else None
+        return ready
+
+    def _merged_forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("this layer is merged, so its factors would not train; call unmerge() first")
+        return torch.nn.functional.linear(x, self.oriented_weight, self.bias)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.refresh_mask()  # saved between an optimizer step and the next forward, mask and factors must fit
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unmerged_weight is not None:  # a state dict always describes the unmerged layer
+            destination[f"{prefix}weight"] = self._unmerged_weight
+        if self._shards is not None:
+            destination[f"{prefix}pst_mask"] = self._whole_mask()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        if self.merged and f"{prefix}weight" in state_dict:
+            errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
+            return
+        if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
+            state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.after_load(with_mask=f"{prefix}pst_mask" in state_dict)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"

@@ -1,0 +1,61 @@
+"""The one way in which a layer's mask is made: looked at before every forward, eager or compiled, made when due."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..operands import Factors, Scales
+from .due import Watch
+from .patterns import parse
+
+_making = threading.RLock()  # of two threads at a first forward one makes the mask, and the other waits for it
+
+
+class MaskState(NamedTuple):
+    """A layer's mask, and what says when the next one is due."""
+
+    num_pruned: Tensor  # int64, 0-d
+    mask: Tensor  # packed, see packing.py
+    guess: Tensor  # fp32 (4,): where the last threshold lay
+    interval: int  # optimizer steps from one mask to the next
+    pattern: str
+
+
+class Weights(NamedTuple):
+    """What a mask is made of."""
+
+    weight: Tensor
+    factors: Factors
+    scales: Scales
+
+
+def refresh(
+    kernels: Any, weights: Weights, state: MaskState, watch: Watch, room: Callable[[], Tensor | None] | None = None,
+    sharded: Sequence[Tensor] | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Make the mask if it is due, by the functions of `kernels` (cpu/, triton/, or those of a sharded weight).
+
+    A mask that is made brings M * W' from the same pass where `room` returns a tensor (out, in) for it, and the pattern
+    allows; returns it then. Of weights that are shards, `sharded` are the tensors whose changes make a mask due.
+    """
+    weight, factors, _ = weights
+    watched = sharded or (weight, *factors)
+    # Shards are made by all processes at once, and they may be threads of this one.
+    with _making if sharded is None else contextlib.nullcontext():
+        if watch.is_fresh(state.num_pruned, watched):
+            return None
+        if not watch.is_due(state.num_pruned, state.interval):
+            watch.note(state.num_pruned, watched, made=False)
+            return None
+        if any(factor.device != weight.device for factor in factors):
+            return None  # the forward is about to say which tensor has to be moved
+        pattern = parse(state.pattern)
+        masked = room() if room is not None and pattern.with_masked_weight else None
+        state.mask.copy_(pattern.prune(kernels, *weights, state.num_pruned, state.guess, masked))
+        watch.note(state.num_pruned, watched, made=True)
+        return masked
