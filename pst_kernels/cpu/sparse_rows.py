@@ -1,4 +1,4 @@
-"""SparseRows: a weight (out, in) as lists of its kept weights, in the order in which the products of a CPU read them."""
+"""SparseRows: a weight (out, in) as lists of its kept weights, in the order in which a CPU's products read them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from pst_kernels import env
 
 from ..masks.packing import pack_mask, packed_width, unpack_mask
+from ..operands import FLOATING
 
 logger = logging.getLogger("pst_kernels")
 CHUNK = 128  # columns: an offset fits a byte, and a chunk of 64 tokens in fp32 is 32 KB, a core's first cache
@@ -28,7 +29,7 @@ class SparseRows(NamedTuple):
     c * CHUNK + offsets[entry]. So 5 bytes a kept fp32 weight, 3 in bf16, and 4 a row and chunk.
     """
 
-    values: Tensor  # (kept,), fp32 or bf16
+    values: Tensor  # (kept,); products take fp32 and bf16
     offsets: Tensor  # uint8 (kept,)
     pointers: Tensor  # int32 (chunks * rows + 1,)
     rows: int  # out
@@ -36,7 +37,7 @@ class SparseRows(NamedTuple):
 
     @classmethod
     def from_mask(cls, weight: Tensor, mask: Tensor) -> SparseRows:
-        """Of a weight (out, in) on a CPU, of any strides, and a packed mask (see masks/packing.py).
+        """Of a weight (out, in), of any strides, and a packed mask (see masks/packing.py).
 
         What the weight holds where the mask has no bit is never looked at: W' serves as well as M * W'. Raises
         TypeError or ValueError for a dtype, device or shape that does not fit.
@@ -45,11 +46,11 @@ class SparseRows(NamedTuple):
         rows, columns = weight.shape
         if mask.dtype != torch.int32 or mask.shape != (rows, packed_width(columns)):
             raise ValueError(
-                f"mask must be int32 of shape {(rows, packed_width(columns))} for weight {(rows, columns)}, as pack_mask"
-                f" makes it, got {mask.dtype} of shape {tuple(mask.shape)}"
+                f"mask must be int32 of shape {(rows, packed_width(columns))} for weight {(rows, columns)}, as"
+                f" pack_mask makes it, got {mask.dtype} of shape {tuple(mask.shape)}"
             )
         weight = weight.detach()
-        passes = _passes() if weight.numel() else None
+        passes = compiled_passes(weight) if weight.numel() else None
         if passes is None:
             return _in_plain_torch(weight, unpack_mask(mask, columns))
         return passes.lists(weight, mask.contiguous())
@@ -61,10 +62,9 @@ class SparseRows(NamedTuple):
 
     def transpose(self) -> SparseRows:
         """The lists of W^T: what dx = gy W is computed from. Costs one pass over the lists."""
-        if self.values.device.type == "cpu" and self.values.dtype in DTYPES and len(self.values):
-            passes = _passes()
-            if passes is not None:
-                return passes.transposed(self)
+        passes = compiled_passes(self.values) if len(self.values) else None
+        if passes is not None:
+            return passes.transposed(self)
         row, column = self.places()
         order = torch.argsort(torch.div(row, CHUNK, rounding_mode="floor") * self.columns + column, stable=True)
         return _of_sorted(self.values[order], column[order], row[order], self.columns, self.rows)
@@ -127,10 +127,10 @@ def _say_once(message: str) -> None:
 
 
 def _check_weight(weight: Tensor) -> None:
-    if weight.dim() != 2 or weight.dtype not in DTYPES or weight.device.type != "cpu":
+    if weight.dim() != 2 or weight.dtype not in FLOATING:
         raise TypeError(
-            "weight must be 2-d (out, in) of float32 or bfloat16 on a CPU, got"
-            f" {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}; cast it, or multiply it as dense"
+            "weight must be 2-d (out, in) of float32, float16, bfloat16 or float64, got"
+            f" {weight.dtype} of shape {tuple(weight.shape)}"
         )
 
 
@@ -139,7 +139,8 @@ def pointers_of(counts: np.ndarray, out: np.ndarray) -> None:
     total = int(counts.sum(dtype=np.int64))
     if total > MOST:
         raise ValueError(
-            f"weight keeps {total} weights, but lists of kept weights hold at most {MOST}; split the layer, or keep it dense"
+            f"weight keeps {total} weights, but lists of kept weights hold at most {MOST}; split the layer, or keep"
+            " it dense"
         )
     np.cumsum(counts, out=out[1:])
     out[0] = 0

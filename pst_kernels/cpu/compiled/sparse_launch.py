@@ -128,7 +128,10 @@ def multiply(x: Tensor, lists: SparseRows, bias: Tensor | None, out: Tensor) -> 
 
 
 def sampled(gy: Tensor, x: Tensor, lists: SparseRows, out: Tensor) -> Tensor:
-    """out, fp32 (kept,) = gy^T x at the kept weights; gy (T, rows) and x (T, columns) with rows of stride 1, T not 0."""
+    """out, fp32 (kept,) = gy^T x at the kept weights.
+
+    gy (T, rows) and x (T, columns) have rows of stride 1; T is not 0.
+    """
     _, offsets, pointers, rows, columns = lists
     chunks, step = chunks_of(columns), min(len(x), SAMPLED_TOKENS)
     tiles = -(-step // WIDTH)

@@ -1,4 +1,4 @@
-"""The compiled passes that make lists of kept weights (see ../sparse_rows.py) from a mask, and those of W^T from them."""
+"""The compiled passes that make lists of kept weights (see ../sparse_rows.py) from a mask, and those of W^T."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _first_bit(typing_context, word):
 
 @part
 def _in_order(word):
-    """The bits of a packed word in the order of its columns: the halves, which are even and odd columns, interleaved."""
+    """The bits of a packed word in the order of its columns: its halves are the even and the odd ones."""
     word = np.uint64(word)
     move = (word ^ (word >> np.uint64(8))) & np.uint64(0x0000FF00)
     word = word ^ move ^ (move << np.uint64(8))
@@ -133,7 +133,10 @@ def transpose(address):
     """The lists of W^T. A share is a block of CHUNK rows and a chunk: one run of the lists, before and after."""
     f = _frame(address)
     chunks, its_chunks = (f.columns + CHUNK - 1) // CHUNK, (f.rows + CHUNK - 1) // CHUNK
-    pointers, its_pointers = _integers(f.pointers, f.rows * chunks + 1), _integers(f.its_pointers, f.columns * its_chunks + 1)
+    pointers, its_pointers = (
+        _integers(f.pointers, f.rows * chunks + 1),
+        _integers(f.its_pointers, f.columns * its_chunks + 1),
+    )
     kept, bases = np.int64(pointers[f.rows * chunks]), _integers(f.bases, f.shares)
     offsets, its_offsets = _array8(f.offsets, kept), _array8(f.its_offsets, kept)
     values32, its_values32 = _array32(f.values, kept), _array32(f.its_values, kept)

@@ -188,7 +188,9 @@ def _lookup(builder: ir.IRBuilder, table: ir.Value) -> Callable[[ir.Value], ir.V
             result: ir.Value = ir.Constant(vector, ir.Undefined)
             for lane in range(LANES):
                 place = builder.zext(builder.extract_element(places, ir.Constant(_I32, lane)), _I64)
-                result = builder.insert_element(result, builder.load(builder.gep(table, [place])), ir.Constant(_I32, lane))
+                result = builder.insert_element(
+                    result, builder.load(builder.gep(table, [place])), ir.Constant(_I32, lane)
+                )
             return result
         two = cgutils.get_or_insert_function(builder.module, choose, "llvm.x86.avx512.vpermi2var.ps.512")
         found = [builder.call(two, [parts[part], places, parts[part + 1]]) for part in range(0, len(parts), 2)]
@@ -283,9 +285,7 @@ def _dots_of(vectors: int) -> Any:
                 # two chains: one of eight sums would take as long as all the rest
                 chains = [builder.fmul(left[v], _load(builder, x, v * lanes, lanes)) for v in range(2)]
                 for v in range(2, vectors):
-                    chains[v % 2] = _multiply_add(
-                        builder, left[v], _load(builder, x, v * lanes, lanes), chains[v % 2]
-                    )
+                    chains[v % 2] = _multiply_add(builder, left[v], _load(builder, x, v * lanes, lanes), chains[v % 2])
                 total = builder.fadd(*chains)
                 while (size := total.type.count) > 4:
                     halves = [_integers(list(range(first, first + size // 2))) for first in (0, size // 2)]
@@ -333,9 +333,7 @@ def _transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
     pairs = [(shuffled(rows[i], rows[i + 1], low), shuffled(rows[i], rows[i + 1], high)) for i in (0, 2, 4, 6)]
     low, high = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
-    fours = [
-        [shuffled(pairs[i][p], pairs[i + 1][p], places) for p in (0, 1) for places in (low, high)] for i in (0, 2)
-    ]
+    fours = [[shuffled(pairs[i][p], pairs[i + 1][p], places) for p in (0, 1) for places in (low, high)] for i in (0, 2)]
     low, high = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
     return [shuffled(top, bottom, places) for places in (low, high) for top, bottom in zip(*fours, strict=True)]
 
@@ -347,9 +345,7 @@ def _square(read: Callable, write: Callable) -> Any:
     def square(typing_context, source, source_stride, target, target_stride):
         def generate(context, builder, signature, arguments):
             source, source_stride, target, target_stride = arguments
-            rows = [
-                read(builder, builder.add(source, builder.mul(source_stride, _constant(row)))) for row in range(8)
-            ]
+            rows = [read(builder, builder.add(source, builder.mul(source_stride, _constant(row)))) for row in range(8)]
             for row, vector in enumerate(_transposed(builder, rows)):
                 write(builder, vector, builder.add(target, builder.mul(target_stride, _constant(row))))
             return context.get_dummy_value()
