@@ -36,6 +36,13 @@ def samples(dtype=torch.float32):
     kept, rows, columns = torch.randn(2, 16, 16).to(dtype), torch.tensor([0, 2]), torch.tensor([0, 2])
     yield "kept_blocks_forward", (x, kept, torch.randn(12).to(dtype), rows, columns, 12)
     yield "kept_blocks_backward", (gy, kept, rows, columns, 40)
+    lists = (
+        torch.randn(3).to(dtype),
+        torch.tensor([0, 39, 5], dtype=torch.uint8),
+        torch.tensor([0, 2] + 11 * [3]).int(),
+    )
+    yield "sparse_forward", (x, *lists, torch.randn(12), 12)
+    yield "sparse_backward", (gy, x, *lists, 40, True, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
