@@ -24,8 +24,8 @@ def forward(
 ) -> Tensor:
     """y (T, out) = x (T, in) W^T + bias in x's dtype; values and bias in any floating dtype."""
     lists = SparseRows(values, offsets, pointers, out_features, x.shape[1])
-    if compiled_passes(x, values) is not None:
-        return sparse_products.multiply(x, lists, bias)
+    if (passes := compiled_passes(x, values)) is not None:
+        return sparse_products.multiply_by(passes, x, lists, bias)
     _say_if_slow(x, values)
     return linear(x, lists.to_dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -6,6 +6,8 @@ there a dense product would make NaN of 0 * inf, and this one never looks.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -21,13 +23,17 @@ def multiply(x: Tensor, lists: SparseRows, bias: Tensor | None = None) -> Tensor
     _check("x", x, lists.columns)
     if bias is not None and bias.shape != (lists.rows,):
         raise ValueError(f"bias must have shape ({lists.rows},), got {tuple(bias.shape)}")
-    y = x.new_empty((len(x), lists.rows))
+    passes = compiled_passes(x, lists.values)
+    return _multiply_dense(x, lists, bias) if passes is None else multiply_by(passes, x, lists, bias)
+
+
+def multiply_by(passes: ModuleType, x: Tensor, lists: SparseRows, bias: Tensor | None) -> Tensor:
+    """`multiply` by the compiled passes, of operands that fit."""
+    y = x.new_empty((x.shape[0], lists.rows))
     if y.numel() == 0 or lists.columns == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    passes = compiled_passes(x, lists.values)
-    if passes is None:
-        return _multiply_dense(x, lists, bias)
-    bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+    if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
+        bias = bias.detach().to(torch.float32).contiguous()
     return passes.multiply(_by_rows(x), lists, bias, y)
 
 
@@ -60,8 +66,7 @@ def _sampled_dense(gy: Tensor, x: Tensor, lists: SparseRows) -> Tensor:
 
 def _by_rows(tensor: Tensor) -> Tensor:
     """With rows of stride 1, as the passes read them; the rows themselves may lie anywhere."""
-    tensor = tensor.detach()
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.detach().contiguous()
 
 
 def _check(name: str, tensor: Tensor, features: int) -> None:

@@ -95,8 +95,9 @@ def compiled_passes(*tensors: Tensor) -> ModuleType | None:
 
     Raises ImportError where PST_KERNELS_CPU=numba and Numba cannot be had.
     """
-    if any(tensor.device.type != "cpu" or tensor.dtype not in DTYPES for tensor in tensors):
-        return None
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES or not tensor.is_cpu:
+            return None
     return _passes()
 
 

@@ -124,24 +124,28 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out), in x's dtype, or in autocast's under autocast."""
-        self._check(x)
-        flat = x.reshape(-1, self.in_features).to(operand_dtype(x))
-        operands = (flat, self.weight, self.offsets, self.pointers, self.bias, self.out_features)
+        values, shape = self.weight, x.shape
+        self._check(x, values)
+        if len(shape) != 2:
+            x = x.reshape(-1, self.in_features)
+        if x.dtype is not (dtype := operand_dtype(x)):
+            x = x.to(dtype)
+        operands = (x, values, self.offsets, self.pointers, self.bias, self.out_features)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
             with without_autocast(x.device.type):
                 y = _Product.apply(*operands)
         else:  # the dispatcher costs as much as the product of a small layer
             with without_autocast(x.device.type):
                 y = kept_weights.forward(*operands)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+        return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, values: Tensor) -> None:
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"x must be (..., {self.in_features}), got shape {tuple(x.shape)}")
-        dtype, device = self.weight.dtype, self.weight.device
-        if x.device != device:
-            raise ValueError(f"weight is on {device} but x is on {x.device}; move the layer or the input")
-        if x.dtype != dtype and not (x.is_floating_point() and autocasts(x)):
+        if x.device != values.device:
+            raise ValueError(f"weight is on {values.device} but x is on {x.device}; move the layer or the input")
+        if x.dtype is not values.dtype and not (x.is_floating_point() and autocasts(x)):
+            dtype = values.dtype
             raise TypeError(f"x is {x.dtype} but weight is {dtype}; cast x with x.to({dtype}), or use torch.autocast")
 
     def _take(self, values: Tensor, offsets: Tensor, pointers: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ SHARE = 1 << 16  # weights of a share of rows of the passes that make lists
 SHARES = 16  # a thread: rows may differ much in how much they keep, and cores in how fast they are
 GROUP_ROWS = 16  # of which a group of rows is a multiple: a line of y in fp32 is 64 bytes
 SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # whose part of gy stays in a core's second cache: 512 KB
+SUMS = sparse_passes.ROWS * WIDTH  # floats of a thread
 _CPU = torch.device("cpu")
 
 
 def _run(compiled: Any, frame: np.ndarray, shares: int) -> None:
-    frame["next"], frame["shares"] = 0, shares
     if torch.autograd.profiler._is_profiler_enabled:
         with torch.profiler.record_function(f"pst_kernels.cpu: {compiled.__name__}"):
             team.run(compiled, frame, shares)
@@ -33,17 +33,18 @@ def _run(compiled: Any, frame: np.ndarray, shares: int) -> None:
         team.run(compiled, frame, shares)
 
 
-def _frame(fields: dict[str, int], dtype: np.dtype, **values: Any) -> np.ndarray:
-    """Numbers, and tensors, of which the frame gets the address: they must live as long as it is used.
+def _frame(names: dict[str, int], **values: int) -> np.ndarray:
+    """The numbers of a frame, all int64, and written at once: one by one they take as long as a small product.
 
-    All numbers are int64 and written at once: one by one they would take as long as the product of a small layer.
+    The tensors whose addresses it holds must live as long as it is used.
     """
-    numbers = fields | values
-    return np.array([n.data_ptr() if isinstance(n, Tensor) else n for n in numbers.values()], np.int64).view(dtype)
+    return np.array(tuple((names | values).values()), np.int64)
 
 
-_product = functools.partial(_frame, dict.fromkeys(sparse_passes.FRAME.names or (), 0), sparse_passes.FRAME)
-_making = functools.partial(_frame, dict.fromkeys(sparse_lists.FRAME.names or (), 0), sparse_lists.FRAME)
+_product = functools.partial(_frame, dict.fromkeys(sparse_passes.FRAME.names or (), 0))
+_making = functools.partial(_frame, dict.fromkeys(sparse_lists.FRAME.names or (), 0))
+_SHARES = list(sparse_passes.FRAME.names or ()).index("shares")
+_VALUES, _OFFSETS = (list(sparse_lists.FRAME.names or ()).index(name) for name in ("values", "offsets"))
 
 
 def lists(weight: Tensor, mask: Tensor) -> SparseRows:
@@ -51,17 +52,17 @@ def lists(weight: Tensor, mask: Tensor) -> SparseRows:
     rows, columns = weight.shape
     pointers = torch.empty(chunks_of(columns) * rows + 1, dtype=torch.int32)
     share_rows = max(1, SHARE // columns)
-    frame = _making(
-        packed=mask, weight=weight, pointers=pointers, rows=rows, columns=columns,
-        words=packed_width(columns), row_stride=weight.stride(0), column_stride=weight.stride(1),
-        share_rows=share_rows, is_16_bit=weight.element_size() == 2,
-    )  # fmt: skip
     shares = -(-rows // share_rows)
+    frame = _making(
+        shares=shares, share_rows=share_rows, rows=rows, columns=columns, words=packed_width(columns),
+        row_stride=weight.stride(0), column_stride=weight.stride(1), is_16_bit=weight.element_size() == 2,
+        packed=mask.data_ptr(), weight=weight.data_ptr(), pointers=pointers.data_ptr(),
+    )  # fmt: skip
     _run(sparse_lists.count, frame, shares)
     pointers_of(pointers[1:].numpy(), out=pointers.numpy())
     kept = int(pointers[-1])
     values, offsets = torch.empty(kept, dtype=weight.dtype), torch.empty(kept, dtype=torch.uint8)
-    frame["values"], frame["offsets"] = values.data_ptr(), offsets.data_ptr()
+    frame[0], frame[_VALUES], frame[_OFFSETS] = 0, values.data_ptr(), offsets.data_ptr()
     _run(sparse_lists.fill, frame, shares)
     return SparseRows(values, offsets, pointers, rows, columns)
 
@@ -77,53 +78,62 @@ def transposed(lists: SparseRows) -> SparseRows:
     its_values, its_offsets = torch.empty_like(values), torch.empty_like(offsets)
     its_pointers = torch.empty(its_chunks * columns + 1, dtype=torch.int32)
     frame = _making(
-        values=values, offsets=offsets, pointers=pointers, bases=bases, its_values=its_values,
-        its_offsets=its_offsets, its_pointers=its_pointers, rows=rows, columns=columns,
-        is_16_bit=values.element_size() == 2,
+        shares=len(bases), rows=rows, columns=columns, is_16_bit=values.element_size() == 2,
+        values=values.data_ptr(), offsets=offsets.data_ptr(), pointers=pointers.data_ptr(), bases=bases.data_ptr(),
+        its_values=its_values.data_ptr(), its_offsets=its_offsets.data_ptr(), its_pointers=its_pointers.data_ptr(),
     )  # fmt: skip
     _run(sparse_lists.transpose, frame, len(bases))
     return SparseRows(its_values, its_offsets, its_pointers, columns, rows)
 
 
+class _Plan(NamedTuple):
+    """How a number of tokens is cut."""
+
+    tiles: np.ndarray  # int32 (tiles, 2): first token and width
+    address: int
+    many: int
+    width: int  # of the widest
+
+
 @functools.lru_cache(maxsize=256)
-def _tiles(tokens: int) -> np.ndarray:
-    """int32 (tiles, 2): first token and width of every tile. The last tokens take the narrowest that hold them."""
-    starts = list(range(0, tokens - WIDTH + 1, WIDTH))
-    tiles = [(start, WIDTH) for start in starts]
+def _plan(tokens: int) -> _Plan:
+    """Tiles of WIDTH; the last tokens take the narrowest that hold them."""
+    tiles = [(start, WIDTH) for start in range(0, tokens - WIDTH + 1, WIDTH)]
     start = len(tiles) * WIDTH
     if WIDTH // 2 < tokens - start <= WIDTH * 3 // 4:  # a half and one more is less than a whole
         tiles.append((start, WIDTH // 2))
         start += WIDTH // 2
     if start < tokens:
         tiles.append((start, min(width for width in WIDTHS if width >= tokens - start)))
-    return np.array(tiles, np.int32)
+    array = np.array(tiles, np.int32)
+    return _Plan(array, array.ctypes.data, len(array), max(width for _, width in tiles))
 
 
 def multiply(x: Tensor, lists: SparseRows, bias: Tensor | None, out: Tensor) -> Tensor:
     """out (T, rows) = x (T, columns) W^T + bias; x and out with rows of stride 1, bias fp32, T and the sizes not 0."""
     values, offsets, pointers, rows, columns = lists
     tokens, threads = x.shape[0], torch.get_num_threads()
-    if tokens > WIDTHS[0] and values.dtype == torch.bfloat16:
+    if tokens > WIDTHS[0] and values.dtype is torch.bfloat16:
         values = buffers.get("sparse values", values.shape, torch.float32, _CPU).copy_(values)
-    tiles = _tiles(tokens)
+    plan = _plan(tokens)
     # each share packs its tile: many tiles are shares enough, few are cut by rows
-    groups = 1 if len(tiles) >= 8 * threads else -(-SHARES * threads // len(tiles))
+    groups = 1 if plan.many >= 8 * threads else -(-SHARES * threads // plan.many)
     group_rows = -(-rows // (groups * GROUP_ROWS)) * GROUP_ROWS
     if tokens == 1:
         group_rows = min(group_rows, sparse_passes.ROWS)
     groups = -(-rows // group_rows)
-    width = WIDTH if tokens >= WIDTH else int(tiles[:, 1].max())
-    panels = chunks_of(columns) * CHUNK * width
-    packed = buffers.get("sparse panels", (threads, panels), torch.float32, _CPU)
-    sums = buffers.get("sparse sums", (threads, sparse_passes.ROWS * WIDTH), torch.float32, _CPU)
+    panels = chunks_of(columns) * CHUNK * plan.width
+    scratch = buffers.get("sparse panels", (threads, panels + SUMS), torch.float32, _CPU).data_ptr()
+    shares = plan.many * groups
     frame = _product(
-        x=x, y=out, values=values, offsets=offsets, pointers=pointers, packed=packed, sums=sums, rows=rows,
-        columns=columns, tokens=tokens, groups=groups, group_rows=group_rows, tiles=tiles.ctypes.data,
-        packed_bytes=4 * panels, x_stride=x.stride(0), y_stride=out.stride(0), x_is_bf16=x.dtype == torch.bfloat16,
-        y_is_bf16=out.dtype == torch.bfloat16, values_are_bf16=values.dtype == torch.bfloat16,
-        bias=0 if bias is None else bias,
+        shares=shares, groups=groups, group_rows=group_rows, rows=rows, columns=columns, tokens=tokens,
+        packed_bytes=4 * (panels + SUMS), x_stride=x.stride(0), y_stride=out.stride(0),
+        x_is_bf16=x.dtype is torch.bfloat16, y_is_bf16=out.dtype is torch.bfloat16,
+        values_are_bf16=values.dtype is torch.bfloat16, x=x.data_ptr(), y=out.data_ptr(), values=values.data_ptr(),
+        offsets=offsets.data_ptr(), pointers=pointers.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
+        tiles=plan.address, packed=scratch, sums=scratch + 4 * panels,
     )  # fmt: skip
-    _run(sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply, frame, len(tiles) * groups)
+    _run(sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply, frame, shares)
     return out
 
 
@@ -138,15 +148,18 @@ def sampled(gy: Tensor, x: Tensor, lists: SparseRows, out: Tensor) -> Tensor:
     packed = buffers.get("sparse panels", (tiles, columns, WIDTH), torch.float32, _CPU)
     packed_y = buffers.get("sparse gradients", (tiles, rows, WIDTH), torch.float32, _CPU)
     group_rows = min(rows, SAMPLED_ROWS)
-    frame = _product(
-        offsets=offsets, pointers=pointers, packed=packed, packed_y=packed_y, out=out, rows=rows,
-        columns=columns, group_rows=group_rows, x_stride=x.stride(0), y_stride=gy.stride(0),
-        x_is_bf16=x.dtype == torch.bfloat16, y_is_bf16=gy.dtype == torch.bfloat16,
-    )  # fmt: skip
     for start in range(0, len(x), step):
         some_x, some_gy = x[start : start + step], gy[start : start + step]
-        frame["x"], frame["y"], frame["tokens"] = some_x.data_ptr(), some_gy.data_ptr(), len(some_x)
-        frame["adds"] = start > 0
-        _run(sparse_passes.pack_both, frame, 2 * -(-len(some_x) // WIDTH))
-        _run(sparse_passes.sampled, frame, chunks * -(-rows // group_rows))
+        frame = _product(
+            group_rows=group_rows, rows=rows, columns=columns, tokens=len(some_x), x_stride=x.stride(0),
+            y_stride=gy.stride(0), x_is_bf16=x.dtype is torch.bfloat16, y_is_bf16=gy.dtype is torch.bfloat16,
+            adds=start > 0, x=some_x.data_ptr(), y=some_gy.data_ptr(), offsets=offsets.data_ptr(),
+            pointers=pointers.data_ptr(), packed=packed.data_ptr(), packed_y=packed_y.data_ptr(), out=out.data_ptr(),
+        )  # fmt: skip
+        for compiled, shares in (
+            (sparse_passes.pack_both, 2 * -(-len(some_x) // WIDTH)),
+            (sparse_passes.sampled, chunks * -(-rows // group_rows)),
+        ):
+            frame[0], frame[_SHARES] = 0, shares
+            _run(compiled, frame, shares)
     return out

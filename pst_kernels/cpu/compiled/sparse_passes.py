@@ -32,7 +32,8 @@ _NUMBERS = (
     "x_stride", "y_stride", "x_is_bf16", "y_is_bf16", "values_are_bf16", "adds",
 )  # fmt: skip
 _ADDRESSES = ("x", "y", "values", "offsets", "pointers", "bias", "tiles", "packed", "sums", "packed_y", "out")
-FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])  # an address of 0: there is none
+# `packed_bytes` lie between the scratch of two threads; an address of 0: there is none
+FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
 SQUARE = 8  # of the transposes
 
 
@@ -164,7 +165,7 @@ def multiply(address):
     """y (tokens, rows) = x (tokens, columns) W^T + bias. A share is a tile of tokens and a group of rows."""
     f = _frame(address)
     slot = take_share(address + 8)
-    packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * ROWS * WIDTH * 4
+    packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
     tile_in_hand = -1
     while True:
         share = take_share(address)
@@ -197,7 +198,7 @@ def multiply_one(address):
     slot = take_share(address + 8)
     chunks = (f.columns + CHUNK - 1) // CHUNK
     kept = np.int64(_integers(f.pointers + 4 * f.rows * chunks, 1)[0])
-    packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * ROWS * WIDTH * 4
+    packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
     bias, totals = _floats(f.bias, f.rows), _floats(sums, ROWS * LANES)
     y, y_halves = _floats(f.y, f.rows), _halves(f.y, f.rows)
     _pack(f.x, f.x_stride, f.x_is_bf16, 1, f.columns, 1, packed)
