@@ -23,7 +23,7 @@ setup(
     package_data={"pst_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
-        'triton>=3.2; platform_system == "Linux"',
+        'triton>=3.6; platform_system == "Linux"',
         "numpy>=1.26",
         "numba>=0.61",
         "safetensors>=0.4",

@@ -16,19 +16,24 @@ logger = logging.getLogger("pst_kernels")
 class PSTCallback(TrainerCallback):
     """Sets the sparsity from the trainer's global step, so a resumed run goes on where it stopped, and logs it.
 
-    Warns when `load_best_model_at_end` has brought back a model from before the sparsity reached its end.
+    Warns when training ends before the sparsity has reached its end, and when `load_best_model_at_end` has brought back
+    a model from before that.
+
+    Args:
+        restart: as of `SparsitySchedule`: let a model that was trained before fall back to the schedule's start.
 
     Example:
         trainer = Trainer(model=replace_linear(model, PSTConfig()), ..., callbacks=[PSTCallback()])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, restart: bool = False) -> None:
+        self.restart = restart
         self.schedule: SparsitySchedule | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self.schedule = SparsitySchedule(model, state.max_steps, step_count=state.global_step)
+        self.schedule = SparsitySchedule(model, state.max_steps, step_count=state.global_step, restart=self.restart)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule is not None:
@@ -38,7 +43,15 @@ class PSTCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         best = state.best_model_checkpoint
-        if self.schedule is None or not args.load_best_model_at_end or best is None:
+        if self.schedule is None:
+            return
+        if not self.schedule.ended:
+            logger.warning(
+                "training ended at step %d of %d with sparsity %.4g, below the target %.4g; to finish, train on to the"
+                " last step (resume_from_checkpoint), or set `layer.sparsity` of the layers and train at that",
+                state.global_step, self.schedule.total_steps, self.schedule.sparsity, self.schedule.config.sparsity,
+            )  # fmt: skip
+        if not args.load_best_model_at_end or best is None:
             return
         layers = [layer for _, layer in pst_layers(model)]
         if any(int(layer.pst_num_pruned) < layer.num_pruned_at(layer.config.sparsity) for layer in layers):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -14,6 +17,28 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for name in ("PST_KERNELS_BACKEND", "PST_KERNELS_CPU", "PST_KERNELS_ARCH", "PST_KERNELS_TUNING"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def emulator() -> ModuleType:
+    """The package that executes the compiled PTX of kernels on CPU tensors."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    return importlib.import_module("emulator")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch.empty allocates is NaN, or no index, until a kernel writes it."""
+    empty = torch.empty
+    values = {torch.int32: 1 << 30, **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), float("nan"))}
+
+    def poison(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.device.type == "meta" or tensor.dtype not in values:
+            return tensor
+        return tensor.fill_(values[tensor.dtype])
+
+    monkeypatch.setattr(torch, "empty", poison)
 
 
 @pytest.fixture(params=["numba", "torch"])

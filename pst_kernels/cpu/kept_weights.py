@@ -12,8 +12,8 @@ import logging
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..operands import compute_dtype
 from . import sparse_products
-from .row_blocks import compute_dtype
 from .sparse_rows import SparseRows, compiled_passes
 
 logger = logging.getLogger("pst_kernels")

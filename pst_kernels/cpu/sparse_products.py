@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from . import scratch
 from .sparse_rows import DTYPES, SparseRows, compiled_passes
 
 
@@ -34,7 +35,7 @@ def multiply_by(passes: ModuleType, x: Tensor, lists: SparseRows, bias: Tensor |
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
     if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
         bias = bias.detach().to(torch.float32).contiguous()
-    return passes.multiply(_by_rows(x), lists, bias, y)
+    return passes.multiply(_by_rows(x), lists, bias, y, scratch.get)
 
 
 def sampled(gy: Tensor, x: Tensor, lists: SparseRows) -> Tensor:
@@ -52,7 +53,7 @@ def sampled(gy: Tensor, x: Tensor, lists: SparseRows) -> Tensor:
     passes = compiled_passes(gy, x)
     if passes is None:
         return _sampled_dense(gy, x, lists)
-    return passes.sampled(_by_rows(gy), _by_rows(x), lists, out)
+    return passes.sampled(_by_rows(gy), _by_rows(x), lists, out, scratch.get)
 
 
 def _multiply_dense(x: Tensor, lists: SparseRows, bias: Tensor | None) -> Tensor:

@@ -7,19 +7,17 @@ import logging
 from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pst_kernels import env
 
+from ..masks.chunks import CHUNK, chunks_of, fill_pointers
 from ..masks.packing import pack_mask, packed_width, unpack_mask
 from ..operands import FLOATING
 
 logger = logging.getLogger("pst_kernels")
-CHUNK = 128  # columns: an offset fits a byte, and a chunk of 64 tokens in fp32 is 32 KB, a core's first cache
 DTYPES = (torch.float32, torch.bfloat16)
-MOST = 2**31 - 1  # kept weights: the pointers are int32
 
 
 class SparseRows(NamedTuple):
@@ -53,7 +51,7 @@ class SparseRows(NamedTuple):
         passes = compiled_passes(weight) if weight.numel() else None
         if passes is None:
             return _in_plain_torch(weight, unpack_mask(mask, columns))
-        return passes.lists(weight, mask.contiguous())
+        return cls(*passes.lists(weight, mask.contiguous()))
 
     @classmethod
     def from_dense(cls, weight: Tensor, kept: Tensor | None = None) -> SparseRows:
@@ -64,7 +62,7 @@ class SparseRows(NamedTuple):
         """The lists of W^T: what dx = gy W is computed from. Costs one pass over the lists."""
         passes = compiled_passes(self.values) if len(self.values) else None
         if passes is not None:
-            return passes.transposed(self)
+            return SparseRows(*passes.transposed(self))
         row, column = self.places()
         order = torch.argsort(torch.div(row, CHUNK, rounding_mode="floor") * self.columns + column, stable=True)
         return _of_sorted(self.values[order], column[order], row[order], self.columns, self.rows)
@@ -84,10 +82,6 @@ class SparseRows(NamedTuple):
         dense = self.values.new_zeros((self.rows, self.columns))
         dense[self.places()] = self.values
         return dense
-
-
-def chunks_of(columns: int) -> int:
-    return -(-columns // CHUNK)
 
 
 def compiled_passes(*tensors: Tensor) -> ModuleType | None:
@@ -135,18 +129,6 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
-def pointers_of(counts: np.ndarray, out: np.ndarray) -> None:
-    """Fill the pointers for the number of entries of every run. Raises ValueError where int32 cannot count them."""
-    total = int(counts.sum(dtype=np.int64))
-    if total > MOST:
-        raise ValueError(
-            f"weight keeps {total} weights, but lists of kept weights hold at most {MOST}; split the layer, or keep"
-            " it dense"
-        )
-    np.cumsum(counts, out=out[1:])
-    out[0] = 0
-
-
 def _in_plain_torch(weight: Tensor, kept: Tensor) -> SparseRows:
     rows, columns = weight.shape
     row, column = kept.nonzero(as_tuple=True)
@@ -159,5 +141,5 @@ def _of_sorted(values: Tensor, row: Tensor, column: Tensor, rows: int, columns: 
     chunk = torch.div(column, CHUNK, rounding_mode="floor")
     counts = torch.bincount(chunk * rows + row, minlength=chunks_of(columns) * rows)
     pointers = torch.empty(len(counts) + 1, dtype=torch.int32)
-    pointers_of(counts.cpu().numpy(), out=pointers.numpy())
+    fill_pointers(counts.cpu().numpy(), pointers.numpy())
     return SparseRows(values, (column - chunk * CHUNK).to(torch.uint8), pointers.to(values.device), rows, columns)

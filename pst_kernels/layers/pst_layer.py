@@ -79,6 +79,7 @@ class PSTLayer(nn.Module):
         self.register_buffer("pst_num_pruned", torch.zeros((), dtype=torch.int64, device=device))
         # fp32 kept as bits: model.to(torch.bfloat16) must not round where the last threshold was
         self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
+        self.has_learned_mask = False  # whether it comes of training, or of a checkpoint, not of the conversion alone
         self.watch = due.Watch()
         self._ready: Ready | None = None
         due.register(self)
@@ -202,6 +203,7 @@ class PSTLayer(nn.Module):
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
         if with_mask:
+            self.has_learned_mask = True
             self._ready = None
             self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True)
         else:
@@ -297,6 +299,11 @@ class PSTLayer(nn.Module):
         operands = MaskedWeight(weight, factors, self.pst_mask, self.scales)
         check(x, operands, self.bias)
         compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "a PST layer does not run under the transforms of torch.func (grad, vmap, jvp, ...), which would need"
+                " their own rules; use torch.autograd, or merge the layer first"
+            )
         keep = not compiling and self.pattern.with_masked_weight and keeps(config.masked_weight, weight, dtype)
         options = Options(config.through_magnitude, keep, self.pattern.block_size)
         if compiling or type(weight) not in PLAIN:

@@ -10,8 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..cpu import kept_weights
-from ..cpu.sparse_rows import CHUNK, SparseRows, chunks_of
+from ..cpu.sparse_rows import SparseRows
 from ..functional import autocasts, operand_dtype, without_autocast
+from ..masks.chunks import CHUNK, chunks_of
 from ..operands import FLOATING, compute_dtype
 from .checks import is_conv1d
 

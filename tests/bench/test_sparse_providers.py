@@ -141,7 +141,7 @@ def test_they_run_when_asked_for_and_not_in_the_quick_benchmark(monkeypatch, tmp
     limits = ceilings.Ceilings(dict.fromkeys(cases.DTYPES, 1e11), 1e10)
     monkeypatch.setattr(ceilings, "measured", lambda *_: limits)
     for kind in ("quick", "full"):
-        monkeypatch.setattr(cases, kind, lambda: [case("forward")])
+        monkeypatch.setattr(cases, kind, lambda *_: [case("forward")])
     arguments = ["--seconds", "0.1", "--output", str(tmp_path)]
     found = {}
     for name, more in {"quick": ["--quick"], "full": [], "asked": ["--quick", "--providers", BSR]}.items():

@@ -1,5 +1,6 @@
 """PSTLinear and PSTConv1D: when a mask is made, merging, dtypes, and what a state dict means."""
 
+import concurrent.futures
 import copy
 import pickle
 
@@ -9,7 +10,6 @@ from torch import nn
 
 import pst_kernels as pst
 from pst_kernels import cpu, reference
-from pst_kernels.cpu import row_blocks
 from pst_kernels.layers.pst_layer import FACTORS
 
 
@@ -290,10 +290,9 @@ def test_inference_mode(layer):
         assert torch.equal(layer(x), expected)
 
 
-def test_trains_after_an_evaluation_in_inference_mode(monkeypatch):
+def test_trains_after_an_evaluation_in_inference_mode():
     """The scratch buffers that the evaluation made are then written by the training step."""
-    monkeypatch.setattr(row_blocks, "buffers", row_blocks._Buffers())
-    monkeypatch.setattr(cpu.ops, "buffers", row_blocks.buffers)
+    cpu.release_scratch()
     layer, x = pst.PSTLinear(40, 24), torch.randn(4, 40)
     with torch.inference_mode():
         expected = layer(x)
@@ -301,3 +300,50 @@ def test_trains_after_an_evaluation_in_inference_mode(monkeypatch):
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
     step(layer, x)
     torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_at_a_first_forward_get_the_same_right_output():
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layer, x = pst.PSTLinear(256, 1024).eval(), torch.randn(8, 256)
+        with torch.no_grad(), concurrent.futures.ThreadPoolExecutor(4) as pool:
+            outputs = list(pool.map(lambda _, layer=layer, x=x: layer(x), range(4)))
+            expected = reference_output(layer, x)
+        for y in outputs:
+            torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_functional_call_with_fresh_tensors(layer):
+    """A tensor at the address of a freed one, with the same version, is another tensor all the same."""
+    x, base = torch.randn(4, 40), {name: p.detach().clone() for name, p in layer.named_parameters()}
+    for _ in range(20):
+        changed = base | {"pst_V": base["pst_V"] + 0.3 * torch.randn_like(base["pst_V"])}
+        with torch.no_grad():
+            y = torch.func.functional_call(layer, changed, (x,))
+        again = copy.deepcopy(layer)
+        with torch.no_grad():
+            again.pst_V.copy_(changed["pst_V"])
+        torch.testing.assert_close(y.double(), reference_output(again, x), rtol=1e-5, atol=1e-5)
+        del y, changed
+
+
+def test_a_replaced_data_is_noticed(layer):
+    """As weights of an average are swapped in: `p.data = average`."""
+    layer(torch.randn(4, 40))
+    layer.pst_V.data = torch.randn_like(layer.pst_V)
+    x = torch.randn(4, 40)
+    torch.testing.assert_close(layer(x).double(), reference_output(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivatives_are_refused(layer):
+    """They came out as zeros: the backward is written by hand, and not differentiable itself."""
+    x = torch.randn(4, 40, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.pow(2).sum().backward()
+
+
+def test_transforms_of_torch_func_say_that_they_do_not_apply(layer):
+    for transformed in (torch.func.grad(lambda x: layer(x).sum()), torch.func.vmap(lambda x: layer(x))):
+        with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
+            transformed(torch.randn(4, 40))

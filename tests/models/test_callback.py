@@ -182,10 +182,31 @@ def test_a_model_without_pst_layers_is_refused(tmp_path):
         make_trainer(toys.bert(), tmp_path).train()
 
 
-def test_training_twice_starts_the_schedule_again(tmp_path):
+def test_training_twice_keeps_the_sparsity(tmp_path, caplog):
     model, recorder = make_model(), Recorder()
     trainer = make_trainer(model, tmp_path, recorder)
     trainer.train()
-    trainer.train()
-    assert recorder.steps[STEPS] == recorder.steps[0]
+    before = pruned(model)
+    with caplog.at_level(logging.WARNING, "pst_kernels"):
+        trainer.train()
     assert recorder.steps[0] == (0, [0] * 12)
+    assert [counts for _, counts in recorder.steps[STEPS:]] == [before] * STEPS
+    assert "restart=True" in caplog.text
+
+
+def test_restart_starts_the_schedule_again(tmp_path):
+    model, recorder = make_model(), Recorder()
+    trainer = make_trainer(model, tmp_path, recorder)
+    trainer.remove_callback(pst.PSTCallback)
+    trainer.add_callback(pst.PSTCallback(restart=True))
+    trainer.train()
+    trainer.train()
+    assert recorder.steps[STEPS] == recorder.steps[0] == (0, [0] * 12)
+
+
+def test_an_early_stop_says_how_to_finish(tmp_path, caplog):
+    model = make_model()
+    with caplog.at_level(logging.WARNING, "pst_kernels"):
+        make_trainer(model, tmp_path, StopAt(2)).train()
+    assert "training ended at step 2 of 8" in caplog.text
+    assert "resume_from_checkpoint" in caplog.text

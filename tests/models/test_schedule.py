@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import logging
 import math
 
 import pytest
@@ -208,3 +210,62 @@ def test_resume_within_an_interval(stop, order):
     assert [pruned for pruned, _ in actual] == [pruned for pruned, _ in expected]
     assert all(torch.equal(one[1], two[1]) for one, two in zip(actual, expected, strict=True))
     assert not toys.differences(toys.snapshot(resumed), toys.snapshot(model))
+
+
+def trained(sparsity=0.8, steps=10):
+    model = pst.replace_linear(toys.plain(24, 40, 8), pst.PSTConfig(sparsity=sparsity))
+    schedule = pst.SparsitySchedule(model, steps)
+    for _ in range(steps):
+        schedule.step()
+    return model
+
+
+def sparsities(model, schedule, steps):
+    (layer,) = [layer for _, layer in pst_layers(model)]
+    found = [layer.sparsity]
+    for _ in range(steps):
+        schedule.step()
+        found.append(layer.sparsity)
+    return found
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(("step_count", "total"), [(0, 10), (10, 40)])
+def test_a_trained_model_does_not_fall_back(loaded, step_count, total, caplog, tmp_path):
+    """A second training, and one that is resumed with more steps, in this process and from a checkpoint."""
+    model = trained()
+    if loaded:
+        pst.save_pretrained(model, tmp_path)
+        model = pst.load_pretrained(toys.plain(24, 40, 8), tmp_path)
+    with caplog.at_level(logging.WARNING, "pst_kernels"):
+        schedule = pst.SparsitySchedule(model, total, step_count)
+    (record,) = caplog.records
+    assert "at sparsity 0.8 already" in record.message
+    assert "restart=True" in record.message
+    assert set(sparsities(model, schedule, total - step_count)) == {0.8}
+
+
+def test_a_higher_goal_goes_on_from_where_the_model_is(caplog):
+    model = trained(0.5)
+    for _, layer in pst_layers(model):
+        layer.config = dataclasses.replace(layer.config, sparsity=0.9)
+    found = sparsities(model, pst.SparsitySchedule(model, 10), 10)
+    assert found[0] == 0.5
+    assert found[-1] == 0.9
+    assert found == sorted(found)
+
+
+def test_restart_is_the_word_for_falling_back(caplog):
+    model = trained()
+    with caplog.at_level(logging.WARNING, "pst_kernels"):
+        found = sparsities(model, pst.SparsitySchedule(model, 10, restart=True), 10)
+    assert not caplog.records
+    assert found[0] == 0.0
+    assert found[-1] == 0.8
+
+
+def test_a_converted_model_starts_at_the_schedules_start(caplog):
+    model = pst.replace_linear(toys.plain(24, 40, 8), pst.PSTConfig(sparsity=0.8))
+    with caplog.at_level(logging.WARNING, "pst_kernels"):
+        assert sparsities(model, pst.SparsitySchedule(model, 10), 0) == [0.0]
+    assert not caplog.records

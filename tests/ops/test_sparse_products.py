@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pst_kernels.cpu.sparse_products import multiply, sampled
-from pst_kernels.cpu.sparse_rows import CHUNK, SparseRows, chunks_of
+from pst_kernels.cpu.sparse_rows import SparseRows
+from pst_kernels.masks.chunks import CHUNK, chunks_of
 from pst_kernels.masks.packing import pack_mask
 
 SHAPES = [(1, 1), (7, 33), (5, 128), (300, 129), (129, 300), (64, 257)]

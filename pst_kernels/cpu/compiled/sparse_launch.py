@@ -1,36 +1,35 @@
-"""What sparse_rows.py and sparse_products.py ask of the compiled passes over lists of kept weights."""
+"""What sparse_rows.py and sparse_products.py call of the compiled passes over lists of kept weights.
+
+Lists are the fields of SparseRows: values, offsets, pointers, rows, columns. `scratch` is the function of the package
+above that gives buffers (scratch.get).
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pst_kernels.masks.chunks import CHUNK, chunks_of, fill_pointers
 from pst_kernels.masks.packing import packed_width
 
-from ..row_blocks import buffers
-from ..sparse_rows import CHUNK, SparseRows, chunks_of, pointers_of
 from . import sparse_lists, sparse_passes
 from . import threads as team
 from .vectors import WIDTH, WIDTHS
 
-SHARE = 1 << 16  # weights of a share of rows of the passes that make lists
-SHARES = 16  # a thread: rows may differ much in how much they keep, and cores in how fast they are
+Scratch = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
+Lists = tuple[Tensor, Tensor, Tensor, int, int]
+
+TASK = 1 << 16  # weights of a task of rows of the passes that make lists
+TASKS = 16  # a thread: rows may differ much in how much they keep, and cores in how fast they are
 GROUP_ROWS = 16  # of which a group of rows is a multiple: a line of y in fp32 is 64 bytes
 SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # whose part of gy stays in a core's second cache: 512 KB
 SUMS = sparse_passes.ROWS * WIDTH  # floats of a thread
 _CPU = torch.device("cpu")
-
-
-def _run(compiled: Any, frame: np.ndarray, shares: int) -> None:
-    if torch.autograd.profiler._is_profiler_enabled:
-        with torch.profiler.record_function(f"pst_kernels.cpu: {compiled.__name__}"):
-            team.run(compiled, frame, shares)
-    else:
-        team.run(compiled, frame, shares)
 
 
 def _frame(names: dict[str, int], **values: int) -> np.ndarray:
@@ -43,31 +42,31 @@ def _frame(names: dict[str, int], **values: int) -> np.ndarray:
 
 _product = functools.partial(_frame, dict.fromkeys(sparse_passes.FRAME.names or (), 0))
 _making = functools.partial(_frame, dict.fromkeys(sparse_lists.FRAME.names or (), 0))
-_SHARES = list(sparse_passes.FRAME.names or ()).index("shares")
+_TASKS = list(sparse_passes.FRAME.names or ()).index("tasks")
 _VALUES, _OFFSETS = (list(sparse_lists.FRAME.names or ()).index(name) for name in ("values", "offsets"))
 
 
-def lists(weight: Tensor, mask: Tensor) -> SparseRows:
+def lists(weight: Tensor, mask: Tensor) -> Lists:
     """Of a weight (out, in) of any strides, fp32 or bf16, and a contiguous packed mask."""
     rows, columns = weight.shape
     pointers = torch.empty(chunks_of(columns) * rows + 1, dtype=torch.int32)
-    share_rows = max(1, SHARE // columns)
-    shares = -(-rows // share_rows)
+    task_rows = max(1, TASK // columns)
+    tasks = -(-rows // task_rows)
     frame = _making(
-        shares=shares, share_rows=share_rows, rows=rows, columns=columns, words=packed_width(columns),
+        tasks=tasks, task_rows=task_rows, rows=rows, columns=columns, words=packed_width(columns),
         row_stride=weight.stride(0), column_stride=weight.stride(1), is_16_bit=weight.element_size() == 2,
         packed=mask.data_ptr(), weight=weight.data_ptr(), pointers=pointers.data_ptr(),
     )  # fmt: skip
-    _run(sparse_lists.count, frame, shares)
-    pointers_of(pointers[1:].numpy(), out=pointers.numpy())
+    team.run(sparse_lists.count, frame, tasks)
+    fill_pointers(pointers[1:].numpy(), pointers.numpy())
     kept = int(pointers[-1])
     values, offsets = torch.empty(kept, dtype=weight.dtype), torch.empty(kept, dtype=torch.uint8)
     frame[0], frame[_VALUES], frame[_OFFSETS] = 0, values.data_ptr(), offsets.data_ptr()
-    _run(sparse_lists.fill, frame, shares)
-    return SparseRows(values, offsets, pointers, rows, columns)
+    team.run(sparse_lists.fill, frame, tasks)
+    return values, offsets, pointers, rows, columns
 
 
-def transposed(lists: SparseRows) -> SparseRows:
+def transposed(lists: Lists) -> Lists:
     """The lists of W^T."""
     values, offsets, pointers, rows, columns = lists
     chunks, its_chunks = chunks_of(columns), chunks_of(rows)
@@ -78,12 +77,12 @@ def transposed(lists: SparseRows) -> SparseRows:
     its_values, its_offsets = torch.empty_like(values), torch.empty_like(offsets)
     its_pointers = torch.empty(its_chunks * columns + 1, dtype=torch.int32)
     frame = _making(
-        shares=len(bases), rows=rows, columns=columns, is_16_bit=values.element_size() == 2,
+        tasks=len(bases), rows=rows, columns=columns, is_16_bit=values.element_size() == 2,
         values=values.data_ptr(), offsets=offsets.data_ptr(), pointers=pointers.data_ptr(), bases=bases.data_ptr(),
         its_values=its_values.data_ptr(), its_offsets=its_offsets.data_ptr(), its_pointers=its_pointers.data_ptr(),
     )  # fmt: skip
-    _run(sparse_lists.transpose, frame, len(bases))
-    return SparseRows(its_values, its_offsets, its_pointers, columns, rows)
+    team.run(sparse_lists.transpose, frame, len(bases))
+    return its_values, its_offsets, its_pointers, columns, rows
 
 
 class _Plan(NamedTuple):
@@ -109,35 +108,35 @@ def _plan(tokens: int) -> _Plan:
     return _Plan(array, array.ctypes.data, len(array), max(width for _, width in tiles))
 
 
-def multiply(x: Tensor, lists: SparseRows, bias: Tensor | None, out: Tensor) -> Tensor:
+def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch: Scratch) -> Tensor:
     """out (T, rows) = x (T, columns) W^T + bias; x and out with rows of stride 1, bias fp32, T and the sizes not 0."""
     values, offsets, pointers, rows, columns = lists
     tokens, threads = x.shape[0], torch.get_num_threads()
     if tokens > WIDTHS[0] and values.dtype is torch.bfloat16:
-        values = buffers.get("sparse values", values.shape, torch.float32, _CPU).copy_(values)
+        values = scratch("sparse values", values.shape, torch.float32, _CPU).copy_(values)
     plan = _plan(tokens)
-    # each share packs its tile: many tiles are shares enough, few are cut by rows
-    groups = 1 if plan.many >= 8 * threads else -(-SHARES * threads // plan.many)
+    # each task packs its tile: many tiles are tasks enough, few are cut by rows
+    groups = 1 if plan.many >= 8 * threads else -(-TASKS * threads // plan.many)
     group_rows = -(-rows // (groups * GROUP_ROWS)) * GROUP_ROWS
     if tokens == 1:
         group_rows = min(group_rows, sparse_passes.ROWS)
     groups = -(-rows // group_rows)
     panels = chunks_of(columns) * CHUNK * plan.width
-    scratch = buffers.get("sparse panels", (threads, panels + SUMS), torch.float32, _CPU).data_ptr()
-    shares = plan.many * groups
+    room = scratch("sparse panels", (threads, panels + SUMS), torch.float32, _CPU).data_ptr()
+    tasks = plan.many * groups
     frame = _product(
-        shares=shares, groups=groups, group_rows=group_rows, rows=rows, columns=columns, tokens=tokens,
+        tasks=tasks, groups=groups, group_rows=group_rows, rows=rows, columns=columns, tokens=tokens,
         packed_bytes=4 * (panels + SUMS), x_stride=x.stride(0), y_stride=out.stride(0),
         x_is_bf16=x.dtype is torch.bfloat16, y_is_bf16=out.dtype is torch.bfloat16,
         values_are_bf16=values.dtype is torch.bfloat16, x=x.data_ptr(), y=out.data_ptr(), values=values.data_ptr(),
         offsets=offsets.data_ptr(), pointers=pointers.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
-        tiles=plan.address, packed=scratch, sums=scratch + 4 * panels,
+        tiles=plan.address, packed=room, sums=room + 4 * panels,
     )  # fmt: skip
-    _run(sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply, frame, shares)
+    team.run(sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply, frame, tasks)
     return out
 
 
-def sampled(gy: Tensor, x: Tensor, lists: SparseRows, out: Tensor) -> Tensor:
+def sampled(gy: Tensor, x: Tensor, lists: Lists, out: Tensor, scratch: Scratch) -> Tensor:
     """out, fp32 (kept,) = gy^T x at the kept weights.
 
     gy (T, rows) and x (T, columns) have rows of stride 1; T is not 0.
@@ -145,8 +144,8 @@ def sampled(gy: Tensor, x: Tensor, lists: SparseRows, out: Tensor) -> Tensor:
     _, offsets, pointers, rows, columns = lists
     chunks, step = chunks_of(columns), min(len(x), SAMPLED_TOKENS)
     tiles = -(-step // WIDTH)
-    packed = buffers.get("sparse panels", (tiles, columns, WIDTH), torch.float32, _CPU)
-    packed_y = buffers.get("sparse gradients", (tiles, rows, WIDTH), torch.float32, _CPU)
+    packed = scratch("sparse panels", (tiles, columns, WIDTH), torch.float32, _CPU)
+    packed_y = scratch("sparse gradients", (tiles, rows, WIDTH), torch.float32, _CPU)
     group_rows = min(rows, SAMPLED_ROWS)
     for start in range(0, len(x), step):
         some_x, some_gy = x[start : start + step], gy[start : start + step]
@@ -156,10 +155,10 @@ def sampled(gy: Tensor, x: Tensor, lists: SparseRows, out: Tensor) -> Tensor:
             adds=start > 0, x=some_x.data_ptr(), y=some_gy.data_ptr(), offsets=offsets.data_ptr(),
             pointers=pointers.data_ptr(), packed=packed.data_ptr(), packed_y=packed_y.data_ptr(), out=out.data_ptr(),
         )  # fmt: skip
-        for compiled, shares in (
+        for compiled, tasks in (
             (sparse_passes.pack_both, 2 * -(-len(some_x) // WIDTH)),
             (sparse_passes.sampled, chunks * -(-rows // group_rows)),
         ):
-            frame[0], frame[_SHARES] = 0, shares
-            _run(compiled, frame, shares)
+            frame[0], frame[_TASKS] = 0, tasks
+            team.run(compiled, frame, tasks)
     return out

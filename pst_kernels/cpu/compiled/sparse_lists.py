@@ -8,14 +8,14 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from pst_kernels.masks.chunks import CHUNK
 from pst_kernels.masks.packing import WORD
 
 from .jit import part, whole_pass
-from .sparse_passes import CHUNK
-from .threads import pointer_to, take_share
+from .threads import pointer_to, take_task
 
 WORDS = CHUNK // WORD  # packed words of a chunk of a row
-_NUMBERS = ("next", "shares", "share_rows", "rows", "columns", "row_stride", "column_stride", "words", "is_16_bit")
+_NUMBERS = ("next", "tasks", "task_rows", "rows", "columns", "row_stride", "column_stride", "words", "is_16_bit")
 _ADDRESSES = ("packed", "weight", "values", "offsets", "pointers", "bases", "its_values", "its_offsets", "its_pointers")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
 
@@ -85,10 +85,10 @@ def count(address):
     f = _frame(address)
     counts = _integers(f.pointers + 4, f.rows * ((f.columns + CHUNK - 1) // CHUNK))
     while True:
-        share = take_share(address)
-        if share >= f.shares:
+        task = take_task(address)
+        if task >= f.tasks:
             return
-        for i in range(share * f.share_rows, min(f.rows, (share + 1) * f.share_rows)):
+        for i in range(task * f.task_rows, min(f.rows, (task + 1) * f.task_rows)):
             words = _array32(f.packed + 4 * i * f.words, f.words)
             for first in range(0, f.words, WORDS):
                 total = np.int64(0)
@@ -107,10 +107,10 @@ def fill(address):
     extent = (f.rows - 1) * f.row_stride + (f.columns - 1) * f.column_stride + 1
     weight32, weight16 = _array32(f.weight, extent), _array16(f.weight, extent)
     while True:
-        share = take_share(address)
-        if share >= f.shares:
+        task = take_task(address)
+        if task >= f.tasks:
             return
-        for i in range(share * f.share_rows, min(f.rows, (share + 1) * f.share_rows)):
+        for i in range(task * f.task_rows, min(f.rows, (task + 1) * f.task_rows)):
             words = _array32(f.packed + 4 * i * f.words, f.words)
             for first in range(0, f.words, WORDS):
                 entry = np.int64(pointers[first // WORDS * f.rows + i])
@@ -130,29 +130,29 @@ def fill(address):
 
 @whole_pass
 def transpose(address):
-    """The lists of W^T. A share is a block of CHUNK rows and a chunk: one run of the lists, before and after."""
+    """The lists of W^T. A task is a block of CHUNK rows and a chunk: one run of the lists, before and after."""
     f = _frame(address)
     chunks, its_chunks = (f.columns + CHUNK - 1) // CHUNK, (f.rows + CHUNK - 1) // CHUNK
     pointers, its_pointers = (
         _integers(f.pointers, f.rows * chunks + 1),
         _integers(f.its_pointers, f.columns * its_chunks + 1),
     )
-    kept, bases = np.int64(pointers[f.rows * chunks]), _integers(f.bases, f.shares)
+    kept, bases = np.int64(pointers[f.rows * chunks]), _integers(f.bases, f.tasks)
     offsets, its_offsets = _array8(f.offsets, kept), _array8(f.its_offsets, kept)
     values32, its_values32 = _array32(f.values, kept), _array32(f.its_values, kept)
     values16, its_values16 = _array16(f.values, kept), _array16(f.its_values, kept)
     cursors = np.empty(CHUNK, np.int32)
     while True:
-        share = take_share(address)
-        if share >= f.shares:
+        task = take_task(address)
+        if task >= f.tasks:
             return
-        its_chunk, chunk = share // chunks, share % chunks
+        its_chunk, chunk = task // chunks, task % chunks
         columns = min(CHUNK, f.columns - chunk * CHUNK)
         first, last = its_chunk * CHUNK, min(f.rows, (its_chunk + 1) * CHUNK)
         cursors[:] = 0
         for entry in range(pointers[chunk * f.rows + first], pointers[chunk * f.rows + last]):
             cursors[offsets[entry]] += 1
-        base = bases[share]
+        base = bases[task]
         for j in range(columns):
             its_pointers[its_chunk * f.columns + chunk * CHUNK + j] = base
             size, cursors[j] = cursors[j], base
@@ -167,5 +167,5 @@ def transpose(address):
                     its_values16[its_entry] = values16[entry]
                 else:
                     its_values32[its_entry] = values32[entry]
-        if share == f.shares - 1:
+        if task == f.tasks - 1:
             its_pointers[f.columns * its_chunks] = kept

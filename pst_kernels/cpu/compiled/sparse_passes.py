@@ -9,12 +9,13 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from pst_kernels.masks.chunks import CHUNK
+
 from .jit import part, whole_pass
-from .threads import pointer_to, take_share
+from .threads import pointer_to, take_task
 from .vectors import (
     HALVES,
     LANES,
-    PLACES,
     WIDTH,
     WIDTHS,
     dots,
@@ -25,10 +26,9 @@ from .vectors import (
     vector_products,
 )
 
-CHUNK = PLACES  # columns of a panel: 32 KB with 64 tokens
 ROWS = 512  # rows whose sums are held at once: 128 KB with 64 tokens, which stay in a core's second cache
 _NUMBERS = (
-    "next", "slots", "shares", "groups", "group_rows", "rows", "columns", "tokens", "first_tile", "packed_bytes",
+    "next", "slots", "tasks", "groups", "group_rows", "rows", "columns", "tokens", "first_tile", "packed_bytes",
     "x_stride", "y_stride", "x_is_bf16", "y_is_bf16", "values_are_bf16", "adds",
 )  # fmt: skip
 _ADDRESSES = ("x", "y", "values", "offsets", "pointers", "bias", "tiles", "packed", "sums", "packed_y", "out")
@@ -162,16 +162,16 @@ def _chunk_product(f, chunk, form, width, panel, sums, first, last):
 
 @whole_pass
 def multiply(address):
-    """y (tokens, rows) = x (tokens, columns) W^T + bias. A share is a tile of tokens and a group of rows."""
+    """y (tokens, rows) = x (tokens, columns) W^T + bias. A task is a tile of tokens and a group of rows."""
     f = _frame(address)
-    slot = take_share(address + 8)
+    slot = take_task(address + 8)
     packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
     tile_in_hand = -1
     while True:
-        share = take_share(address)
-        if share >= f.shares:
+        task = take_task(address)
+        if task >= f.tasks:
             return
-        tile, group = share // f.groups, share % f.groups
+        tile, group = task // f.groups, task % f.groups
         place = _integers(f.tiles + 8 * tile, 2)
         token, width = np.int64(place[0]), np.int64(place[1])
         tokens = min(width, f.tokens - token)
@@ -193,9 +193,9 @@ def multiply(address):
 
 @whole_pass
 def multiply_one(address):
-    """`multiply` for one token: lists are read once, at the speed of memory. A share is a group of rows."""
+    """`multiply` for one token: lists are read once, at the speed of memory. A task is a group of rows."""
     f = _frame(address)
-    slot = take_share(address + 8)
+    slot = take_task(address + 8)
     chunks = (f.columns + CHUNK - 1) // CHUNK
     kept = np.int64(_integers(f.pointers + 4 * f.rows * chunks, 1)[0])
     packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
@@ -206,10 +206,10 @@ def multiply_one(address):
     for j in range(f.columns, chunks * CHUNK):
         table[j] = np.float32(0)
     while True:
-        share = take_share(address)
-        if share >= f.shares:
+        task = take_task(address)
+        if task >= f.tasks:
             return
-        first, last = share * f.group_rows, min(f.rows, (share + 1) * f.group_rows)
+        first, last = task * f.group_rows, min(f.rows, (task + 1) * f.group_rows)
         for chunk in range(chunks):
             vector_products(
                 f.values_are_bf16, f.values, f.offsets, f.pointers + 4 * chunk * f.rows, kept, first, last,
@@ -228,7 +228,7 @@ def multiply_one(address):
 
 
 @part
-def _pack_share(source, stride, is_bf16, tokens, columns, packed, tile):
+def _pack_tile(source, stride, is_bf16, tokens, columns, packed, tile):
     """Tile `tile` of a tensor (tokens, columns) into packed (tiles, columns, WIDTH)."""
     size, first = 2 if is_bf16 else 4, tile * WIDTH
     line = source + first * stride * size
@@ -237,29 +237,29 @@ def _pack_share(source, stride, is_bf16, tokens, columns, packed, tile):
 
 @whole_pass
 def pack_both(address):
-    """x into `packed` and gy, which is in y, into `packed_y`: (tiles, features, WIDTH) each. A share is a tile."""
+    """x into `packed` and gy, which is in y, into `packed_y`: (tiles, features, WIDTH) each. A task is a tile."""
     f = _frame(address)
     while True:
-        share = take_share(address)
-        if share >= f.shares:
+        task = take_task(address)
+        if task >= f.tasks:
             return
-        tile = share // 2
-        if share % 2:
-            _pack_share(f.x, f.x_stride, f.x_is_bf16, f.tokens, f.columns, f.packed, tile)
+        tile = task // 2
+        if task % 2:
+            _pack_tile(f.x, f.x_stride, f.x_is_bf16, f.tokens, f.columns, f.packed, tile)
         else:
-            _pack_share(f.y, f.y_stride, f.y_is_bf16, f.tokens, f.rows, f.packed_y, tile)
+            _pack_tile(f.y, f.y_stride, f.y_is_bf16, f.tokens, f.rows, f.packed_y, tile)
 
 
 @whole_pass
 def sampled(address):
-    """out (kept,) = gy^T x at the kept weights, or that added to it. A share is a group of rows and a chunk."""
+    """out (kept,) = gy^T x at the kept weights, or that added to it. A task is a group of rows and a chunk."""
     f = _frame(address)
     chunks, tiles = (f.columns + CHUNK - 1) // CHUNK, (f.tokens + WIDTH - 1) // WIDTH
     while True:
-        share = take_share(address)
-        if share >= f.shares:
+        task = take_task(address)
+        if task >= f.tasks:
             return
-        group, chunk = share // chunks, share % chunks
+        group, chunk = task // chunks, task % chunks
         pointers = _integers(f.pointers + 4 * chunk * f.rows, f.rows + 1)
         for tile in range(tiles):
             panel = f.packed + (tile * f.columns + chunk * CHUNK) * WIDTH * 4

@@ -16,9 +16,10 @@ import numba
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from pst_kernels.masks.chunks import CHUNK
+
 WIDTHS = (8, 16, 32, 64)  # tokens of a tile
 WIDTH = WIDTHS[-1]
-PLACES = 128  # of a table that is looked up in: the columns of a chunk
 
 _FLOAT, _I64, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.IntType(8)
 _FUSED = ("contract", "nsz")
@@ -175,12 +176,12 @@ def row_product(typing_context, form, values, offsets, count, panel, sums, start
 
 
 def _lookup(builder: ir.IRBuilder, table: ir.Value) -> Callable[[ir.Value], ir.Value]:
-    """What makes table[places] of a vector of places; the table has PLACES floats.
+    """What makes table[places] of a vector of places; the table has CHUNK floats.
 
     With AVX-512 it lies in eight registers: a gather is as slow as a load for each lane.
     """
     vector, indices = ir.VectorType(_FLOAT, LANES), ir.VectorType(_I32, LANES)
-    parts = [_load(builder, table, part * LANES, LANES) for part in range(PLACES // LANES)] if LANES == 16 else []
+    parts = [_load(builder, table, part * LANES, LANES) for part in range(CHUNK // LANES)] if LANES == 16 else []
     choose = ir.FunctionType(vector, [vector, indices, vector])
 
     def look(places: ir.Value) -> ir.Value:
@@ -251,7 +252,7 @@ def _vector_products(builder: ir.IRBuilder, value_type: ir.Type, arguments: list
 def vector_products(typing_context, halves, values, offsets, pointers, kept, first, last, table, sums, starts):
     """For one token: sums (last - first, LANES) of a chunk's products of rows first to last, lane by lane.
 
-    `table` (PLACES,) is the chunk of x; `kept` the length of the whole list, behind which nothing is read.
+    `table` (CHUNK,) is the chunk of x; `kept` the length of the whole list, behind which nothing is read.
     """
 
     def generate(context, builder, signature, arguments):

@@ -1,6 +1,6 @@
-"""Compile every shipped kernel and configuration ahead of time, without a GPU, and read the machine code.
+"""Compile the shipped kernels and configurations ahead of time, without a GPU, and read the machine code.
 
-Behind `pst-kernels kernels`. What is compiled comes from the launchers themselves (see `tiles.Case`), so a row is what
+Behind `pst-kernels kernels`. What is compiled comes from the launchers themselves (see `cases.Case`), so a row is what
 a user's call would run. Triton's own cache is used; it is keyed by source, types, constants, options, target and
 compiler.
 """
@@ -12,7 +12,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import importlib
 import json
 import math
 import multiprocessing
@@ -22,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +32,16 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pst_kernels import env
 
-from ..tiles import TARGETS, Case, Target, compiling_for
+from ..tiles.targets import TARGETS, Target, compiling_for
+from . import block_cases, cases
+from .cases import Case
 
-# each has cases() -> Iterator[tiles.Case]
-KERNEL_FILES = ("score", "select", "mask", "matmul", "gradients", "block_lists", "block_matmul", "block_gradients")
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "score": cases.of_scores, "select": cases.of_selection, "mask": cases.of_masks, "matmul": cases.of_matmul,
+    "gradients": cases.of_gradients, "block_lists": block_cases.of_lists, "block_matmul": block_cases.of_matmul,
+    "block_gradients": block_cases.of_gradients,
+}  # fmt: skip
+KERNEL_FILES = tuple(CASES)
 TENSOR_CORE = re.compile(r"[HQI]?G?MMA$|UTC\w*MMA$")
 PRODUCT = re.compile(r"warp_group_dot|tc_gen5_mma|nvidia_mma|amd_mfma")  # in Triton's GPU code
 FEWEST_REGISTERS = 10  # of an NVIDIA GPU: an empty kernel has 4 there; on AMD's, small ones that are whole have 8
@@ -86,9 +91,13 @@ class Row(NamedTuple):
     budget: float | None
     seconds: float
     file: str  # in the folder of --dump, without suffix
+    nops: int = 0  # of `loop`: an assembler puts them between tensor-core instructions to keep their pace
+    error: str = ""  # the first line of the compiler's; the numbers are then 0
 
     @property
     def problems(self) -> list[str]:
+        if self.error:
+            return [f"does not compile: {self.error}"]
         found = []
         if self.stack or self.local:
             found.append(f"spills {self.stack + self.local} B")
@@ -102,7 +111,15 @@ class Row(NamedTuple):
             found.append(f"{self.shared} B of shared memory do not fit")
         if self.budget is not None and (self.slots is None or self.slots > self.budget):
             found.append(f"main loop takes {self.slots} issue slots per tensor-core cycle, budget {self.budget}")
+            if self.slots_without_nops is not None and self.slots_without_nops <= self.budget:
+                found[-1] += f"; {self.slots_without_nops} without the assembler's NOPs"
         return found
+
+    @property
+    def slots_without_nops(self) -> float | None:
+        if self.slots is None or not self.loop:
+            return self.slots
+        return round(self.slots * (1 - self.nops / self.loop), 3)
 
 
 def gpu_target(architecture: str) -> GPUTarget:
@@ -132,12 +149,11 @@ def recorded(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any, Any, An
 
 @functools.lru_cache(maxsize=1)
 def shipped(architecture: str, files: tuple[str, ...] = KERNEL_FILES) -> list[Compilation]:
-    """Every binary that the launchers can ask for on one target, once each."""
+    """The binaries that the cases of these kernel files ask for on one target, once each."""
     found: dict[str, Compilation] = {}
     for name in files:
-        module = importlib.import_module(f"pst_kernels.triton.{name}")
         with compiling_for(architecture), recorded(gpu_target(architecture)) as launches:
-            for case in module.cases():
+            for case in CASES[name]():
                 launches.clear()
                 case.call()
                 for kernel, signature, constexprs, attributes, options in launches:
@@ -149,7 +165,7 @@ def shipped(architecture: str, files: tuple[str, ...] = KERNEL_FILES) -> list[Co
 def report(
     architecture: str, dump: Path | None = None, workers: int | None = None, files: tuple[str, ...] = KERNEL_FILES
 ) -> list[Row]:
-    """A row for every binary that `files` ship for a target. `dump` is a folder for one .ptx and .cubin a row."""
+    """A row for each binary of `shipped`. `dump` is a folder for one .ptx and .cubin a row."""
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
     workers = workers or os.cpu_count() or 1
@@ -163,15 +179,13 @@ def report(
 
 def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | None) -> Row:
     binary, target = shipped(architecture, files)[index], TARGETS[architecture]
+    name = f"{architecture}-{index:03d}-{binary.kernel.__name__}"
     start = time.monotonic()
     try:
         compiled = binary.compile(gpu_target(architecture))
-    except Exception as error:  # Triton raises what it likes; the row is what a reader needs
-        raise RuntimeError(
-            f"{binary.kernel.__name__} ({binary.case.name}) does not compile for {architecture}"
-        ) from error
+    except Exception as error:  # Triton raises what it likes; a reader wants the other rows as well
+        return _failed(architecture, binary, name, error)
     seconds = time.monotonic() - start
-    name = f"{architecture}-{index:03d}-{binary.kernel.__name__}"
     if dump is not None:
         for kind in ("ptx", "cubin", "amdgcn", "hsaco"):
             if kind in compiled.asm:
@@ -184,14 +198,24 @@ def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | Non
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     tile = [binary.constants[side] for side in TILE if side in binary.constants]
     slots = None
-    if read["loop"] is not None and len(tile) == len(TILE) and not binary.constants.get("GIVEN"):
+    if read["loop"] is not None and len(tile) == len(TILE) and not binary.constants.get("G_STORED"):
         cycles = math.prod(tile) / target.fma_per_cycle
         slots = round(read["loop"] * warps / 4 / cycles, 3)  # a multiprocessor issues four instructions a cycle
     return Row(
         architecture, binary.kernel.__name__, binary.case.name, warps, compiled.metadata.num_stages,
         read["registers"], read["stack"], read["local"], shared, _blocks(target, read["registers"], warps, shared),
         PRODUCT.search(compiled.asm["ttgir"]) is not None, read["tensor_core"], read["loop"], slots,
-        binary.case.slots if len(tile) == len(TILE) else None, round(seconds, 2), name,
+        binary.case.slots if len(tile) == len(TILE) else None, round(seconds, 2), name, read["nops"],
+    )  # fmt: skip
+
+
+def _failed(architecture: str, binary: Compilation, name: str, error: Exception) -> Row:
+    """The row of a binary that does not compile."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return Row(
+        architecture, binary.kernel.__name__, binary.case.name, binary.options.get("num_warps", 4),
+        binary.options.get("num_stages", 0), 0, 0, 0, 0, 0, False, "", None, None, binary.case.slots, 0.0, name,
+        error=f"{type(error).__name__}: {first}",
     )  # fmt: skip
 
 
@@ -238,6 +262,7 @@ def _read_cubin(cubin: bytes, code: bool = True) -> dict[str, Any]:
         "registers": used.get("REG", 0), "stack": used.get("STACK", 0), "local": used.get("LOCAL", 0),
         "tensor_core": f"{most} x{kinds[most]}" + ", left operand in registers" * in_registers if most else "",
         "loop": None if loop is None else sum(not TENSOR_CORE.match(_opcode(text).split(".")[0]) for text in loop),
+        "nops": sum(_opcode(text) == "NOP" for text in loop or ()),
     }  # fmt: skip
 
 
@@ -274,7 +299,7 @@ def _read_amdgcn(text: str) -> dict[str, Any]:
     return {
         "registers": field("vgpr_count") + field("agpr_count"), "stack": field("private_segment_fixed_size"),
         "local": 4 * field("vgpr_spill_count"), "tensor_core": f"{most[0][0]} x{most[0][1]}" if most else "",
-        "loop": None,
+        "loop": None, "nops": 0,
     }  # fmt: skip
 
 
@@ -286,7 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Print the report; 1 when a row spills, does not fit or exceeds its budget."""
+    """Print the report; 1 when a row does not compile, spills, does not fit or exceeds its budget."""
     rows = report(args.target or env.architecture() or _device_target(), args.dump, args.workers)
     if args.json:
         print(json.dumps([row._asdict() | {"problems": row.problems} for row in rows], indent=1))
@@ -298,7 +323,7 @@ def main(args: argparse.Namespace) -> int:
 def _device_target() -> str:
     import torch
 
-    from ..tiles import architecture
+    from ..tiles.targets import architecture
 
     return architecture(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else "sm_90"
 

@@ -1,0 +1,40 @@
+"""The versions of Triton: the oldest that the kernels take, and what one's compiler needs otherwise than the others'.
+
+This is the only place that asks for a version. Each choice is the smallest that compiles without a spill for every
+target; `python tests/triton/every_triton.py` shows what each version makes of all kernels.
+"""
+
+from __future__ import annotations
+
+import re
+
+import triton
+
+OLDEST = (3, 6)
+
+
+def number(version: str) -> tuple[int, int]:
+    """Of "3.7.1+git", (3, 7)."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def require(version: str) -> None:
+    if number(version) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(
+            f"the kernels of pst_kernels need triton {oldest} or newer, found {version};"
+            f" pip install 'triton>={oldest}', or set PST_KERNELS_BACKEND=torch"
+        )
+
+
+require(triton.__version__)
+INSTALLED = number(triton.__version__)
+
+# Triton 3.6 computes W' a second time, in the layout that W' is stored with, where W is stored transposed, and takes
+# more registers to gather scores with 17 to 32 ranks. Neighbours, and rows of a step, of these tiles.
+TRANSPOSED_ACROSS = 32 if INSTALLED < (3, 7) else 128
+MANY_HELD_ROWS = 4 if INSTALLED < (3, 7) else 8
+
+# Triton 3.9 takes more registers for a tile of G that is read: columns of a tile, at most.
+G_STORED_COLUMNS = 64 if INSTALLED >= (3, 9) else 128
