@@ -65,6 +65,7 @@ def test_fsdp2_shards_by_transformer_block(monkeypatch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # the checkpoint is loaded by one process
 def test_fsdp2_trains_as_one_process_and_its_checkpoint_loads_into_one(tmp_path):
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "accelerate_fsdp2.yaml")]
