@@ -225,6 +225,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     they are. By `format` the layers become
 
     - "dense": `nn.Linear` or `Conv1D`; the state dict has a dense model's keys;
+    - "sparse": `SparseLinear`, which stores the kept weights of any pattern and multiplies by them alone;
     - "bsr": `BlockSparseLinear`, which stores the kept blocks and multiplies by them alone, for `pattern="block:B"`;
     - "semi_structured": `nn.Linear` whose weight is torch's semi-structured tensor, for `pattern="2:4"` on CUDA, in
       fp16 or bf16.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import env
-from .cpu import kept_blocks
+from .cpu import kept_blocks, kept_weights
 from .masks import due
 from .masks.packing import packed_width
 from .masks.patterns import parse
@@ -114,6 +114,11 @@ def _fake_backward(gy: Tensor, x: Tensor, operands: MaskedWeight, *rest: Any) ->
     return x.new_empty(x.shape if needs.input else 0), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _fake_sparse_backward(gy, x, values, offsets, pointers, in_features, needs_input, needs_values):
+    dx = gy.new_empty((gy.shape[0], in_features) if needs_input else 0)
+    return dx, values.new_empty(values.shape if needs_values else 0, dtype=compute_dtype(values.dtype))
+
+
 def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
     refresh(kernels, weights, state, due.watch_of(weights.factors.U))
 
@@ -174,6 +179,18 @@ _define(
     lambda gy, _blocks, _rows, _columns, in_features: gy.new_empty((gy.shape[0], in_features)),
     run=lambda _, *operands: kept_blocks.backward(*operands),
 )  # fmt: skip
+_LISTS = ["Tensor values", "Tensor offsets", "Tensor pointers"]  # of SparseRows, see cpu/sparse_rows.py
+_define(
+    "sparse_forward", ["Tensor x", *_LISTS, "Tensor? bias", "SymInt out_features"], "Tensor",
+    lambda x, *operands: x.new_empty((x.shape[0], operands[-1])),
+    run=lambda _, *operands: kept_weights.forward(*operands),
+)  # fmt: skip
+_define(
+    "sparse_backward",
+    ["Tensor gy", "Tensor x", *_LISTS, "SymInt in_features", "bool needs_input", "bool needs_values"],
+    "(Tensor, Tensor)", _fake_sparse_backward,
+    run=lambda _, *operands: kept_weights.backward(*operands),
+)  # fmt: skip
 
 _ops = getattr(torch.ops, NAMESPACE)
 scores = _ops.scores.default
@@ -188,3 +205,5 @@ block_forward = _ops.block_forward.default
 block_backward = _ops.block_backward.default
 kept_blocks_forward = _ops.kept_blocks_forward.default
 kept_blocks_backward = _ops.kept_blocks_backward.default
+sparse_forward = _ops.sparse_forward.default
+sparse_backward = _ops.sparse_backward.default

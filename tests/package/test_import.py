@@ -84,7 +84,7 @@ def test_every_public_name():
     names = {
         "PSTConfig", "replace_linear", "PSTLinear", "PSTConv1D", "SparsitySchedule", "PSTCallback",
         "print_trainable_parameters", "get_layer_status", "merge_and_unload", "save_pretrained", "load_pretrained",
-        "functional", "refresh_masks", "BlockSparseLinear", "save_compressed", "load_compressed",
+        "functional", "refresh_masks", "BlockSparseLinear", "SparseLinear", "save_compressed", "load_compressed",
     }  # fmt: skip
     assert set(pst.__all__) == names
     assert all(getattr(pst, name) is not None for name in names)
