@@ -10,6 +10,7 @@ import json
 import sys
 from typing import NamedTuple
 
+import interpreter
 import torch
 from linear_problem import SCALES, relative_error
 from linear_problem import Problem as LinearProblem
@@ -111,4 +112,5 @@ INTERPRETED = [
 ]  # fmt: skip
 
 if __name__ == "__main__":
+    interpreter.mend()
     json.dump([[problem._asdict(), problem.errors()] for problem in INTERPRETED], sys.stdout)

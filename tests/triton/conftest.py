@@ -18,11 +18,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOOLS = REPOSITORY.parent / "shared" / "tools"
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.mend()
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +99,8 @@ def found(request: pytest.FixtureRequest) -> dict[Any, dict[str, float]]:
     """The relative errors of a module's interpreted problems: its Problem's own file solves them in the interpreter."""
     script = Path(sys.modules[request.module.Problem.__module__].__file__ or "")
     environment = os.environ | {
-        "TRITON_INTERPRET": "1", "PST_KERNELS_BACKEND": "triton", "PYTHONPATH": str(REPOSITORY),
+        "TRITON_INTERPRET": "1", "PST_KERNELS_BACKEND": "triton",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]

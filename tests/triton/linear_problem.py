@@ -10,6 +10,7 @@ import json
 import sys
 from typing import NamedTuple
 
+import interpreter
 import torch
 from torch import Tensor
 
@@ -105,4 +106,5 @@ INTERPRETED = [
 ]  # fmt: skip
 
 if __name__ == "__main__":
+    interpreter.mend()
     json.dump([[problem._asdict(), problem.errors()] for problem in INTERPRETED], sys.stdout)
