@@ -15,6 +15,10 @@ JOBS = {
     "export": ("bench.speed.export", "how large the files of a sparse model are, and that they load back bit for bit"),
     "profile": ("bench.speed.profile", "where the time of one PST step goes, pass by pass"),
     "accuracy": ("bench.accuracy", "how good the sparse models are: methods x sparsities x seeds, resumable"),
+    "gpu": (
+        "bench.gpu.job",
+        "all that a GPU is needed for, in nine minutes: smoke, tests, benchmark, compiled kernels",
+    ),
     "roofline": ("bench.speed.roofline", "bytes, operations and floor times of a GPU, computed, not measured"),
 }
 

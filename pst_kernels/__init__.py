@@ -3,7 +3,7 @@
     import pst_kernels as pst
     model = pst.replace_linear(model, pst.PSTConfig(sparsity=0.9))
 
-Importing this needs torch, numpy and safetensors; neither triton nor transformers, and it touches no device.
+Importing this needs torch and numpy; neither triton nor transformers, and it touches no device.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import PSTConfig
@@ -42,6 +40,8 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
     buffers, and whatever else is trainable. Of a model sharded over processes every process must call this; each
     gathers and writes the same files. Raises ValueError when the model has no PST layers.
     """
+    from safetensors.torch import save_file  # needed for files alone, and so not by those who import the package
+
     config = _saved_config(model)
     layers = dict(pst_layers(model))
     names = _factor_shapes(layers, config).keys() | _trained_beside(model, layers, config)
@@ -124,6 +124,8 @@ def _without_duplicates(layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -280,6 +282,8 @@ def _load_released(model: nn.Module, directory: Path) -> nn.Module:
 
 
 def _read_released(directory: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
     for name in ("model.safetensors", "pytorch_model.bin"):
         path = directory / name
         if not path.is_file():

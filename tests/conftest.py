@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from types import ModuleType
+
 import pytest
 import torch
 
@@ -16,6 +19,28 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="session")
+def emulator() -> ModuleType:
+    """The package that executes the compiled PTX of kernels on CPU tensors."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    return importlib.import_module("emulator")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch.empty allocates is NaN, or no index, until a kernel writes it."""
+    empty = torch.empty
+    values = {torch.int32: 1 << 30, **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), float("nan"))}
+
+    def poison(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if tensor.device.type == "meta" or tensor.dtype not in values:
+            return tensor
+        return tensor.fill_(values[tensor.dtype])
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
 @pytest.fixture(params=["numba", "torch"])
 def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The passes over W on a CPU in both forms."""
@@ -23,6 +48,18 @@ def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
+# Fixtures of a module that take long: their tests go to one worker, which makes them once. With --dist loadgroup.
+SHARED = {"found", "finished", "launched", "trained", "report"}
+COMPILED = {"emulator", "found", "report"}  # what asks for these is no part of `make test-quick`
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & COMPILED:
+            item.add_marker(pytest.mark.compiled)
+        if fixtures & SHARED:
+            target = item.callspec.params.get("report", "") if hasattr(item, "callspec") else ""
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {target}"))

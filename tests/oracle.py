@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pst_kernels.masks import patterns
 from pst_kernels.operands import Factors, MaskedWeight, Scales
 
 SHAPES = [(1, 1), (7, 33), (129, 65), (96, 384), (300, 1000)]
 SPARSITIES = [0.0, 0.5, 0.9, 0.99]
+PATTERNS = ["block:16", "block:32", "block:64", "block:128", "2:4", "3:7", "5:20"]
 SCALES = {"beta": 0.75, "alpha1": 0.5, "alpha2": 2.0}
 
 
@@ -51,6 +53,27 @@ def relative_error(value: Tensor, exact: Tensor) -> float:
     """RMS of the error over RMS of the exact result, in float64."""
     value, exact = value.double(), exact.double()
     return ((value - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def mask_by_definition(scores: Tensor, pattern: patterns.Pattern, num_pruned: int) -> Tensor:
+    """The mask of a pattern in loops, from nothing but the definition."""
+    kept = torch.ones(scores.shape, dtype=torch.bool)
+    out, columns = scores.shape
+    if isinstance(pattern, patterns.Blocks):
+        size = pattern.size
+        corners = [(r, c) for r in range(0, out, size) for c in range(0, columns, size)]
+        means = torch.stack([scores[r : r + size, c : c + size].double().mean() for r, c in corners])
+        for i in torch.argsort(means, stable=True)[:num_pruned].tolist():
+            r, c = corners[i]
+            kept[r : r + size, c : c + size] = False
+        return kept
+    of_group = next(k for k in range(pattern.group) if pattern._count((out, columns), k) == num_pruned)
+    for row in range(out):
+        for start in range(0, columns, pattern.group):
+            group = scores[row, start : start + pattern.group]
+            surplus = len(group) - (pattern.group - of_group)
+            kept[row, start + torch.argsort(group, stable=True)[: max(0, surplus)]] = False
+    return kept
 
 
 def grouped(tensors: Sequence[Tensor], scales: Sequence[float] = (1.0, 1.0, 1.0)) -> tuple[Tensor, Factors, Scales]:

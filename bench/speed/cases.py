@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,8 +75,29 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def quick() -> list[Case]:
-    """The shapes of the targets in the README's first table; step mode for each, every mode for one of them."""
+def quick(device: str = "cpu") -> list[Case]:
+    """The shapes of the targets in the README's first table; step mode for each, every mode for one of them.
+
+    On a GPU first what it is bought for: bf16, and a layer of a large model.
+    """
+    return list(dict.fromkeys([*(_quick_on_a_gpu() if device == "cuda" else []), *_quick()]))
+
+
+def _quick_on_a_gpu() -> list[Case]:
+    bf16, (up, query, wide) = torch.bfloat16, (BY_NAME[n] for n in ("BERT-base up", "Llama-8B query", "Llama-8B up"))
+    return [
+        Case("step", query, 4096, bf16),
+        Case("step", up, 1024, bf16),
+        Case("mask", query, 0, bf16),
+        Case("forward", query, 1024, bf16),
+        Case("backward", query, 1024, bf16),
+        Case("forward", query, 16, bf16),
+        Case("step", wide, 4096, bf16),
+        Case("step", query, 16384, bf16),
+    ]
+
+
+def _quick() -> list[Case]:
     up, down, attention, gpt2 = (
         BY_NAME[n] for n in ("BERT-base up", "BERT-base down", "BERT-base attention", "GPT-2 medium up")
     )
@@ -105,6 +127,13 @@ def full() -> Iterator[Case]:
                     yield Case("backward", shape, tokens, dtype)
                 yield Case("step", shape, tokens, dtype)
     yield Case("model", MINILM, 2048, torch.float32)
+
+
+def lacking(case: Case) -> str | None:
+    """What is not installed and a case needs, or None."""
+    if case.mode == "model" and importlib.util.find_spec("transformers") is None:
+        return "transformers is not installed"
+    return None
 
 
 def too_much(case: Case, machine: Machine) -> str | None:

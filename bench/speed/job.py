@@ -8,9 +8,8 @@ import time
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..console import console
+from ..console import console, progress
 from ..tables import rows as results
 from ..tables import table
 from . import cases, ceilings, run
@@ -19,6 +18,9 @@ from .compare import base_version
 
 QUICK_SECONDS, FULL_SECONDS = 4.0, 8.0
 QUICK_TOTAL = 75.0  # seconds of all quick cases; where a slow machine falls behind, the later cases get fewer rounds
+# (warm-up rounds, most rounds) of a case, by device. On a CPU the run that counts bytes warms up. A GPU takes more: its
+# libraries choose their kernels, its clock rises; and a round there takes milliseconds.
+ROUNDS = {"cpu": (1, 50), "cuda": (3, 200)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--adamw", choices=("fused", "default"), default="fused", help="for every provider")
     parser.add_argument("--seconds", type=float, default=None, help="time for one case")
+    parser.add_argument(
+        "--total",
+        type=float,
+        help=f"time for all quick cases, {QUICK_TOTAL:.0f}; with it, later cases are left out when it is over",
+    )
+    parser.add_argument("--list", action="store_true", help="print the cases and who takes part, and measure nothing")
+    parser.add_argument(
+        "--plots", action=argparse.BooleanOptionalAction, default=True, help="draw the plots (matplotlib)"
+    )
     parser.add_argument("--longest-step", type=float, default=4.0, help="leave out cases whose dense step takes longer")
     parser.add_argument("--output", type=Path, help="folder; default bench/results, with --quick runs/bench")
 
@@ -43,7 +54,7 @@ def chosen(options: argparse.Namespace) -> list[cases.Case]:
     """The cases of the command line. Raises ValueError when there are none."""
     found = [
         case
-        for case in (cases.quick() if options.quick else cases.full())
+        for case in (cases.quick(options.device) if options.quick else cases.full())
         if (not options.modes or case.mode in options.modes)
         and (not options.shapes or any(text.lower() in case.shape.name.lower() for text in options.shapes))
         and (not options.tokens or not case.tokens or case.tokens in options.tokens)
@@ -61,6 +72,8 @@ def main(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     wanted = chosen(options)
+    if options.list:
+        return _list(wanted, options)
     output = options.output or (results.ROOT / "runs" / "bench" if options.quick else results.RESULTS)
     limits = ceilings.measured(options.device, cases.DTYPES, 0.3 if options.quick else 1.0)
     out.print(
@@ -68,38 +81,43 @@ def main(options: argparse.Namespace) -> int:
     )
     machine = run.machine(options.device, limits.gemm, options.longest_step)
     rows: list[results.Row] = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with base_version(options.base, options.device) as base, Progress(*columns, console=out) as progress:
+    with base_version(options.base, options.device) as base, progress(out) as bars:
         settings = run.Options(
-            device=options.device, adamw=options.adamw, only=options.providers, base=base, say=progress.console.print,
+            device=options.device, adamw=options.adamw, only=options.providers, base=base, say=bars.console.print,
             everyone=not options.quick, seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
-            warmup=0 if options.quick else 1,  # the run that counts bytes comes first in any case
+            warmup=0 if options.quick and options.device == "cpu" else ROUNDS[options.device][0],
+            max_rounds=ROUNDS[options.device][1],
         )  # fmt: skip
-        bar = progress.add_task("", total=len(wanted))
+        bar = bars.add_task("", total=len(wanted))
         for number, case in enumerate(wanted):
             if options.quick:
-                left = (QUICK_TOTAL - (time.perf_counter() - start)) / (len(wanted) - number)
+                left = ((options.total or QUICK_TOTAL) - (time.perf_counter() - start)) / (len(wanted) - number)
                 settings.seconds = min(settings.seconds, max(0.5, 0.5 * left))
                 settings.min_rounds = 3 if left > 0 else 1
-            progress.update(bar, description=str(case))
-            if reason := cases.too_much(case, machine):
-                progress.console.print(f"left out: {case}: {reason}")
+            bars.update(bar, description=str(case))
+            late = options.total is not None and time.perf_counter() - start > options.total
+            reason = "no time is left" if late else cases.lacking(case) or cases.too_much(case, machine)
+            if reason:
+                bars.console.print(f"left out: {case}: {reason}")
             else:
                 rows += run.run_case(case, settings)
                 _write(output, rows)  # after every case: an interrupted run keeps what it has
-            progress.advance(bar)
+            bars.advance(bar)
     table.print_rows(rows, out)
     out.print(table.spread(rows))
     out.print(_load())
-    _plot(output, limits)
+    if options.plots:
+        _plot(output, limits)
     out.print(f"{len(rows)} rows in {time.perf_counter() - start:.0f} s, written to {output / results.CSV_NAME}")
     return int(any(row.check != OK for row in rows))
+
+
+def _list(wanted: list[cases.Case], options: argparse.Namespace) -> int:
+    who = run.Options(device=options.device, only=options.providers, everyone=not options.quick).providers
+    for case in wanted:
+        print(f"{case}{f': left out: {cases.lacking(case)}' if cases.lacking(case) else ''}")
+    print(f"{len(wanted)} cases; {', '.join(provider.name for provider in who)}")
+    return 0
 
 
 def _load() -> str:

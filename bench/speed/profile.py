@@ -15,10 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
-from ..console import console
+from ..console import Table, console
 from ..tables import rows as results
 from . import cases, modes
 from .cases import Case

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 
 from pst_kernels.files import replacing
 
-from ..console import console
+from ..console import Table, console
 from ..tables.rows import RESULTS
 from .cases import SHAPES, Shape, short
 
@@ -66,10 +65,10 @@ class Tiles(NamedTuple):
     forward: Tile | None
     backward: Tile | None
     gradients: Tile
-    shares: int  # how many programs split the tokens of one tile of G, each with sums of its own
+    split_k: int  # how many programs split the tokens of one tile of G, each with sums of its own
     width: int  # of the product that adds beta U V in the loop: the rank, padded and split as the kernel multiplies it
     source: str
-    walk: int = 1  # tiles of G side by side that a program makes, adding up the sums of their rows
+    sweep: int = 1  # tiles of G side by side that a program makes, adding up the sums of their rows
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,8 @@ def pst_step(shape: Shape, tokens: int, size: int, tiles: Tiles) -> list[Pass]:
     # G is never written, so in its place W is read, for the gate; then W' and four small products of the tile
     G = gemm("G GEMM with factor gradients", out, columns, tokens, size, tiles.gradients)
     # sums for U, A, R along each row of tiles and for V, B, C along each column, fp32, added up in a fixed order
-    sums = out * -(-tiles.gradients.across(shape) // tiles.walk) + columns * tiles.gradients.down(shape)
-    partial = 4.0 * (2 * RANK + 1) * sums * tiles.shares
+    sums = out * -(-tiles.gradients.across(shape) // tiles.sweep) + columns * tiles.gradients.down(shape)
+    partial = 4.0 * (2 * RANK + 1) * sums * tiles.split_k
     passes.append(Pass(G.name, G.nbytes + bits + partial, G.operations + 5 * low_rank + 6.0 * numel, G.cache_bytes))
     passes.append(Pass("reduce partial sums", partial + 4.0 * factors, partial / 4.0))
     passes.append(Pass("AdamW over the factors", 28.0 * factors, 14.0 * factors))
@@ -154,17 +153,21 @@ IN_LOOP_TOKENS = 2048  # assumed up to here; break-even by arithmetic lies betwe
 def shipped_tiles(architecture: str, shape: Shape, tokens: int, dtype: torch.dtype) -> Tiles:
     """From the table that the Triton kernels use; assumed ones where triton or the kernels are not there."""
     try:
-        table: Any = importlib.import_module("pst_kernels.triton.tiles")
+        table: Any = importlib.import_module("pst_kernels.triton.tiles.choice")
         products = [table.matmul(architecture, dtype, dtype, tokens, d, RANK) for d in (shape.columns, shape.out)]
         forward, backward = (None if t is None else Tile(t.rows, t.columns) for t in products)
-        stacked = table.stacked(architecture, 2 * RANK)
-        found = table.gradients(architecture, dtype, dtype, shape.out, shape.columns, RANK + 1, stacked)
+        few_ranks = table.few_ranks(architecture, 2 * RANK)
+        found = table.gradients(architecture, dtype, dtype, shape.out, shape.columns, RANK + 1, few_ranks)
         gradients = Tile(found.rows, found.columns)
         across, down = gradients.across(shape), gradients.down(shape)
-        share = table.token_share(architecture, down * across, tokens, found.depth)
-        shares, width = -(-tokens // share), table.factor_width(RANK, True)
-        walk = table.walk(architecture, found, across, down * shares, share, 2 * RANK + 1) if stacked else 1
-        return Tiles(forward, backward, gradients, shares, width, SHIPPED, walk)
+        tokens_per_split = table.tokens_per_split(architecture, down * across, tokens, found.depth)
+        split_k, width = -(-tokens // tokens_per_split), table.factor_width(RANK, True)
+        sweep = (
+            table.sweep_length(architecture, found, across, down * split_k, tokens_per_split, 2 * RANK + 1)
+            if few_ranks
+            else 1
+        )
+        return Tiles(forward, backward, gradients, split_k, width, SHIPPED, sweep)
     except (ImportError, AttributeError):
         in_loop = Tile(128, 256 if tokens > 128 else 64) if tokens <= IN_LOOP_TOKENS else None
         return Tiles(in_loop, in_loop, Tile(128, 128), 1, RANK, ASSUMED)

@@ -31,6 +31,7 @@ class Options:
     device: str = "cpu"
     seconds: float = 8.0  # for one case
     min_rounds: int = 3
+    max_rounds: int = 50
     warmup: int = 1
     adamw: str = "fused"
     only: Sequence[str] = ()  # names of providers beside dense; if empty, all but those of sparse_providers.py,
@@ -62,13 +63,17 @@ class Contestant:
 
 def run_case(case: Case, options: Options) -> list[results.Row]:
     """All rows of a case. A provider whose check fails, or whose reference's did, gets no ratio."""
-    contestants = list(_contestants(case, options))
-    held = {c.name: _bytes(c.task, options.device) for c in contestants}  # a run each, which also warms up
+    contestants, held = [], {}
+    for contestant in _contestants(case, options):
+        with _left_out_if_it_fails(contestant.name, case, options):
+            held[contestant.name] = _bytes(contestant.task, options.device)  # a run, which also warms up
+            contestants.append(contestant)
     checks = {c.name: c.check for c in contestants}
     reference = REFERENCES.get(case.mode, DENSE)
     timers = {c.name: c.timer for c in contestants}
     timings = measure.interleaved(
-        timers, options.seconds, reference=reference, min_rounds=options.min_rounds, warmup=options.warmup
+        timers, options.seconds, reference=reference, min_rounds=options.min_rounds, max_rounds=options.max_rounds,
+        warmup=options.warmup,
     )  # fmt: skip
     rows = []
     for contestant in contestants:
@@ -94,13 +99,24 @@ def _contestants(case: Case, options: Options) -> Iterator[Contestant]:
             if options.device == "cpu" and sort > LONGEST_SORT:
                 options.say(f"{provider.name} is left out of {case}: its sort alone takes about {sort:.0f} s")
                 continue
-            one = task_of(provider, case, options)
+            one = None
+            with _left_out_if_it_fails(provider.name, case, options):
+                one = task_of(provider, case, options)
             if one is not None:
                 check = checked(provider, case, options.device, options.adamw)
                 timer = measure.timer(one.run, one.prepare, options.device, one.steps)
                 yield Contestant(provider.name, check, timer, one)
     if options.base is not None:
         yield from (Contestant(name, check, timer, None) for name, check, timer in options.base.timers(case, options))
+
+
+@contextlib.contextmanager
+def _left_out_if_it_fails(name: str, case: Case, options: Options) -> Iterator[None]:
+    """One that cannot run a case, for want of memory say, loses the others neither this case nor the next."""
+    try:
+        yield
+    except Exception as error:
+        options.say(f"{name} is left out of {case}: {type(error).__name__}: {error}")
 
 
 def task_of(provider: Provider, case: Case, options: Options) -> Task | None:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from rich.table import Table
 
 from pst_kernels.files import read_json, write_json
 
-from ..console import console
+from ..console import Table, console
 from . import rows as results
 from .table import replace_between
 

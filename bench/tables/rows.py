@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import datetime
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -116,12 +117,15 @@ def today() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" behind it when the package or the benchmark differs from it."""
+    """The checkout's commit, with "+" behind it when the package or the benchmark differs from it.
+
+    A copy without git takes it from the variable BENCH_COMMIT.
+    """
     try:
         short = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", "pst_kernels", "bench/*.py")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BENCH_COMMIT", "").strip() or "unknown"
     return short + ("+" if changed else "")
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from pst_kernels.files import replacing
 
+from ..console import Console, Table
 from ..speed.cases import MODES
 from .rows import Row
 

@@ -11,8 +11,9 @@ from .ops import (
     prune_mask,
     scores,
 )
+from .scratch import release as release_scratch
 
 __all__ = [
     "block_backward", "block_forward", "forward_scratch", "kth_value", "linear_backward", "linear_forward",
-    "masked_weight", "prune_mask", "scores",
+    "masked_weight", "prune_mask", "release_scratch", "scores",
 ]  # fmt: skip

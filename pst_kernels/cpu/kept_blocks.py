@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-class Place(NamedTuple):
+class BlockPosition(NamedTuple):
     """Where a block lies: its row and column among the blocks, and what of it is inside the weight."""
 
     row: int
@@ -25,12 +25,12 @@ class Place(NamedTuple):
     width: int  # inputs
 
 
-def places(rows: Tensor, columns: Tensor, shape: tuple[int, int], size: int) -> Iterator[Place]:
+def positions(rows: Tensor, columns: Tensor, shape: tuple[int, int], size: int) -> Iterator[BlockPosition]:
     """Of every block, in order; `shape` is the weight's (out, in)."""
     kept = columns.tolist()
     for i, (start, end) in enumerate(_runs(rows)):
         for j in kept[start:end]:
-            yield Place(i, j, min(size, shape[0] - i * size), min(size, shape[1] - j * size))
+            yield BlockPosition(i, j, min(size, shape[0] - i * size), min(size, shape[1] - j * size))
 
 
 def _multiply_blocks(
@@ -40,11 +40,11 @@ def _multiply_blocks(
     size, shape = blocks.shape[1], (out_features, x.shape[1])
     y = x.new_empty((x.shape[0], out_features))
     y.zero_() if bias is None else y.copy_(bias)
-    # split once: a slice costs as much as the small product that it is for
+    # split once: slices one by one cost time beside the small products that they are for
     inputs, outputs = x.split(size, 1), y.split(size, 1)
     if x.element_size() > 2:
-        for block, place in zip(blocks.unbind(), places(rows, columns, shape, size), strict=True):
-            outputs[place.row].addmm_(inputs[place.column], block[: place.width, : place.height])
+        for block, at in zip(blocks.unbind(), positions(rows, columns, shape, size), strict=True):
+            outputs[at.row].addmm_(inputs[at.column], block[: at.width, : at.height])
         return y
     # 16-bit sums would be rounded after every block: all inputs of a row of blocks in one product
     for i, (out, (start, end)) in enumerate(zip(outputs, _runs(rows), strict=True)):

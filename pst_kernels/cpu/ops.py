@@ -1,9 +1,9 @@
 """The ops for CPUs, and for any device that has no Triton.
 
-On CPUs the passes over W are compiled (cpu/). Where those do not serve, they are PyTorch's and NumPy's operators on a
-block of rows at a time, small enough to stay in cache, and used up there (rows.py). The one tensor of W's size is the
-masked weight, written into a scratch buffer for the library's GEMM. W' and S are computed in fp32 (in float64 for a
-float64 weight); a mask is decided by fp32 scores everywhere.
+On CPUs the passes over W are compiled (compiled/). Where those do not serve, they are PyTorch's and NumPy's operators
+on a block of rows at a time, small enough to stay in cache, and used up there (row_blocks.py). For the library's GEMM
+the masked weight is written into a scratch buffer. W' and S are computed in fp32 (in float64 for a float64 weight); a
+mask is decided by fp32 scores. Small weights go their own way (small.py).
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from ..env import cpu as requested
 from ..masks.guess import SAMPLE, Bracket, Guess, sample_bracket
 from ..masks.packing import pack_mask
 from ..operands import Factors, MaskedWeight, Needs, Scales, compute_dtype
-from . import block_matmul
-from .compiled import compiled
-from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, buffers, multiply_into, row_blocks
-from .select import BlockScores, Scores, select
+from . import block_matmul, scratch, small
+from .compiled import passes_for
+from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, multiply_into, row_blocks
+from .select import ChunkedScores, select
 
-SCORES = 1 << 18  # of a block of `kth_value`, which may as well stay in a core's own cache
+CHUNK = 1 << 18  # scores that `kth_value` looks at together: they may as well stay in a core's own cache
 # integers as wide as a dtype, to write zeros with: NumPy has no bf16
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -33,10 +34,17 @@ def widened(columns: Tensor) -> Tensor:
     return pad(columns, (0, -columns.shape[1] % 16))
 
 
+def _is_small(weight: Tensor) -> bool:
+    """Whether a few operators serve best; not where the variable asks for one of the other ways."""
+    return small.serves(weight) and requested() == "auto"
+
+
 def scores(weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
-    if (passes := compiled(weight)) is not None:
-        return passes.scores(weight, *factors, *scales)
-    by_rows = ScoreRows(weight, *factors, *scales)
+    if _is_small(weight):
+        return small.scores(weight, factors, scales)
+    if (passes := passes_for(weight)) is not None:
+        return passes.scores(weight, factors, scales)
+    by_rows = ScoreRows(weight, factors, scales)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows in by_rows.rows.blocks():
         updated = by_rows.rows.updated(rows)
@@ -51,15 +59,15 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values[k - 1], index[k - 1]
     array = flat.numpy()
 
-    def blocks() -> Iterator[tuple[int, np.ndarray]]:
-        return ((start, array[start : start + SCORES]) for start in range(0, array.size, SCORES))
+    def chunks() -> Iterator[tuple[int, np.ndarray]]:
+        return ((start, array[start : start + CHUNK]) for start in range(0, array.size, CHUNK))
 
     def brackets() -> Iterator[Bracket | None]:
         if array.size > 4 * SAMPLE:
-            places = np.random.default_rng(0).integers(array.size, size=SAMPLE)
-            yield sample_bracket(array[places], k / array.size)
+            sample = np.random.default_rng(0).integers(array.size, size=SAMPLE)
+            yield sample_bracket(array[sample], k / array.size)
 
-    chosen = select(BlockScores(blocks), array.size, k, brackets())
+    chosen = select(ChunkedScores(chunks), array.size, k, brackets())
     return torch.tensor(chosen.value, dtype=scores.dtype), torch.tensor(chosen.index)
 
 
@@ -78,45 +86,47 @@ def prune_mask(
         kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         kept.view(-1)[torch.sort(everything, stable=True).indices[:k]] = False
         return pack_mask(kept)
-    flat = (weight, *factors, *scales)
+    if _is_small(weight):
+        return small.prune_mask(weight, factors, scales, k, masked)
     last = Guess.load(guess)
 
     def brackets() -> Iterator[Bracket | None]:
         yield last.bracket(k / numel)
         if numel > 4 * SAMPLE:
-            yield sample_bracket(ScoreRows(*flat).sample(SAMPLE), k / numel)
+            yield sample_bracket(ScoreRows(weight, factors, scales).sample(SAMPLE), k / numel)
 
-    passes = compiled(weight, None if masked is None else masked.dtype)
+    passes = passes_for(weight, None if masked is None else masked.dtype)
     if passes is not None:
-        packed = passes.new_mask(weight)
-        search: Scores = passes.CompiledScores(*flat, packed, masked)
-        last.update(guess, select(search, numel, k, brackets()), k / numel)
-        return packed
-    by_rows = ScoreRows(*flat)
-    kept = buffers.get("kept", weight.shape, torch.bool, weight.device)
+        compiled = passes.CompiledScores(weight, factors, scales, masked, scratch.get)
+        last.update(guess, select(compiled, numel, k, brackets()), k / numel)
+        return compiled.packed
+    by_rows = ScoreRows(weight, factors, scales)
+    kept = scratch.get("kept", weight.shape, torch.bool, weight.device)
     zeroed = None if masked is None else masked.view(_INTEGER[masked.element_size()]).view(-1).numpy()
-    search = BlockScores(lambda: by_rows.blocks(kept, masked), kept.view(-1).numpy(), zeroed)
+    search = ChunkedScores(lambda: by_rows.blocks(kept, masked), kept.view(-1).numpy(), zeroed)
     last.update(guess, select(search, numel, k, brackets()), k / numel)
     return pack_mask(kept)
 
 
 def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
     """Where `prune_mask` may put M * W' for the forward that follows; None where it cannot."""
-    if weight.device.type != "cpu" or (compiled(weight) is not None and compiled(weight, dtype) is None):
+    if weight.device.type != "cpu" or (passes_for(weight) is not None and passes_for(weight, dtype) is None):
         return None
     return _masked_buffer(weight, dtype)
 
 
 def _masked_buffer(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return buffers.get("masked", weight.shape, dtype, weight.device)
+    return scratch.get("masked", weight.shape, dtype, weight.device)
 
 
 def _masked_into(out: Tensor, operands: MaskedWeight) -> Tensor:
     weight, factors, mask, scales = operands
-    passes = compiled(weight, out.dtype)
+    if _is_small(weight):
+        return small.masked_into(out, operands)
+    passes = passes_for(weight, out.dtype)
     if passes is not None:
-        return passes.masked_into(out, weight, factors.U, factors.V, mask, scales.beta)
-    return UpdatedRows(weight, factors.U, factors.V, scales.beta).masked_into(out, mask)
+        return passes.masked_into(out, operands)
+    return UpdatedRows(weight, factors, scales).masked_into(out, mask)
 
 
 def masked_weight(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
@@ -132,18 +142,23 @@ def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> Te
 def linear_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx and the six factor gradients from one pass over row blocks of G = gy^T x, which never exists as a whole.
+    """dx and the six factor gradients from one pass over G = gy^T x, of which a group of rows exists at a time.
 
     With D = G * W' and Q = G * (M + |W'|), every factor gradient is a low-rank reduction of D or Q.
     """
-    weight, (U, V, A, B, _, _), mask, scales = operands
+    weight = operands.weight
     masked = _masked_buffer(weight, gy.dtype) if needs.input else None
     if not needs.factors:
         dx = gy.new_empty(0) if masked is None else gy @ _masked_into(masked, operands)
-        dU, dV, dA, dB, dR, dC = (U.new_empty(0, dtype=compute_dtype(weight.dtype)) for _ in range(6))
-        return dx, dU, dV, dA, dB, dR, dC
-    make = _factor_gradients if (passes := compiled(weight, gy.dtype)) is None else passes.factor_gradients
-    gradients = make(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude, masked)
+        return dx, *operands.factors.map(lambda factor: factor.new_empty(0, dtype=compute_dtype(weight.dtype)))
+    if _is_small(weight):
+        dx = gy.new_empty(0) if masked is None else gy @ small.masked_into(masked, operands)
+        return dx, *small.factor_gradients(gy, x, operands, through_magnitude)
+    passes = passes_for(weight, gy.dtype)
+    if passes is None:
+        gradients = _factor_gradients(gy, x, operands, through_magnitude, masked)
+    else:
+        gradients = passes.factor_gradients(gy, x, operands, through_magnitude, masked, GEMM_ROWS, scratch.get)
     return gy @ masked if masked is not None else gy.new_empty(0), *gradients
 
 
@@ -163,12 +178,12 @@ def block_backward(
 
 
 def _factor_gradients(
-    gy: Tensor, x: Tensor, weight, U, V, A, B, mask: Tensor, beta: float, alpha1: float, alpha2: float,
-    through_magnitude: bool, masked: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, masked: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The six factor gradients; `masked` gets M * W'."""
-    by_rows = UpdatedRows(weight, U, V, beta)
-    U, V, A, B = by_rows.U, by_rows.V, A.to(by_rows.dtype), B.to(by_rows.dtype)
+    weight, factors, mask, (beta, alpha1, alpha2) = operands
+    by_rows = UpdatedRows(weight, factors, operands.scales)
+    U, V, A, B = by_rows.U, by_rows.V, factors.A.to(by_rows.dtype), factors.B.to(by_rows.dtype)
     # A column of ones beside B gives dR with dA, one beside A gives dC with dB.
     AR, BC = pad(A, (0, 1), value=1.0), pad(B, (0, 0, 0, 1), value=1.0)
     right_of_D, right_of_Q = widened(BC.T), widened(V.T)
@@ -176,9 +191,9 @@ def _factor_gradients(
     dBC, dV = torch.zeros_like(BC), torch.zeros_like(V)
     product = by_rows.buffer("product")
     group_rows = -(-min(GEMM_ROWS, by_rows.out) // by_rows.step) * by_rows.step
-    gradients = buffers.get("gradient", (group_rows, by_rows.columns), gy.dtype, gy.device)
+    group_of_G = scratch.get("gradient", (group_rows, by_rows.columns), gy.dtype, gy.device)
     for group in row_blocks(0, by_rows.out, group_rows):
-        gradient = torch.mm(gy[:, group].T, x, out=gradients[: group.stop - group.start])
+        gradient = torch.mm(gy[:, group].T, x, out=group_of_G[: group.stop - group.start])
         for rows in by_rows.blocks(group.start, group.stop):
             updated, flags = by_rows.updated(rows), by_rows.flags(mask, rows)
             if masked is not None:

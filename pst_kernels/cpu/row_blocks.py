@@ -1,13 +1,10 @@
-"""W' and the scores S, a block of rows at a time, in buffers that stay in cache and are used again.
+"""W' and the scores S in PyTorch and NumPy, a block of rows at a time: small enough to stay in cache.
 
-Each thread has one set of buffers, as large as the largest block so far: fresh memory costs half as much as a pass
-over it. So every block is overwritten by the next.
+A block lies in a scratch buffer, and is overwritten by the next.
 """
 
 from __future__ import annotations
 
-import math
-import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,15 +12,16 @@ import torch
 from torch import Tensor
 
 from ..masks.packing import PAIRS, packed_width, unpack_flags
-from ..operands import compute_dtype
+from ..operands import Factors, Scales, compute_dtype
+from . import scratch
 
 # Weights of a row block, and rows: the library shares a rank-r product of fewer rows badly between threads.
 BLOCK, BLOCK_ROWS, BLOCK_AT_MOST = 1 << 19, 512, 1 << 20
-GEMM_ROWS = 1024  # rows of G made at once: a library GEMM of fewer costs more a row
+GEMM_ROWS = 1024  # about so many rows of G are made at once: a library GEMM of fewer costs more a row
 
 
-def block_rows(rows: int, columns: int) -> int:
-    """Rows of a block, such that no block is much smaller than the others."""
+def rows_per_block(rows: int, columns: int) -> int:
+    """Such that no block is much smaller than the others."""
     columns = max(1, columns)
     wanted = max(1, min(max(BLOCK // columns, BLOCK_ROWS), BLOCK_AT_MOST // columns))
     return max(1, -(-rows // max(1, rows // wanted)))
@@ -33,45 +31,20 @@ def row_blocks(first: int, last: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, last)) for start in range(first, last, step))
 
 
-class _Buffers(threading.local):
-    def __init__(self) -> None:
-        self.flat: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.views: dict[tuple[str, torch.dtype, tuple[int, ...]], Tensor] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer of this shape whose content is whatever the last user of `name` left."""
-        if device.type != "cpu":  # other devices have caching allocators
-            return torch.empty(shape, dtype=dtype, device=device)
-        view = self.views.get((name, dtype, shape))
-        return self._made(name, shape, dtype) if view is None else view
-
-    @torch.inference_mode(False)  # a buffer made while evaluating must be writable in training
-    def _made(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        numel = math.prod(shape)
-        flat = self.flat.get((name, dtype))
-        if flat is None or flat.numel() < numel:
-            flat = self.flat[name, dtype] = torch.empty(numel, dtype=dtype)
-            self.views.clear()  # they would keep the smaller buffer
-        view = self.views[name, dtype, shape] = flat[:numel].view(shape)
-        return view
-
-
-buffers = _Buffers()
-
-
 class UpdatedRows:
     """W' = W + beta U V, and M * W', in fp32 (float64 for a float64 weight)."""
 
-    def __init__(self, weight: Tensor, U: Tensor, V: Tensor, beta: float):
+    def __init__(self, weight: Tensor, factors: Factors, scales: Scales):
         self.dtype = compute_dtype(weight.dtype)
-        self.weight, self.U, self.V, self.beta = weight, U.to(self.dtype), V.to(self.dtype), beta
+        self.U, self.V = factors.U.to(self.dtype), factors.V.to(self.dtype)
+        self.weight, self.beta = weight, scales.beta
         self.out, self.columns = weight.shape
-        self.step = block_rows(self.out, self.columns)
+        self.step = rows_per_block(self.out, self.columns)
         self._updated = self.buffer("updated")
 
     def buffer(self, name: str) -> Tensor:
         """Room for one block."""
-        return buffers.get(name, (self.step, self.columns), self.dtype, self.weight.device)
+        return scratch.get(name, (self.step, self.columns), self.dtype, self.weight.device)
 
     def blocks(self, first: int = 0, last: int | None = None) -> Iterator[slice]:
         return row_blocks(first, self.out if last is None else last, self.step)
@@ -86,7 +59,7 @@ class UpdatedRows:
     def flags(self, mask: Tensor, rows: slice) -> Tensor:
         """The mask of some rows as 0 and 1; overwritten by the next call."""
         count = rows.stop - rows.start
-        pairs = buffers.get("pairs", (count, packed_width(self.columns), PAIRS), torch.int32, self.weight.device)
+        pairs = scratch.get("pairs", (count, packed_width(self.columns), PAIRS), torch.int32, self.weight.device)
         return self.buffer("flags")[:count].copy_(unpack_flags(mask[rows], out=pairs)[:, : self.columns])
 
     def masked_into(self, out: Tensor, mask: Tensor) -> Tensor:
@@ -102,7 +75,7 @@ def scaled(tensor: Tensor, scale: float) -> Tensor:
 
 
 def multiply_into(out: Tensor, left: Tensor, right: Tensor, work: Tensor) -> None:
-    """out = left * right, by way of `work` where the dtypes differ: a fresh buffer costs as much as the product."""
+    """out = left * right, by way of `work` where the dtypes differ: it saves a fresh buffer."""
     if out.dtype == left.dtype:
         torch.mul(left, right, out=out)
     else:
@@ -115,12 +88,12 @@ class ScoreRows:
     R and C join A and B as two more ranks, [alpha1 A, alpha2 R, 1] @ [B; 1; alpha2 C], so that one addmm does it.
     """
 
-    def __init__(self, weight, U, V, A, B, R, C, beta: float, alpha1: float, alpha2: float):
-        self.rows = UpdatedRows(weight, U, V, beta)
-        dtype = self.rows.dtype
-        A, R = scaled(A.to(dtype), alpha1), scaled(R.to(dtype), alpha2)
+    def __init__(self, weight: Tensor, factors: Factors, scales: Scales):
+        self.rows = UpdatedRows(weight, factors, scales)
+        _, _, A, B, R, C = factors.map(lambda factor: factor.to(self.rows.dtype))
+        A, R, C = scaled(A, scales.alpha1), scaled(R, scales.alpha2), scaled(C, scales.alpha2)
         self.left = torch.cat([A, R[:, None], A.new_ones((len(A), 1))], 1)
-        self.right = torch.cat([B.to(dtype), A.new_ones((1, B.shape[1])), scaled(C.to(dtype), alpha2)[None]], 0)
+        self.right = torch.cat([B, A.new_ones((1, B.shape[1])), C[None]], 0)
 
     def of(self, updated: Tensor, rows: slice, out: Tensor) -> Tensor:
         """fp32 scores of some rows from their W'; made in `out`, which may be `updated`."""

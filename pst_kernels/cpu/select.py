@@ -1,9 +1,9 @@
-"""Exact selection on the CPU: the k smallest of many scores, without sorting and without storing the scores.
+"""Exact selection on the CPU: the k smallest of many scores, which are neither sorted nor stored if a guess is right.
 
 Guess, verify, refine. A bracket [lower, upper] that should hold the k-th smallest score comes from the last step or
-from a sample. One pass over blocks of scores counts what lies below it and gathers what lies inside it; if the count
-proves that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried; at last
-everything is sorted, so the search ends after three passes whatever the distribution.
+from a sample. One look at all scores counts what lies below it and gathers what lies inside it; if the count proves
+that the k-th is inside, it is selected exactly among those few. If not, the next bracket is tried. Where all brackets
+miss, everything is stored and sorted, so that the search ends whatever the distribution.
 
 Order: (score, flat index), NaN last, -0.0 equal to 0.0; that of `torch.argsort(scores.flatten(), stable=True)`.
 """
@@ -12,30 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from ..masks.guess import Bracket, Selection
+from ..masks.guess import Bracket, Candidates, Selection
 
-Blocks = Callable[[], Iterator[tuple[int, np.ndarray]]]  # yields (first flat index, 1-d fp32 scores), in order
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """What one pass found: how many scores lie below the bracket, and those inside it by ascending flat index."""
-
-    below: int
-    scores: np.ndarray  # fp32
-    index: np.ndarray  # int64, flat
+ScoreChunks = Callable[[], Iterator[tuple[int, np.ndarray]]]  # yields (first flat index, 1-d fp32 scores), in order
 
 
 class Scores(Protocol):
     """Scores to search, and a mask over them that follows the search."""
 
     def gather(self, bracket: Bracket) -> Candidates:
-        """One pass: what lies below the bracket is pruned, the rest kept for now, NaN with it."""
+        """Look at all scores: what lies below the bracket is pruned, the rest kept for now, NaN with it."""
 
     def prune(self, found: Candidates, value: float, count: int) -> int:
         """Prune the first `count` candidates by (score, index) as well, of which the last has this value.
@@ -43,7 +33,7 @@ class Scores(Protocol):
         Returns the flat index of the last.
         """
 
-    def drop(self, places: np.ndarray) -> None:
+    def drop(self, index: np.ndarray) -> None:
         """Prune the scores at these flat indices as well."""
 
     def all(self) -> np.ndarray:
@@ -60,18 +50,18 @@ def select(scores: Scores, numel: int, k: int, brackets: Iterable[Bracket | None
     return _sort(scores, k)
 
 
-class BlockScores:
-    """Scores that come a block at a time from `blocks`.
+class ChunkedScores:
+    """Scores that come a chunk at a time from `chunks`.
 
-    `kept`, flat bool, is the mask, if one is wanted. `masked`, flat, holds a number for each score, which `blocks`
-    writes as the flags in `kept` say when the next block is asked for; what is dropped later gets a zero there.
+    `kept`, flat bool, is the mask, if one is wanted. `masked`, flat, holds a number for each score, which `chunks`
+    writes as the flags in `kept` say when the next chunk is asked for; what is dropped later gets a zero there.
     """
 
-    def __init__(self, blocks: Blocks, kept: np.ndarray | None = None, masked: np.ndarray | None = None):
-        self.blocks, self.kept, self.masked = blocks, kept, masked
+    def __init__(self, chunks: ScoreChunks, kept: np.ndarray | None = None, masked: np.ndarray | None = None):
+        self.chunks, self.kept, self.masked = chunks, kept, masked
 
     def gather(self, bracket: Bracket) -> Candidates:
-        return _gather(self.blocks, bracket, self.kept)
+        return _gather(self.chunks, bracket, self.kept)
 
     def prune(self, found: Candidates, value: float, count: int) -> int:
         pruned = found.scores <= value
@@ -81,32 +71,32 @@ class BlockScores:
         self.drop(found.index[pruned])
         return int(found.index[ties[ties.size - surplus - 1]])
 
-    def drop(self, places: np.ndarray) -> None:
+    def drop(self, index: np.ndarray) -> None:
         for flat in (self.kept, self.masked):
             if flat is not None:
-                flat[places] = 0
+                flat[index] = 0
 
     def all(self) -> np.ndarray:
         if self.kept is not None:
             self.kept[:] = True
-        return np.concatenate([block.copy() for _, block in self.blocks()])
+        return np.concatenate([chunk.copy() for _, chunk in self.chunks()])
 
 
-def _gather(blocks: Blocks, bracket: Bracket, kept: np.ndarray | None) -> Candidates:
+def _gather(chunks: ScoreChunks, bracket: Bracket, kept: np.ndarray | None) -> Candidates:
     lower, upper = np.float32(bracket.lower), np.float32(bracket.upper)
     below, scores, index = 0, [], []
     flags = np.empty((2, 0), bool)
-    for start, block in blocks():
-        if flags.shape[1] < block.size:
-            flags = np.empty((2, block.size), bool)
-        inside, low = flags[0, : block.size], flags[1, : block.size]
-        np.less_equal(block, upper, out=inside)
-        np.less(block, lower, out=low)
+    for start, chunk in chunks():
+        if flags.shape[1] < chunk.size:
+            flags = np.empty((2, chunk.size), bool)
+        inside, low = flags[0, : chunk.size], flags[1, : chunk.size]
+        np.less_equal(chunk, upper, out=inside)
+        np.less(chunk, lower, out=low)
         if kept is not None:
-            np.logical_not(low, out=kept[start : start + block.size])  # for now, what is inside is kept; NaN is anyway
+            np.logical_not(low, out=kept[start : start + chunk.size])  # for now, what is inside is kept; NaN is anyway
         below += int(np.count_nonzero(low))
         where = np.flatnonzero(np.not_equal(inside, low, out=inside))  # low implies at or below upper
-        scores.append(block[where])
+        scores.append(chunk[where])
         where += start
         index.append(where)
     return Candidates(below, np.concatenate(scores), np.concatenate(index))

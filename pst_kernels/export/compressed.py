@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..files import replacing
@@ -27,6 +25,8 @@ PARTS = ("kept", "values", "negative")
 
 def save_compressed(state: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a state dict, such as that of a model after `merge_and_unload`, to a file, in one step."""
+    from safetensors.torch import save_file  # needed for files alone, and so not by those who import the package
+
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in state.items():
@@ -47,6 +47,8 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
 
     Raises FileNotFoundError when there is no file, ValueError when it is damaged or was written by something else.
     """
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no {path}; pass a file written by save_compressed")
     try:

@@ -5,7 +5,7 @@ Cut they are by torch's own styles, after the conversion:
     parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 Each process scores, masks and multiplies its own shard; no weight is gathered. The threshold is that of the whole
-matrix (group_selection.py), so the mask depends on the number of processes only where scores differ by rounding. The
+matrix (sharded_selection.py), so the mask depends on the number of processes only where scores differ by rounding. The
 state dict holds the whole mask, one bit a weight, which every process gathers when it is asked for; a checkpoint
 therefore loads into any number of processes.
 """
@@ -24,7 +24,7 @@ from ..functional import Options, check, masked_linear, operand_dtype
 from ..masks.guess import Guess
 from ..masks.packing import pack_mask, unpack_mask
 from ..masks.refresh import Weights, refresh
-from ..masks.sharded_selection import Place, select
+from ..masks.sharded_selection import ShardPosition, select
 from ..operands import Factors, MaskedWeight, Scales
 
 SCORES = 1 << 19  # made at once
@@ -154,15 +154,15 @@ class Shards:
             return pack_mask(kept)
         U, V, A, B, R, C = factors
 
-        def blocks():
+        def scores():
             step = max(1, SCORES // weight.shape[1])
             for start in range(0, len(weight), step):
                 rows = slice(start, start + step)
                 yield rows, ops.scores(weight[rows], U[rows], V, A[rows], B, R[rows], C, *scales)
 
         first = (self.first, 0) if self.dim == 0 else (0, self.first)
-        place = Place(*first, *self.shape)
-        last, fraction = Guess.load(guess), k / place.numel
-        chosen = select(blocks, place, k, last.bracket(fraction), kept, self.group)
+        position = ShardPosition(*first, *self.shape)
+        last, fraction = Guess.load(guess), k / position.numel
+        chosen = select(scores, position, k, last.bracket(fraction), kept, self.group)
         last.update(guess, chosen, fraction)
         return pack_mask(kept)

@@ -1,4 +1,4 @@
-"""When a mask is due: computed once per change of what it depends on, not once per forward.
+"""When a mask is due: computed after changes of what it depends on, not once per forward.
 
 A write in place moves a tensor's version counter, except that of a fused optimizer, so the optimizers that own a
 layer's factors report their steps too. Gradient accumulation, evaluation and the recomputation of activation
@@ -23,7 +23,7 @@ class Watch:
 
     def __init__(self, made: bool = False, changes: int = 0):
         self.made = made  # whether there is a mask at all
-        self.changes = changes  # of the factors since it was made
+        self.changes = changes  # of the factors since it was made: looks that found some
         self.looks = 0  # at which something had changed: what was made after one belongs to its number
         self.total = 0  # of all versions, which only grow, and addresses
         self.stepped = False  # whether an optimizer has stepped since the last look
@@ -54,7 +54,7 @@ class Watch:
 
     def is_due(self, num_pruned: Tensor, interval: int) -> bool:
         """Whether to make the mask now that something has changed: a changed sparsity is due at once, changed factors
-        at every `interval`-th change.
+        at the `interval`-th look that finds them changed.
         """
         moved = self.count is not None and self.count != _count(num_pruned)
         return not self.made or moved or self.changes + 1 >= interval
@@ -84,7 +84,7 @@ def _count(num_pruned: Tensor) -> Any:
 
 
 def _state(tensors: Sequence[Tensor]) -> list[int]:
-    # The address tells a replaced tensor from its predecessor. Inference tensors have no version, and never change.
+    # The address tells a replaced tensor from its predecessor. Inference tensors have no version: changes go unnoticed.
     try:
         return [number for tensor in tensors for number in (tensor._version, tensor.data_ptr())]
     except RuntimeError:

@@ -1,6 +1,6 @@
 """Where the k-th smallest score should lie: a bracket from the last step's threshold, or from a sample.
 
-What finds the threshold, on one device or over many processes, starts with it.
+What finds the threshold on a CPU or over many processes starts with it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,15 @@ NARROW, WIDE = 0.002, 0.04  # margins either side of a guess, as fractions of al
 class Bracket(NamedTuple):
     lower: float
     upper: float
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a look at all scores found: how many lie below the bracket, and those inside it by ascending flat index."""
+
+    below: int
+    scores: np.ndarray  # fp32
+    index: np.ndarray  # int64, flat
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Guess(NamedTuple):
         return Bracket(centre - half, centre + half)
 
     def update(self, state: Tensor, chosen: Selection, fraction: float) -> None:
-        """Write the next guess: its margin is twice what this guess was off by."""
+        """Write the next guess: its margin is twice what this guess was off by, between NARROW and WIDE."""
         margin = WIDE
         if not math.isnan(self.value) and chosen.slope > 0.0:
             centre = self.value + self.slope * (fraction - self.fraction)
@@ -62,7 +71,7 @@ class Guess(NamedTuple):
 def sample_bracket(sample: np.ndarray, fraction: float) -> Bracket | None:
     """A bracket that holds the score at `fraction` of the whole with near certainty, from a random sample.
 
-    The rank of the answer in a sample of n is binomial; five standard deviations either side miss once in a million.
+    The rank of the answer in a sample of n is binomial; the bracket reaches five standard deviations to either side.
     """
     n = sample.size
     spread = 5.0 * math.sqrt(n * fraction * (1.0 - fraction)) + 2.0

@@ -2,7 +2,7 @@
 
 "unstructured"  every weight for itself
 "block:B"       B x B blocks (B = 16, 32, 64, 128); a block's score is the mean of its weights' scores
-"N:M"           at most N of every M neighbouring weights of a row (along the inputs) are kept, such as "2:4"
+"N:M"           in the end at most N of M neighbouring weights of a row (along the inputs) are kept, such as "2:4"
 
 Blocks start at row 0 and column 0, and so do groups of M; the last ones may be smaller. Everywhere the lower score goes
 first, among equal ones the lower index: of the weight, of the block in row-major order, of the weight in its group.
@@ -27,7 +27,7 @@ Shape = tuple[int, int]  # (out, in) of a weight
 Count = int | Tensor  # a 0-d tensor on the scores' device is not looked at: looking would wait for a GPU
 
 BLOCK_SIZES = (16, 32, 64, 128)
-COMPARED = 16  # groups up to this size are ranked by comparing pairs, larger ones by sorting
+COMPARED = 16  # groups up to this size may be ranked by comparing pairs, larger ones are sorted
 
 
 def num_pruned_at(numel: int, sparsity: float) -> int:
@@ -117,7 +117,7 @@ class Blocks(Structured):
         (out, columns), (rows, width) = scores.shape, self.grid((scores.shape[0], scores.shape[1]))
         if out % self.size or columns % self.size:
             scores = pad(scores, (0, width * self.size - columns, 0, rows * self.size - out))
-        # float64: the order of the additions must not decide which block is pruned
+        # float64: the order of the additions decides less often which block is pruned
         sums = scores.view(rows, self.size, width, self.size).sum(3, dtype=torch.float64).sum(1)
         starts = (torch.arange(0, n, self.size, device=scores.device) for n in (out, columns))
         heights, widths = ((n - start).clamp(max=self.size) for n, start in zip((out, columns), starts, strict=True))
@@ -138,7 +138,7 @@ class Blocks(Structured):
 
 @dataclass(frozen=True)
 class Groups(Structured):
-    """N of M. A sparsity between 0 and 1 - N/M prunes int(M * sparsity) of every group: a schedule rises in stages.
+    """N of M. A sparsity between 0 and 1 - N/M prunes int(M * sparsity) of a group of M: a schedule rises in stages.
 
     A last group of fewer than M weights keeps as many as the others, if it has them: as if zeros filled it up.
     """
@@ -233,7 +233,7 @@ def _without_smallest_of(scores: Tensor, count: Count) -> Tensor:
         return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
     if size > COMPARED or bool(scores.isnan().any()):
         return _without_smallest_by_sorting(scores, count)
-    # Sorting rows of four takes longer than comparing their pairs, a column of all rows with another.
+    # A column of all rows is compared with another at once, which is quicker than to sort rows of four.
     columns = scores.t().contiguous()
     rank = torch.zeros(columns.shape, dtype=torch.int8, device=scores.device)
     for later in range(1, size):

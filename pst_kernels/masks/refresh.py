@@ -1,4 +1,4 @@
-"""The one way in which a layer's mask is made: looked at before every forward, eager or compiled, made when due."""
+"""How a layer's mask is made: looked at before a forward, eager or compiled, made when due."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Exact selection over scores that lie on several processes, each holding a shard of one matrix.
 
-No score leaves its process. A bracket from the last step, or a histogram of the scores' leading bits, summed over the
-group, tells where the k-th smallest lies; each process gathers its own scores in there, and histograms of their further
-bits, summed again, find the k-th one digit after the other. Scores that are equal in all bits are told apart in the
-same way by their flat index in the whole matrix, so that the answer depends on neither the number of processes nor on
-how the matrix is cut.
+What the processes exchange are counts. A bracket from the last step, or a histogram of the scores' leading bits, summed
+over the group, tells where the k-th smallest lies. Each process gathers its own scores in there, and a radix selection
+finds the k-th: a summed histogram of RADIX_BITS bits of all candidates, then of the next bits of those in its bin.
+Scores that are equal in all bits are told apart in the same way by their flat index in the whole matrix, so that the
+answer depends on the scores alone, not on the number of processes nor on how the matrix is cut.
 
-Order: (score, flat index in the whole matrix), NaN last, -0.0 equal to 0.0, as in selection.py.
+Order: (score, flat index in the whole matrix), NaN last, -0.0 equal to 0.0, as in cpu/select.py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from .guess import Bracket, Selection
 
-Blocks = Callable[[], Iterator[tuple[slice, Tensor]]]  # yields (rows of the shard, their fp32 scores), in order
+ShardScores = Callable[[], Iterator[tuple[slice, Tensor]]]  # yields (rows of the shard, their fp32 scores), in order
 
-KEY_BITS, COARSE_BITS, DIGIT_BITS = 32, 16, 11  # 2^11 counts of 8 bytes are 16 KB to sum over the group
+KEY_BITS, COARSE_BITS, RADIX_BITS = 32, 16, 11  # 2^11 counts of 8 bytes are 16 KB to sum over the group
 SIGN, LAST = 1 << 31, (1 << 32) - 1
 
 
-class Place(NamedTuple):
+class ShardPosition(NamedTuple):
     """Where a shard lies in the whole matrix."""
 
     first_row: int
@@ -39,12 +39,12 @@ class Place(NamedTuple):
         return self.rows * self.columns
 
 
-class Candidates(NamedTuple):
+class ShardCandidates(NamedTuple):
     """This process's scores inside a bracket."""
 
     keys: Tensor  # int64, see `ordered`
-    places: Tensor  # int64, flat index in the whole matrix
-    local: Tensor  # int64, flat in the shard
+    whole: Tensor  # int64, flat index in the whole matrix
+    local: Tensor  # int64, flat index in the shard
 
 
 def ordered(scores: Tensor) -> Tensor:
@@ -60,23 +60,24 @@ def score_of(key: int) -> float:
 
 
 def select(
-    blocks: Blocks, place: Place, k: int, bracket: Bracket | None, kept: Tensor, group: dist.ProcessGroup
+    scores: ShardScores, position: ShardPosition, k: int, bracket: Bracket | None, kept: Tensor,
+    group: dist.ProcessGroup,
 ) -> Selection:  # fmt: skip
-    """The k-th smallest score of the whole matrix, k from 1; every process of `group` must call it with the same k and
-    bracket.
+    """The k-th smallest score of the whole matrix, k from 1.
 
-    `kept`, bool of the shard's shape, becomes False for just those of the k smallest that lie in it.
+    Every process of `group` must call it with the same k and bracket. `kept`, bool of the shard's shape, becomes False
+    for just those of the k smallest that lie in it.
     """
     edges = None if bracket is None else tuple(ordered(torch.tensor([bracket.lower, bracket.upper])).tolist())
-    found, below, inside = _gather(blocks, place, edges, kept, group) if edges else (None, 0, 0)
+    found, below, inside = _gather(scores, position, edges, kept, group) if edges else (None, 0, 0)
     if found is None or edges is None or not below < k <= below + inside:
-        edges = _coarse_edges(blocks, k, kept.device, group)
-        found, below, inside = _gather(blocks, place, edges, kept, group)
-    key, index = _kth(found, k - below, place.numel, group)
-    pruned = (found.keys < key) | ((found.keys == key) & (found.places <= index))
+        edges = _coarse_edges(scores, k, kept.device, group)
+        found, below, inside = _gather(scores, position, edges, kept, group)
+    key, index = _kth(found, k - below, position.numel, group)
+    pruned = (found.keys < key) | ((found.keys == key) & (found.whole <= index))
     kept.view(-1)[found.local[pruned]] = False
     width = score_of(edges[1]) - score_of(edges[0])
-    return Selection(score_of(key), index, width * place.numel / inside)
+    return Selection(score_of(key), index, width * position.numel / inside)
 
 
 def _sum(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -85,8 +86,8 @@ def _sum(counts: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _gather(
-    blocks: Blocks, place: Place, edges: tuple[int, ...], kept: Tensor, group: dist.ProcessGroup
-) -> tuple[Candidates, int, int]:
+    scores: ShardScores, position: ShardPosition, edges: tuple[int, ...], kept: Tensor, group: dist.ProcessGroup
+) -> tuple[ShardCandidates, int, int]:
     """This process's candidates between two keys, ends included, and how many lie below and inside in the whole group.
 
     `kept` becomes False for all below.
@@ -94,55 +95,58 @@ def _gather(
     lower, upper = edges
     counts = torch.zeros(2, dtype=torch.int64, device=kept.device)
     parts = []
-    for rows, scores in blocks():
-        keys = ordered(scores)
+    for rows, block in scores():
+        keys = ordered(block)
         above = torch.ge(keys, lower, out=kept[rows])
         inside = above & (keys <= upper)
         counts[0] += keys.numel() - above.sum()
         row, column = inside.nonzero(as_tuple=True)
         row += rows.start
-        index = (row + place.first_row) * place.columns + column + place.first_column
-        parts.append(Candidates(keys[inside], index, row * kept.shape[1] + column))
+        index = (row + position.first_row) * position.columns + column + position.first_column
+        parts.append(ShardCandidates(keys[inside], index, row * kept.shape[1] + column))
         counts[1] += len(index)
     below, inside_all = _sum(counts, group).tolist()
-    return Candidates(*map(torch.cat, zip(*parts, strict=True))), below, inside_all
+    return ShardCandidates(*map(torch.cat, zip(*parts, strict=True))), below, inside_all
 
 
-def _coarse_edges(blocks: Blocks, k: int, device: torch.device, group: dist.ProcessGroup) -> tuple[int, int]:
+def _coarse_edges(scores: ShardScores, k: int, device: torch.device, group: dist.ProcessGroup) -> tuple[int, int]:
     """First and last key of those that share their leading 16 bits with the k-th."""
     counts = torch.zeros(1 << COARSE_BITS, dtype=torch.int64, device=device)
     rest = KEY_BITS - COARSE_BITS
-    for _, scores in blocks():
-        counts += torch.bincount(ordered(scores).flatten() >> rest, minlength=len(counts))
-    digit, _, _ = _find(_sum(counts, group), k)
-    return digit << rest, (digit << rest) + (1 << rest) - 1
+    for _, block in scores():
+        counts += torch.bincount(ordered(block).flatten() >> rest, minlength=len(counts))
+    first, _, _ = _bin_of(_sum(counts, group), k)
+    return first << rest, (first << rest) + (1 << rest) - 1
 
 
-def _find(counts: Tensor, k: int) -> tuple[int, int, int]:
-    """The digit that the k-th has, its rank among those with that digit, and how many these are."""
-    cumulative = counts.cumsum(0)
-    digit = torch.searchsorted(cumulative, k)
-    last, count = torch.stack([cumulative[digit], counts[digit]]).tolist()
-    return int(digit), k - (last - count), count
+def _bin_of(histogram: Tensor, k: int) -> tuple[int, int, int]:
+    """The bin that the k-th lies in, its rank in there, and how many lie in there."""
+    cumulative = histogram.cumsum(0)
+    chosen = torch.searchsorted(cumulative, k)
+    last, count = torch.stack([cumulative[chosen], histogram[chosen]]).tolist()
+    return int(chosen), k - (last - count), count
 
 
-def _kth(found: Candidates, k: int, numel: int, group: dist.ProcessGroup) -> tuple[int, int]:
-    """(key, flat index) of the k-th of all processes' candidates, by digits from the highest down."""
-    keys, places = found.keys, found.places
-    key, _, places, k, ties = _kth_value(keys, places, KEY_BITS, k, group)
+def _kth(found: ShardCandidates, k: int, numel: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """(key, flat index) of the k-th of all processes' candidates."""
+    key, _, index, k, ties = _radix_select(found.keys, found.whole, KEY_BITS, k, group)
     if k == ties:  # all that are equal to it are pruned
         return key, numel - 1
-    return key, _kth_value(places, places, numel.bit_length(), k, group)[0]
+    return key, _radix_select(index, index, numel.bit_length(), k, group)[0]
 
 
-def _kth_value(
+def _radix_select(
     values: Tensor, others: Tensor, bits: int, k: int, group: dist.ProcessGroup
 ) -> tuple[int, Tensor, Tensor, int, int]:
-    """The k-th of all processes' `values`; those of `values` and `others` equal to it; its rank, and their number."""
+    """The k-th of all processes' `values`, int64 of so many bits, and what is equal to it.
+
+    That is this process's own of `values`, with what stands beside them in `others`, the k-th's rank among all that are
+    equal in the group, and how many these are.
+    """
     found = count = 0
-    for shift in reversed(range(0, bits, DIGIT_BITS)):
-        digits = (values >> shift) & ((1 << DIGIT_BITS) - 1)
-        digit, k, count = _find(_sum(torch.bincount(digits, minlength=1 << DIGIT_BITS), group), k)
-        values, others = values[digits == digit], others[digits == digit]
-        found |= digit << shift
+    for shift in reversed(range(0, bits, RADIX_BITS)):
+        bins = (values >> shift) & ((1 << RADIX_BITS) - 1)
+        chosen, k, count = _bin_of(_sum(torch.bincount(bins, minlength=1 << RADIX_BITS), group), k)
+        values, others = values[bins == chosen], others[bins == chosen]
+        found |= chosen << shift
     return found, values, others, k, count

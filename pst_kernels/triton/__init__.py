@@ -1,15 +1,19 @@
 """The ops of ops.py as Triton kernels: for CUDA tensors, and for CPU tensors in the interpreter or an emulator."""
 
-from . import versions  # noqa: F401 (first: where Triton is too old it says so)
+from .tiles import versions  # noqa: F401 (first: where Triton is too old it says so)
+
+# isort: split
+
 from .block_gradients import block_backward
 from .block_matmul import block_forward
 from .gradients import linear_backward
 from .mask import masked_weight, prune_mask
 from .matmul import forward_scratch, linear_forward
 from .score import scores
+from .scratch import release as release_scratch
 from .select import kth_value
 
 __all__ = [
     "block_backward", "block_forward", "forward_scratch", "kth_value", "linear_backward", "linear_forward",
-    "masked_weight", "prune_mask", "scores",
+    "masked_weight", "prune_mask", "release_scratch", "scores",
 ]  # fmt: skip

@@ -1,10 +1,10 @@
-"""dU and dV for a mask of blocks, from the kept blocks of G = gy^T x alone, which stay in the accumulator.
+"""dU and dV for a mask of blocks, from the kept blocks of G = gy^T x, made in the accumulator; no others are made.
 
     Q = G * M * (1 + |W'|), or G * M            dU = beta Q V^T         dV = beta U^T Q
 
 A program makes the blocks of a part of one strip (see block_lists.py: several thin blocks, or a part of a thick one)
-over its share of the tokens, and stores its share of the sums in a place of its own; programs past the end of their
-strip end at once. A second kernel adds the shares that exist, along the same lists, in a fixed order: no atomics, the
+over one of `split_k` parts of the tokens, and stores its partial sums in a place of its own; programs past the end of
+their strip end at once. A second kernel adds those that exist, along the same lists, in a fixed order: no atomics, the
 same bits every time.
 
 The sums of a row of G lie part by part of its strip, those of a column under its row of blocks. The places for all
@@ -13,21 +13,20 @@ blocks are allocated, 4 r (1 / size + 1 / tile columns) bytes a weight for r ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight, Needs
-from . import block_lists, tiles
+from .block_lists import BlockLists, grid_of, list_blocks, strip
 from .block_matmul import COLUMNS, ROWS, block_input_gradient
-from .gradient_products import product, product_over_tokens, split, splitting
+from .gradient_products import product, product_over_tokens, splitting
 from .gradients import linear_backward
 from .matmul import one_stride
-from .score import checked
-from .walk import all_registers
+from .ptx import split
+from .score import checked_operands
+from .tiles import choice, targets
 
 RANKS = tl.constexpr(16)  # reduced at a time, as tensor cores take them
 
@@ -44,25 +43,25 @@ def load_factors(
     return b_u.to(tl.float32) * beta, b_v.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["tokens", "share", "capacity"])
+@triton.jit(do_not_specialize=["tokens", "tokens_per_split", "capacity"])
 def block_gradients_kernel(
-    p_gy, p_x, p_weight, p_u, p_v, p_row_sums, p_column_sums, p_blocks, p_counts, p_order,
-    tokens, share, rows, columns, stride, capacity, beta,
+    p_gy, p_x, p_weight, p_u, p_v, p_row_sums, p_column_sums, p_indices, p_counts, p_order,
+    tokens, tokens_per_split, rows, columns, stride, capacity, beta,
     RANK: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a part of a strip; the grid is (parts of the longest strip, rows of blocks, shares of the tokens).
+    """The sums of a part of a strip; the grid is (parts of the longest strip, rows of blocks, split_k).
 
-    row_sums is fp32 (shares, parts, rows, RANK): Q V^T; column_sums (shares, rows of blocks, RANK, columns):
+    row_sums is fp32 (split_k, parts, rows, RANK): Q V^T; column_sums (split_k, rows of blocks, RANK, columns):
     (beta U)^T Q.
     """
-    line = tl.load(p_order + tl.program_id(1))
-    count = tl.load(p_counts + line)
+    i_list = tl.load(p_order + tl.program_id(1))
+    count = tl.load(p_counts + i_list)
     first = tl.program_id(0) * BLOCK_COLUMNS
     if first < count * BLOCK_ROWS:
-        i, m = block_lists.strip(p_blocks + line * capacity, first, count, BLOCK_ROWS, BLOCK_COLUMNS)
-        i_rows = line * BLOCK_ROWS
+        i, m = strip(p_indices + i_list * capacity, first, count, BLOCK_ROWS, BLOCK_COLUMNS)
+        i_rows = i_list * BLOCK_ROWS
         r = tl.arange(0, BLOCK_ROWS)
         m_rows = i_rows + r < rows
         r_in = r
@@ -72,7 +71,18 @@ def block_gradients_kernel(
             i = tl.minimum(i, columns - 1)
             r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
         b_q = product_over_tokens(
-            p_gy + i_rows, p_x, tokens, share, rows, columns, r_in, i, UPCAST, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH
+            p_gy + i_rows,
+            p_x,
+            tokens,
+            tokens_per_split,
+            rows,
+            columns,
+            r_in,
+            i,
+            UPCAST,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+            BLOCK_DEPTH,
         )
         p_u += i_rows * RANK
         if THROUGH:
@@ -89,7 +99,7 @@ def block_gradients_kernel(
         b_q = tl.where(m_rows[:, None] & m[None, :], b_q, 0.0)
         z = tl.program_id(2).to(tl.int64)
         p_row_sums += ((z * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANK
-        p_column_sums += (z * tl.num_programs(1) + line) * RANK * columns
+        p_column_sums += (z * tl.num_programs(1) + i_list) * RANK * columns
         b_high, b_low = split(b_q, FAST, SPLIT)
         for rank in tl.range(0, RANK, RANKS, num_stages=1):
             b_u, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
@@ -103,74 +113,76 @@ def block_gradients_kernel(
             tl.store(p_column_sums + o_column, b_dv, mask=m[:, None] & (k < RANK)[None, :])
 
 
-@triton.jit(do_not_specialize=["shares", "parts", "part", "rows", "columns", "down", "size", "rank"])
-def add_block_shares_kernel(
-    p_row_sums, p_column_sums, p_du, p_dv, p_row_counts, p_column_blocks, p_column_counts,
-    shares, parts, part, rows, columns, down, size, rank, beta, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["split_k", "parts", "part", "rows", "columns", "down", "size", "rank"])
+def add_block_partials_kernel(
+    p_row_sums, p_column_sums, p_du, p_dv, p_row_counts, p_column_indices, p_column_counts,
+    split_k, parts, part, rows, columns, down, size, rank, beta, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK numbers of dU in one row of blocks, or of dV in one column of blocks: the shares that exist, one after
-    another. There are `down` rows of blocks; `part` is what a program of the gradients took of a strip.
+    """BLOCK numbers of dU in one row of blocks, or of dV in one column of blocks: adds the partial sums that exist, one
+    after another. There are `down` rows of blocks; `part` is what a program of the gradients took of a strip.
     """
-    line = tl.program_id(0).to(tl.int64)
+    i_list = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     exists = e < size * rank
     b_sum = tl.zeros((BLOCK,), tl.float32)
-    if line < down:
-        i_row = line * size
+    if i_list < down:
+        i_row = i_list * size
         m = exists & (i_row + e // rank < rows)
-        used = tl.cdiv(tl.load(p_row_counts + line) * size, part)
-        for z in range(shares):
-            p_share = p_row_sums + (tl.full([], z, tl.int64) * parts * rows + i_row) * rank
+        used = tl.cdiv(tl.load(p_row_counts + i_list) * size, part)
+        for z in range(split_k):
+            p_partial = p_row_sums + (tl.full([], z, tl.int64) * parts * rows + i_row) * rank
             for _ in range(used):
-                b_sum += tl.load(p_share + e, mask=m, other=0.0)
-                p_share += tl.full([], rank, tl.int64) * rows
+                b_sum += tl.load(p_partial + e, mask=m, other=0.0)
+                p_partial += tl.full([], rank, tl.int64) * rows
         tl.store(p_du + i_row * rank + e, b_sum * beta, mask=m)
     else:
-        line -= down
-        i_column = line * size + e % size
+        i_list -= down
+        i_column = i_list * size + e % size
         m = exists & (i_column < columns)
         o = (e // size).to(tl.int64) * columns + i_column
-        count = tl.load(p_column_counts + line)
-        p_column_blocks += line * down
-        for z in range(shares):
+        count = tl.load(p_column_counts + i_list)
+        p_column_indices += i_list * down
+        for z in range(split_k):
             for n in range(count):
-                row = tl.load(p_column_blocks + n) + tl.full([], z, tl.int64) * down
+                row = tl.load(p_column_indices + n) + tl.full([], z, tl.int64) * down
                 b_sum += tl.load(p_column_sums + row * rank * columns + o, mask=m, other=0.0)
         tl.store(p_dv + o, b_sum, mask=m)  # U came with its beta
 
 
 def block_factor_gradients(
-    gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, beta: float, through_magnitude: bool,
-    row_lines: block_lists.Lines, column_lines: block_lists.Lines, size: int,
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, through_magnitude: bool, by_rows: BlockLists,
+    by_columns: BlockLists,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dU and dV in fp32; weight and factors as `checked` leaves them."""
+    """dU and dV in fp32; operands as of `checked_operands`."""
+    weight, (U, V, *_), _, (beta, _, _) = operands
     (rows, columns), rank, tokens = weight.shape, V.shape[0], x.shape[0]
     if not tokens or not weight.numel():
-        dU, dV = (torch.zeros(factor.shape, dtype=torch.float32, device=x.device) for factor in (U, V))
-        return dU, dV
+        return torch.zeros_like(U, dtype=torch.float32), torch.zeros_like(V, dtype=torch.float32)
     dU, dV = (torch.empty(factor.shape, dtype=torch.float32, device=x.device) for factor in (U, V))
     weight, stride, along_columns = one_stride(weight)
-    architecture = tiles.architecture(x.device)
+    platform = targets.platform(x.device)
     ragged = rows % size != 0 or columns % size != 0
-    tile = tiles.block_gradients(architecture, x.dtype, size, rank, ragged)
-    down, across = block_lists.grid_of(weight.shape, size)
+    tile = choice.block_gradients(platform.architecture, x.dtype, size, rank, ragged)
+    down, across = grid_of(weight.shape, size)
     parts = triton.cdiv(across * size, tile.columns)
-    # How many blocks are kept is not known here; at the sparsity of 0.9 that blocks are for, a tenth.
-    share = tiles.token_share(architecture, max(1, down * parts // 10), tokens, tile.depth)
-    shares = triton.cdiv(tokens, share)
-    row_sums = torch.empty((shares, parts, rows, rank), dtype=torch.float32, device=x.device)
-    column_sums = torch.empty((shares, down, rank, columns), dtype=torch.float32, device=x.device)
-    block_gradients_kernel[parts, down, shares](
-        gy, x, weight, U, V, row_sums, column_sums, *row_lines, tokens, share, rows, columns, stride, across, beta,
+    # How many blocks are kept is not known here; a tenth is assumed, of the sparsity of 0.9 that blocks are for.
+    kept_tiles = max(1, down * parts // 10)
+    tokens_per_split = choice.tokens_per_split(platform.architecture, kept_tiles, tokens, tile.depth)
+    split_k = triton.cdiv(tokens, tokens_per_split)
+    row_sums = torch.empty((split_k, parts, rows, rank), dtype=torch.float32, device=x.device)
+    column_sums = torch.empty((split_k, down, rank, columns), dtype=torch.float32, device=x.device)
+    block_gradients_kernel[parts, down, split_k](
+        gy, x, weight, U, V, row_sums, column_sums, *by_rows,
+        tokens, tokens_per_split, rows, columns, stride, across, beta,
         RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
-        **splitting(x.dtype, architecture), UPCAST=tiles.interpreted(), EVEN=not ragged,
+        **splitting(x.dtype, platform), UPCAST=platform.interpreted, EVEN=not ragged,
         BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
+        num_warps=tile.warps, num_stages=tile.stages, **platform.all_registers,
     )  # fmt: skip
     block = 256
-    add_block_shares_kernel[down + across, triton.cdiv(size * rank, block)](
-        row_sums, column_sums, dU, dV, row_lines.counts, column_lines.blocks, column_lines.counts,
-        shares, parts, tile.columns, rows, columns, down, size, rank, beta, BLOCK=block, num_warps=4,
+    add_block_partials_kernel[down + across, triton.cdiv(size * rank, block)](
+        row_sums, column_sums, dU, dV, by_rows.counts, by_columns.indices, by_columns.counts,
+        split_k, parts, tile.columns, rows, columns, down, size, rank, beta, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return dU, dV
 
@@ -178,45 +190,16 @@ def block_factor_gradients(
 def block_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: Tensor, through_magnitude: bool,
     needs: Needs,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dx, dU and dV from kept blocks of G; the scores' gradients from all of G, or zeros."""
-    weight, factors, mask, (beta, _, _) = operands
-    factors = checked(weight, factors)
-    U, V, mask = factors.U, factors.V, mask.contiguous()
-    by_columns = block_lists.lines(mask, weight.shape, size, COLUMNS)
-    dx = block_input_gradient(gy, weight, U, V, beta, by_columns, size) if needs.input else gy.new_empty(0)
+    operands = checked_operands(operands)
+    factors, mask, shape = operands.factors, operands.mask, operands.weight.shape
+    by_columns = list_blocks(mask, shape, size, COLUMNS)
+    dx = block_input_gradient(gy, operands, by_columns, size) if needs.input else gy.new_empty(0)
     if not needs.factors:
-        dU, dV, dA, dB, dR, dC = (U.new_empty(0, dtype=torch.float32) for _ in range(6))
-        return dx, dU, dV, dA, dB, dR, dC
-    by_rows = block_lists.lines(mask, weight.shape, size, ROWS)
-    dU, dV = block_factor_gradients(gy, x, weight, U, V, beta, through_magnitude, by_rows, by_columns, size)
+        return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in factors)
+    by_rows = list_blocks(mask, shape, size, ROWS)
+    dU, dV = block_factor_gradients(gy, x, operands, size, through_magnitude, by_rows, by_columns)
     if bool(learn_scores):
         return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
-    dA, dB, dR, dC = (factor.new_zeros(factor.shape, dtype=torch.float32) for factor in factors[2:])
-    return dx, dU, dV, dA, dB, dR, dC
-
-
-def cases() -> Iterator[tiles.Case]:
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for size in (16, 32, 64, 128):
-        yield _case(bf16, bf16, size)
-    yield _case(fp16, fp16, 128)
-    yield _case(fp32, bf16, 128)
-    yield _case(fp32, fp32, 128)
-    yield _case(bf16, bf16, 128, rank=64)
-    yield _case(bf16, bf16, 128, rows=1003, columns=1001)
-    yield _case(bf16, bf16, 128, through=False)
-
-
-def _case(
-    weight: torch.dtype, x: torch.dtype, size: int, rows: int = 1024, columns: int = 1024, rank: int = 8,
-    through: bool = True,
-) -> tiles.Case:  # fmt: skip
-    def call() -> None:
-        given = block_lists.example(weight, rows, columns, rank, size)
-        gy, x_ = (torch.empty((64, width), dtype=x, device="meta") for width in (rows, columns))
-        block_factor_gradients(gy, x_, given.weight, given.U, given.V, 1.0, through, given.rows, given.columns, size)
-
-    shape, note = f"{rows} x {columns}" * (rows % 2), "not through |W'|" * (not through)
-    name = block_lists.case_name("factor gradients", size, weight, x, rank, shape, note)
-    return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, rows % size > 0)[1])
+    return dx, dU, dV, *(torch.zeros_like(factor, dtype=torch.float32) for factor in factors[2:])

@@ -1,17 +1,15 @@
 """y = x (M * W')^T + bias and dx = gy (M * W') for a mask of blocks: loops over the kept blocks alone.
 
 Both are one kernel, as in matmul.py: left (rows, depth) times x^T (depth, tokens), left being M * W', or its transpose
-for the input gradient. A program makes one block's rows of the result for a tile of tokens. It walks over the strip of
-the kept blocks of its line (see block_lists.py): several thin blocks, or a part of a thick one, in a step, so that work
-and traffic are proportional to the kept blocks. W' = W + beta U V of a step is made in registers in fp32, rounded once
-to x's dtype, and multiplied. No bit of the mask is read here.
+for the input gradient. A program makes one block's rows of the result for a tile of tokens. It goes along the strip
+of their kept blocks (see block_lists.py): several thin blocks, or a part of a thick one, in a step, so that the work,
+and what is read of W and x, are proportional to the kept blocks. W' = W + beta U V of a step is made in registers in
+fp32, rounded once to x's dtype, and multiplied. No bit of the mask is read here.
 
 Precision is that of matmul.py: U V from pairs of bf16, 16 bits together; all in fp32 multiply-add for fp32 x.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
@@ -19,26 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight
-from . import block_lists, tiles
-from .matmul import one_stride, split, split_factors, store_result
-from .score import checked
-from .walk import all_registers
+from .block_lists import BlockLists, list_blocks, strip
+from .matmul import one_stride, split_factors, store_result
+from .ptx import ROUNDING, rounded, used
+from .score import checked_operands
+from .tiles import choice, tables, targets
 
-ROWS, COLUMNS = False, True  # what a line is
-
-# Rounds a pair of W'. W itself is an operand only so that its load is pipelined: Triton pipelines what reaches a dot's
-# first two operands, and W enters through the accumulator.
-_ROUND = {torch.bfloat16: "cvt.rn.bf16x2.f32 $0, $2, $1;", torch.float16: "cvt.rn.f16x2.f32 $0, $2, $1;"}
-
-
-@triton.jit
-def rounded(b_updated, b_weight, b_x, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr):
-    """W' in the dtype of `b_x`."""
-    if ASSEMBLY == "":
-        return b_updated.to(b_x.dtype)
-    return tl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, [b_updated, b_weight], dtype=b_x.dtype, is_pure=True, pack=2
-    )
+ROWS, COLUMNS = False, True  # what a list of blocks is of
 
 
 @triton.jit
@@ -53,7 +38,7 @@ def add_product(b_updated, b_left, p_right, o_right, m_inner, ALONG_ROWS: tl.con
 
 @triton.jit(do_not_specialize=["tokens", "has_bias", "capacity"])
 def block_matmul_kernel(
-    p_x, p_weight, p_left, p_right, p_bias, p_y, p_blocks, p_counts, p_order,
+    p_x, p_weight, p_left, p_right, p_bias, p_y, p_indices, p_counts, p_order,
     tokens, rows, depth, stride, capacity, has_bias,
     WIDTH: tl.constexpr, PART: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, EVEN: tl.constexpr,
     UPCAST: tl.constexpr, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, WAIT: tl.constexpr,
@@ -66,11 +51,11 @@ def block_matmul_kernel(
     (depth, rows). EVEN: every block is whole.
     """
     tl.assume(tokens > 0)
-    line = tl.load(p_order + tl.program_id(1))
+    i_list = tl.load(p_order + tl.program_id(1))
     i_tokens = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
-    i_rows = line * BLOCK_ROWS
-    count = tl.load(p_counts + line)
-    p_blocks += line * capacity
+    i_rows = i_list * BLOCK_ROWS
+    count = tl.load(p_counts + i_list)
+    p_indices += i_list * capacity
     r = tl.arange(0, BLOCK_ROWS)
     t = tl.arange(0, BLOCK_COLUMNS)
     k = tl.arange(0, PART)
@@ -92,7 +77,7 @@ def block_matmul_kernel(
     b_y = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     MASKED: tl.constexpr = BLOCK_DEPTH > BLOCK_ROWS or not EVEN
     for first in range(0, count * BLOCK_ROWS, BLOCK_DEPTH):
-        i, m = block_lists.strip(p_blocks, first, count, BLOCK_ROWS, BLOCK_DEPTH)
+        i, m = strip(p_indices, first, count, BLOCK_ROWS, BLOCK_DEPTH)
         if not EVEN:
             m = m & (i < depth)
         if WEIGHT_ALONG_ROWS:
@@ -123,96 +108,61 @@ def block_matmul_kernel(
             if WAIT:  # as in matmul.py: Triton 3.6 fails on a product that is used under a branch alone
                 b_updated = tl.inline_asm_elementwise("", "=f,0", [b_updated], dtype=tl.float32, is_pure=True, pack=1)
             b_kept = tl.zeros((BLOCK_DEPTH, BLOCK_ROWS), b_x.dtype)
-            if tokens > 0:  # always, as in matmul.py: or both warpgroups would make the same rows of W'
+            if tokens > 0:  # always true, as in matmul.py: or both warpgroups would make the same rows of W'
                 b_kept = rounded(b_updated, b_weight, b_x, ASSEMBLY, CONSTRAINTS)
             b_kept = tl.trans(b_kept)
         else:
             b_kept = rounded(b_updated, b_weight, b_x, ASSEMBLY, CONSTRAINTS)
         b_y = tl.dot(b_kept, b_x, b_y, input_precision="ieee")
         if WAIT:  # as in matmul.py: or ptxas issues the step's wgmmas one by one
-            b_y = tl.inline_asm_elementwise("", "=f,0", [b_y], dtype=tl.float32, is_pure=True, pack=1)
+            b_y = used(b_y)
 
     store_result(b_y, p_y, p_bias, has_bias, i_tokens, i_rows, tokens, rows, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
 def block_matmul(
-    x: Tensor, weight: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, lines: block_lists.Lines, size: int,
-    transposed: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, kept: BlockLists, size: int, transposed: bool
+) -> Tensor:
     """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
 
-    `left` and `right` are from `split_factors`; `lines` are the rows of blocks, with `transposed` the columns.
+    Operands as of `checked_operands`; `kept` are lists by rows of blocks, with `transposed` by columns.
     """
+    weight, factors, _, scales = operands
     rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
-    if transposed:
-        left, right = right, left
     tokens = x.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    along_rows_of_tile = one_stride(weight)[2] == transposed
-    weight, stride, _ = one_stride(weight)
-    architecture, interpreted = tiles.architecture(x.device), tiles.interpreted()
-    ragged = depth % size != 0 or rows % size != 0
-    plain = x.dtype == torch.float32 or interpreted or architecture.startswith("gfx")
-    tile = tiles.block_matmul(architecture, x.dtype, weight.dtype, tokens, size, left.shape[1], ragged)
+    platform = targets.platform(x.device)
+    left, right = split_factors(factors.U, factors.V, scales.beta, platform.pairs(x.dtype))
+    if transposed:
+        left, right = right, left
+    weight, stride, along_columns = one_stride(weight)
+    ragged, width = depth % size != 0 or rows % size != 0, left.shape[1]
+    tile = choice.block_matmul(platform.architecture, x.dtype, weight.dtype, tokens, size, width, ragged)
+    assembly, constraints = "", ""
+    if x.dtype != torch.float32 and platform.assembly:
+        assembly, constraints = ROUNDING[x.dtype, weight.dtype == torch.float32]
     block_matmul_kernel[triton.cdiv(tokens, tile.columns), triton.cdiv(rows, size)](
-        x, weight, left, right, y if bias is None else bias, y, *lines, tokens, rows, depth, stride,
-        lines.blocks.shape[1], int(bias is not None),
-        WIDTH=left.shape[1], PART=min(left.shape[1], tiles.FACTOR_PART[tiles.dtype_key(x.dtype, weight.dtype)]),
-        WEIGHT_ALONG_ROWS=along_rows_of_tile, EVEN=not ragged, UPCAST=interpreted,
-        ASSEMBLY="" if plain else _ROUND[x.dtype],
-        CONSTRAINTS="" if plain else "=r,r,r,r" + ",r" * (weight.dtype == torch.float32),
-        WAIT=architecture == "sm_90" and not plain,
+        x, weight, left, right, y if bias is None else bias, y, *kept, tokens, rows, depth, stride,
+        kept.indices.shape[1], int(bias is not None),
+        WIDTH=width, PART=min(width, tables.FACTOR_PART[choice.dtype_key(x.dtype, weight.dtype)]),
+        WEIGHT_ALONG_ROWS=along_columns == transposed, EVEN=not ragged, UPCAST=platform.interpreted,
+        ASSEMBLY=assembly, CONSTRAINTS=constraints, WAIT=platform.architecture == "sm_90" and assembly != "",
         BLOCK_ROWS=size, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages, **all_registers(x.device),
+        num_warps=tile.warps, num_stages=tile.stages, **platform.all_registers,
     )  # fmt: skip
     return y
 
 
 def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: int) -> Tensor:
     """y = x (M * W')^T + bias for a mask of blocks."""
-    weight, factors, mask, (beta, _, _) = operands
-    U, V, *_ = checked(weight, factors)
+    operands = checked_operands(operands)
     bias = None if bias is None else bias.to(x.dtype)
-    kept = block_lists.lines(mask.contiguous(), weight.shape, size, ROWS)
-    return block_matmul(x, weight, *split_factors(U, V, beta, split(x)), bias, kept, size, transposed=False)
+    kept = list_blocks(operands.mask, operands.weight.shape, size, ROWS)
+    return block_matmul(x, operands, bias, kept, size, transposed=False)
 
 
-def block_input_gradient(
-    gy: Tensor, weight: Tensor, U: Tensor, V: Tensor, beta: float, lines: block_lists.Lines, size: int
-) -> Tensor:
-    """dx = gy (M * W'); weight and factors as `checked` leaves them, `lines` are columns of blocks."""
-    return block_matmul(gy, weight, *split_factors(U, V, beta, split(gy)), None, lines, size, transposed=True)
-
-
-def cases() -> Iterator[tiles.Case]:
-    """Every size of blocks in both directions; the thickest with other dtypes, a high rank, ragged, few tokens."""
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for transposed in (False, True):
-        for size in (16, 32, 64, 128):
-            yield _case(bf16, bf16, size, transposed)
-        yield _case(fp16, fp16, 128, transposed)
-        yield _case(fp32, bf16, 128, transposed)
-        yield _case(fp32, fp32, 128, transposed)
-        yield _case(bf16, bf16, 128, transposed, rank=64)
-        yield _case(bf16, bf16, 128, transposed, rows=1003, columns=1001)
-    yield _case(fp32, fp32, 128, False, rank=64)
-    yield _case(bf16, bf16, 128, False, tokens=16)
-
-
-def _case(
-    weight: torch.dtype, x: torch.dtype, size: int, transposed: bool, rows: int = 1024, columns: int = 1024,
-    rank: int = 8, tokens: int = 1024,
-) -> tiles.Case:  # fmt: skip
-    def call() -> None:
-        given = block_lists.example(weight, rows, columns, rank, size)
-        factors = split_factors(given.U, given.V, 1.0, x != torch.float32)
-        left = torch.empty((tokens, rows if transposed else columns), dtype=x, device="meta")
-        kept = given.columns if transposed else given.rows
-        block_matmul(left, given.weight, *factors, None, kept, size, transposed)
-
-    kind = "input gradient" if transposed else "forward"
-    shape, note = f"{rows} x {columns}" * (rows % 2), "few tokens" * (tokens < 64)
-    name = block_lists.case_name(kind, size, weight, x, rank, shape, note)
-    return tiles.Case(name, call, tiles.block_slots(weight, x, size, rank, tokens < 64 or rows % size > 0)[0])
+def block_input_gradient(gy: Tensor, operands: MaskedWeight, kept: BlockLists, size: int) -> Tensor:
+    """dx = gy (M * W'); operands as of `checked_operands`, `kept` are lists by columns of blocks."""
+    return block_matmul(gy, operands, None, kept, size, transposed=True)

@@ -1,6 +1,7 @@
-"""Device functions that the gradient kernels share: products in pairs of bf16, and G = gy^T x over a share of tokens.
+"""Device functions that the gradient kernels share: products in pairs of bf16, and G = gy^T x over a split of tokens.
 
-A number in fp32 is held as a high and a low part in bf16, 16 bits together, and tensor cores multiply the parts.
+With FAST a number in fp32 is held as a high and a low part in bf16, 16 bits together, and tensor cores multiply the
+parts; without, as for fp32 x, products are multiply-adds in fp32.
 """
 
 from __future__ import annotations
@@ -9,32 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
-
-# In one block of assembly so that the fp32 parts of a large tile do not all live at once: they would not fit.
-_SPLIT = """{
-.reg .b32 %first, %second;
-cvt.rn.bf16x2.f32 $0, $3, $2;
-shl.b32 %first, $0, 16;
-and.b32 %second, $0, 0xffff0000;
-sub.f32 %first, $2, %first;
-sub.f32 %second, $3, %second;
-cvt.rn.bf16x2.f32 $1, %second, %first;
-}"""
-
-
-@triton.jit
-def split(b, FAST: tl.constexpr, SPLIT: tl.constexpr):
-    """b as the sum of a high and a low part in bf16, 16 bits together; without FAST b itself, twice."""
-    if not FAST:
-        return b, b
-    elif SPLIT != "":
-        return tl.inline_asm_elementwise(
-            SPLIT, "=&r,=&r,r,r", [b], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
-    else:
-        b_high = b.to(tl.bfloat16)
-        return b_high, (b - b_high.to(tl.float32)).to(tl.bfloat16)
+from .ptx import SPLITTING, split
+from .tiles.targets import Platform
 
 
 @triton.jit
@@ -58,18 +35,18 @@ def product(b_high, b_low, b_right, b_sum, FAST: tl.constexpr, SPLIT: tl.constex
 
 @triton.jit
 def product_over_tokens(
-    p_gy, p_x, tokens, share, rows, columns, r_in, i_in,
+    p_gy, p_x, tokens, tokens_per_split, rows, columns, r_in, i_in,
     UPCAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """gy^T x in fp32, (ROWS, COLUMNS), of the rows r_in and the columns i_in over this program's share of the tokens,
-    the third program id.
+    """gy^T x in fp32, (ROWS, COLUMNS), of the rows r_in and the columns i_in over one split of the tokens, the
+    third program id.
 
     Nothing is masked in the loop, and the partial block of tokens goes last: first, it would make ptxas issue the
     loop's wgmmas one by one.
     """
     t = tl.arange(0, DEPTH)
-    first = tl.program_id(2) * share
-    count = tl.minimum(tokens - first, share)
+    first = tl.program_id(2) * tokens_per_split
+    count = tl.minimum(tokens - first, tokens_per_split)
     p_gy += first.to(tl.int64) * rows
     p_x += first.to(tl.int64) * columns
     o_gy = t[None, :] * rows + r_in[:, None]
@@ -98,11 +75,11 @@ def product_over_tokens(
 
 @triton.jit
 def product_tile(
-    p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns,
-    GIVEN: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
+    p_gy, p_x, p_g, tokens, tokens_per_split, rows, columns, i_rows, i_columns,
+    G_STORED: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """A tile of G over this program's share of the tokens, zero past the end; with GIVEN it is read from p_g.
+    """A tile of G over this program's split of the tokens, zero past the end; with G_STORED it is read from p_g.
 
     Rows and columns past the end of G are copies of its last ones until the loop is done.
     """
@@ -112,12 +89,12 @@ def product_tile(
     if not EVEN:
         r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
         c_in = tl.minimum(c, (columns - 1 - i_columns).to(tl.int32))
-    if GIVEN:
+    if G_STORED:
         p_g += i_rows * columns + i_columns
         b_g = tl.load(p_g + (r_in[:, None] * columns + c_in[None, :])).to(tl.float32)
     else:
         b_g = product_over_tokens(
-            p_gy + i_rows, p_x + i_columns, tokens, share, rows, columns, r_in, c_in, UPCAST,
+            p_gy + i_rows, p_x + i_columns, tokens, tokens_per_split, rows, columns, r_in, c_in, UPCAST,
             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
         )  # fmt: skip
     if not EVEN:
@@ -137,9 +114,6 @@ def gate(b_updated, b_words, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS:
     return b_gate
 
 
-def splitting(x: torch.dtype, architecture: str) -> dict[str, bool | str]:
+def splitting(x: torch.dtype, platform: Platform) -> dict[str, bool | str]:
     """How products are made, as constexprs: FAST in pairs of bf16, SPLIT the assembly that makes a pair."""
-    return {
-        "FAST": x != torch.float32 and not tiles.interpreted(),
-        "SPLIT": "" if architecture.startswith("gfx") else _SPLIT,
-    }
+    return {"FAST": platform.pairs(x), "SPLIT": SPLITTING if platform.assembly else ""}

@@ -1,4 +1,5 @@
-"""The gradient kernel for more ranks than fit side by side: 16 at a time, each factor strip loaded where it is needed.
+"""The gradient kernel where U and A, V and B are not held side by side: for more than 16 ranks of both kinds together,
+and on AMD GPUs for all. It reduces 16 ranks at a time, and loads each factor strip where it is needed.
 
 It does the work of `gradients.factor_gradients_kernel` on one tile of G, U and V apart from A and B: D is reduced with
 A and B, then Q with U and V.
@@ -9,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .gradient_products import gate, product, product_tile, split
+from .gradient_products import gate, product, product_tile
+from .ptx import split
 
 
 @triton.jit
@@ -63,24 +65,24 @@ def reduce_tile(
         )
 
 
-@triton.jit(do_not_specialize=["tokens", "share"])
+@triton.jit(do_not_specialize=["tokens", "tokens_per_split"])
 def many_ranks_kernel(
     p_gy, p_x, p_g, p_weight, p_u, p_v, p_a, p_b, p_mask, p_row_sums, p_column_sums,
-    tokens, share, rows, columns, stride, words, beta,
+    tokens, tokens_per_split, rows, columns, stride, words, beta,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
-    GIVEN: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
+    G_STORED: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One tile's share of all six sums; the grid is (column tiles, row tiles, shares of the tokens).
+    """The partial sums of one tile; the grid is (column tiles, row tiles, split_k).
 
-    row_sums is fp32 (shares * column tiles, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (shares * row tiles,
-    RANKS, columns): (beta U)^T Q, A^T D and D.sum(0). GIVEN: G is read from p_g, and p_gy and p_x are not.
+    row_sums is fp32 (split_k * column tiles, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (split_k * row tiles,
+    RANKS, columns): (beta U)^T Q, A^T D and D.sum(0). G_STORED: G is read from p_g, and p_gy and p_x are not.
     """
     RANKS: tl.constexpr = RANK_W + RANK_S + 1
     i_columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     b_g = product_tile(
-        p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
+        p_gy, p_x, p_g, tokens, tokens_per_split, rows, columns, i_rows, i_columns, G_STORED, UPCAST, EVEN,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
     )  # fmt: skip
     r = tl.arange(0, BLOCK_ROWS)
@@ -120,7 +122,7 @@ def many_ranks_kernel(
         b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
 
     b_da = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
-    if rows > 0:  # always: a branch keeps the compiler from holding the operands of D's and Q's products at once
+    if rows > 0:  # always true: a branch keeps the compiler from holding the operands of D's and Q's products at once
         b_high, b_low = split(b_g * b_updated, FAST, SPLIT)
         p_sums = p_column_sums + tl.full([], RANK_W, tl.int64) * columns
         if MANY:

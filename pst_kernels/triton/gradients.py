@@ -1,50 +1,49 @@
-"""The six factor gradients from tiles of G = gy^T x, which stay in the accumulator: G never exists as a whole.
+"""The six factor gradients from tiles of G = gy^T x.
 
 With D = G * W' and Q = G * (M + |W'|), or G * M, all six are low-rank reductions:
 
-    dA = alpha1 D B^T   dB = alpha1 A^T D   dR = alpha2 D.sum(1)   dC = alpha2 D.sum(0)   dU = beta Q V^T   dV = beta
-    U^T Q
+    dU = beta Q V^T    dA = alpha1 D B^T    dR = alpha2 D.sum(1)
+    dV = beta U^T Q    dB = alpha1 A^T D    dC = alpha2 D.sum(0)
 
-A program makes (out, in) tiles of G over its share of the tokens, one after another along a row of tiles. It gates each
-and reduces it, adds up the sums of its rows, and stores its share of all sums in a place of its own; a second kernel
-adds the shares in a fixed order. No atomics: the same bits every time. D and Q are products in fp32, reduced by tensor
-cores as pairs of bf16 that hold 16 bits of each number (fp32 x: multiply-add in fp32).
+G stays in the accumulator, a tile of it at a time. For many tokens (tables.G_STORED_TOKENS) the library makes it
+instead, in the shared scratch buffer, and the same kernels read its tiles there.
 
-For very many tokens the library makes G in the shared scratch buffer, and the same kernel reads it instead.
+A program makes (out, in) tiles of G over one of `split_k` parts of the tokens, with few ranks a sweep of several tiles
+along a row. It gates each and reduces it, adds up the sums of its rows, and stores its partial sums in a place of its
+own; a second kernel adds them in a fixed order. No atomics: the same bits every time. D and Q are products in fp32,
+reduced by tensor cores as pairs of bf16 that hold 16 bits of each number (fp32 x: multiply-add in fp32).
 
-Bytes a weight beyond x and gy, with tiles of 128 x 128, a walk over n of them, 16-bit W, and r ranks of each kind in
+Bytes a weight beyond x and gy, with tiles of 128 x 128, sweeps over n of them, 16-bit W, and r ranks of each kind in
 fp32: 2 + 1/8 for W and mask, 8 r (1 + 1/n) / 128 for the factors, 4 (2 r + 1) (1 + 1/n) / 128 for the sums and as much
 to add them up, and the gradients themselves. That is 5.25 for r = 8 and n = 1, 3.9 for n = 8, and 0.2 more for the
 gradients of a 512 x 1024 matrix. All but W, mask, factors and gradients, 2.51 in all on that matrix, is what programs
 share through memory, or what lies in the cache when it is read again.
 
-`tiles.walk` weighs what a walk saves against multiprocessors that it leaves idle. 4,096 x 4,096 has 1,024 tiles for the
-132 of an H100, and 128 walks of eight take no longer than 1,024 of one. 512 x 1024 has only 32: there a walk of eight
-would take eight times as long, 100 us instead of 13 with 1,024 tokens by the same arithmetic, and would save 0.7 MB of
-traffic, 0.2 us.
+`choice.sweep_length` weighs what a sweep saves against multiprocessors that it leaves idle. 4,096 x 4,096 has 1,024
+tiles for the 132 of an H100, and 128 sweeps of eight take no longer than 1,024 of one. 512 x 1024 has only 32: there
+sweeps of eight would take eight times as long, 100 us instead of 13 with 1,024 tokens by the same arithmetic, and would
+save 0.7 MB of traffic, 0.2 us.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..masks.packing import packed_width
-from ..operands import MaskedWeight, Needs
-from . import scratch, tiles, versions
-from .gradient_products import gate, product_of_pairs, product_tile, split, splitting
+from ..operands import Factors, MaskedWeight, Needs
+from . import scratch
+from .gradient_products import gate, product_of_pairs, product_tile, splitting
 from .gradient_ranks import many_ranks_kernel
 from .matmul import input_gradient, one_stride
-from .score import checked
-from .walk import all_registers
+from .ptx import split
+from .score import checked_operands
+from .tiles import choice, targets
 
 
 @triton.jit
-def stacked_left(p_u, p_a, beta, m_rows, RANK_W: tl.constexpr, RANK_S: tl.constexpr, ROWS: tl.constexpr):
+def left_factors(p_u, p_a, beta, m_rows, RANK_W: tl.constexpr, RANK_S: tl.constexpr, ROWS: tl.constexpr):
     """[beta U, A] of a tile's rows, fp32 (ROWS, 16), zero past the last rank."""
     r = tl.arange(0, ROWS)
     k = tl.arange(0, 16)
@@ -56,7 +55,7 @@ def stacked_left(p_u, p_a, beta, m_rows, RANK_W: tl.constexpr, RANK_S: tl.conste
 
 
 @triton.jit
-def stacked_right(
+def right_factors(
     p_v, p_b, m_columns, columns, RANK_W: tl.constexpr, RANK_S: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """[V; B] of a tile's columns, fp32 (16, COLUMNS), zero past the last rank."""
@@ -92,20 +91,19 @@ def mask_words(p_mask, words, r_in, i_columns, EVEN: tl.constexpr, COLUMNS: tl.c
     return tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w[None, :]))
 
 
-@triton.jit(do_not_specialize=["tokens", "share", "walk"])
+@triton.jit(do_not_specialize=["tokens", "tokens_per_split", "sweep_length"])
 def factor_gradients_kernel(
     p_gy, p_x, p_g, p_weight, p_u, p_v, p_a, p_b, p_mask, p_row_sums, p_column_sums,
-    tokens, share, walk, rows, columns, stride, words, beta,
+    tokens, tokens_per_split, sweep_length, rows, columns, stride, words, beta,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
-    GIVEN: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
+    G_STORED: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PARTS: tl.constexpr,
     WORDS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The shares of all six sums of `walk` tiles side by side; the grid is (walks of a row of tiles, row tiles, shares
-    of the tokens).
+    """The partial sums of `sweep_length` tiles side by side; the grid is (sweeps of a row, row tiles, split_k).
 
-    row_sums is fp32 (shares * walks, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (shares * row tiles, RANKS,
-    columns): (beta U)^T Q, A^T D and D.sum(0). GIVEN: G is read from p_g, and p_gy and p_x are not.
+    row_sums is fp32 (split_k * sweeps, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (split_k * row tiles,
+    RANKS, columns): (beta U)^T Q, A^T D and D.sum(0). G_STORED: G is read from p_g, and p_gy and p_x are not.
 
     All ranks of a kind stand side by side in one operand, which is loaded and split once. Each product has the other
     kind's half zeroed, so that dU and dA are two halves of one accumulator, and so are dV and dB. A tile is reduced in
@@ -113,7 +111,7 @@ def factor_gradients_kernel(
     """
     RANKS: tl.constexpr = RANK_W + RANK_S + 1
     COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
-    STRAIGHT: tl.constexpr = THROUGH or GIVEN  # else Q needs no W', and D has a branch of its own: fewer registers
+    STRAIGHT: tl.constexpr = THROUGH or G_STORED  # else Q needs no W', and D has a branch of its own: fewer registers
     EXACT: tl.constexpr = p_v.dtype.element_ty == tl.bfloat16 and p_b.dtype.element_ty == tl.bfloat16
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     r = tl.arange(0, BLOCK_ROWS)
@@ -125,7 +123,7 @@ def factor_gradients_kernel(
         r_in = tl.minimum(r, (rows - 1 - i_rows).to(tl.int32))
     of_weight = k < RANK_W
     exists = k < RANK_W + RANK_S
-    b_left = stacked_left(p_u + i_rows * RANK_W, p_a + i_rows * RANK_S, beta, m_rows, RANK_W, RANK_S, BLOCK_ROWS)
+    b_left = left_factors(p_u + i_rows * RANK_W, p_a + i_rows * RANK_S, beta, m_rows, RANK_W, RANK_S, BLOCK_ROWS)
     b_left_high, b_left_low = split(b_left, FAST, SPLIT)
     b_u_high = tl.where(of_weight[None, :], b_left_high, 0.0)
     b_u_low = tl.where(of_weight[None, :], b_left_low, 0.0)
@@ -140,19 +138,20 @@ def factor_gradients_kernel(
 
     b_row_sum = tl.zeros((BLOCK_ROWS, 16), tl.float32)
     b_dr = tl.zeros((BLOCK_ROWS,), tl.float32)
-    first = tl.program_id(0) * walk
-    last = tl.minimum(first + walk, tl.cdiv(columns, BLOCK_COLUMNS))
+    first = tl.program_id(0) * sweep_length
+    last = tl.minimum(first + sweep_length, tl.cdiv(columns, BLOCK_COLUMNS))
     # What does not change from tile to tile must not be held in registers through the products over tokens.
     for step in tl.range(first, last, num_stages=1, disable_licm=True):
         i_columns = tl.full([], step, tl.int64) * BLOCK_COLUMNS
         b_g = product_tile(
-            p_gy, p_x, p_g, tokens, share, rows, columns, i_rows, i_columns, GIVEN, UPCAST, EVEN,
+            p_gy, p_x, p_g, tokens, tokens_per_split, rows, columns, i_rows, i_columns, G_STORED, UPCAST, EVEN,
             BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH,
         )  # fmt: skip
         if WORDS_AT_ONCE:
             b_words = mask_words(p_mask, words, r_in, i_columns, EVEN, BLOCK_COLUMNS)
         for part in tl.static_range(PARTS):
-            # Always, here and below: a branch keeps the compiler from holding operands of several products at once.
+            # Always true, here and below, for only a matrix of whole tiles has more than one part: a branch keeps the
+            # compiler from holding operands of several products at once.
             if columns > part:
                 i = i_columns + part * COLUMNS
                 m_columns = i + c < columns
@@ -165,7 +164,7 @@ def factor_gradients_kernel(
                 else:
                     o_weight = r_in[:, None] * stride + c_in[None, :]
                     p_part = p_weight + i
-                b_right = stacked_right(p_v + i, p_b + i, m_columns, columns, RANK_W, RANK_S, COLUMNS)
+                b_right = right_factors(p_v + i, p_b + i, m_columns, columns, RANK_W, RANK_S, COLUMNS)
                 b_right_high, b_right_low = split(b_right, FAST, SPLIT)
                 b_v_high = tl.where(of_weight[:, None], b_right_high, 0.0)
                 b_v_low = tl.where(of_weight[:, None], b_right_low, 0.0)
@@ -203,11 +202,11 @@ def factor_gradients_kernel(
 
 
 @triton.jit
-def add_shares_kernel(
-    p_row_sums, p_column_sums, p_du, p_dv, p_da, p_db, p_dr, p_dc, row_shares, column_shares, rows, columns,
+def add_partials_kernel(
+    p_row_sums, p_column_sums, p_du, p_dv, p_da, p_db, p_dr, p_dc, row_partials, column_partials, rows, columns,
     beta, alpha1, alpha2, RANK_W: tl.constexpr, RANK_S: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The six gradients: shares added one after another, scaled, each number put where it belongs."""
+    """The six gradients: partial sums added one after another, scaled, each number put where it belongs."""
     RANKS: tl.constexpr = RANK_W + RANK_S + 1
     numel = tl.full([], RANKS, tl.int64) * rows
     programs = tl.cdiv(numel, BLOCK)
@@ -215,8 +214,8 @@ def add_shares_kernel(
     b_sum = tl.zeros((BLOCK,), tl.float32)
     if block < programs:
         i = block * BLOCK + tl.arange(0, BLOCK)
-        for share in range(row_shares):
-            b_sum += tl.load(p_row_sums + numel * share + i, mask=i < numel, other=0.0)
+        for partial in range(row_partials):
+            b_sum += tl.load(p_row_sums + numel * partial + i, mask=i < numel, other=0.0)
         row, rank = i // RANKS, i % RANKS
         exists = i < numel
         tl.store(p_du + row * RANK_W + rank, b_sum * beta, mask=exists & (rank < RANK_W))
@@ -226,8 +225,8 @@ def add_shares_kernel(
     else:
         i = (block - programs) * BLOCK + tl.arange(0, BLOCK)
         numel = tl.full([], RANKS, tl.int64) * columns
-        for share in range(column_shares):
-            b_sum += tl.load(p_column_sums + numel * share + i, mask=i < numel, other=0.0)
+        for partial in range(column_partials):
+            b_sum += tl.load(p_column_sums + numel * partial + i, mask=i < numel, other=0.0)
         rank = i // columns
         exists = i < numel
         tl.store(p_dv + i, b_sum, mask=exists & (rank < RANK_W))  # U came with its beta
@@ -237,112 +236,57 @@ def add_shares_kernel(
         tl.store(p_dc + i - tl.full([], RANK_S, tl.int64) * columns, b_sum * alpha2, mask=exists & (rank == RANK_S))
 
 
-def factor_gradients(
-    gy: Tensor, x: Tensor, weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, mask: Tensor,
-    beta: float, alpha1: float, alpha2: float, through_magnitude: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dU, dV, dA, dB, dR and dC in fp32; weight and factors as `checked` leaves them."""
+def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool) -> Factors:
+    """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`."""
+    weight, factors, mask, scales = operands
     (rows, columns), tokens = weight.shape, x.shape[0]
-    rank_w, rank_s = V.shape[0], B.shape[0]
-    shapes = (U.shape, V.shape, A.shape, B.shape, (rows,), (columns,))
     if not tokens or not weight.numel():
-        dU, dV, dA, dB, dR, dC = (torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes)
-        return dU, dV, dA, dB, dR, dC
-    dU, dV, dA, dB, dR, dC = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
+        return factors.map(lambda factor: torch.zeros_like(factor, dtype=torch.float32))
+    found = factors.map(lambda factor: torch.empty(factor.shape, dtype=torch.float32, device=x.device))
     weight, stride, along_columns = one_stride(weight)
-    architecture = tiles.architecture(x.device)
-    stacked = tiles.stacked(architecture, rank_w + rank_s)
-    tile = tiles.gradients(architecture, x.dtype, weight.dtype, rows, columns, max(rank_w, rank_s + 1), stacked)
-    given = tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x.dtype, weight.dtype)]
-    if given:
-        tile = tile._replace(columns=min(tile.columns, versions.GIVEN_COLUMNS))
-    g = scratch.get((rows, columns), x.dtype, x.device) if given else x
-    if given:
+    platform = targets.platform(x.device)
+    rank_w, rank_s = factors.weight_rank, factors.score_rank
+    plan = choice.gradient_plan(platform.architecture, x.dtype, weight.dtype, (rows, columns), tokens, (rank_w, rank_s))
+    tile, sweeps, down, split_k = plan.tile, plan.sweeps, plan.down, plan.split_k
+    g = scratch.get((rows, columns), x.dtype, x.device) if plan.g_stored else x
+    if plan.g_stored:
         torch.mm(gy.T, x, out=g)
-    across, down = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
-    share = tokens if given else tiles.token_share(architecture, across * down, tokens, tile.depth)
-    shares = triton.cdiv(tokens, share)
     ranks = rank_w + rank_s + 1
-    walk = tiles.walk(architecture, tile, across, down * shares, 0 if given else share, ranks) if stacked else 1
-    walks = triton.cdiv(across, walk)
-    row_sums = torch.empty((shares * walks, rows, ranks), dtype=torch.float32, device=x.device)
-    column_sums = torch.empty((shares * down, ranks, columns), dtype=torch.float32, device=x.device)
-    tensors = gy, x, g, weight, U, V, A, B, mask, row_sums, column_sums
-    sizes = rows, columns, stride, mask.shape[1], beta
+    row_sums = torch.empty((split_k * sweeps, rows, ranks), dtype=torch.float32, device=x.device)
+    column_sums = torch.empty((split_k * down, ranks, columns), dtype=torch.float32, device=x.device)
+    tensors = gy, x, g, weight, *factors[:4], mask, row_sums, column_sums
+    sizes = rows, columns, stride, mask.shape[1], scales.beta
     constants = {
         "RANK_W": rank_w, "RANK_S": rank_s, "WEIGHT_ALONG_ROWS": not along_columns, "THROUGH": through_magnitude,
-        "GIVEN": given, "UPCAST": tiles.interpreted(), "EVEN": rows % tile.rows == 0 and columns % tile.columns == 0,
+        "G_STORED": plan.g_stored, "UPCAST": platform.interpreted,
+        "EVEN": rows % tile.rows == 0 and columns % tile.columns == 0,
         "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
-        **splitting(x.dtype, architecture), "num_warps": tile.warps, "num_stages": tile.stages,
+        **splitting(x.dtype, platform), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    if stacked:
-        factor_gradients_kernel[walks, down, shares](
-            *tensors, tokens, share, walk, *sizes, PARTS=tiles.gradient_parts(architecture, tile.columns, given),
-            WORDS_AT_ONCE=tiles.mask_at_once(architecture, rank_w + rank_s), **constants, **all_registers(x.device),
+    if plan.few_ranks:
+        factor_gradients_kernel[sweeps, down, split_k](
+            *tensors, tokens, plan.tokens_per_split, plan.sweep_length, *sizes, PARTS=plan.parts,
+            WORDS_AT_ONCE=plan.words_at_once, **constants, **platform.all_registers,
         )  # fmt: skip
     else:
-        registers = all_registers(x.device) if x.dtype == torch.float32 else {}  # the others take what they need
-        many_ranks_kernel[across, down, shares](*tensors, tokens, share, *sizes, WIDTH=16, **constants, **registers)
+        registers = platform.all_registers if x.dtype == torch.float32 else {}  # the others take what they need
+        many_ranks_kernel[sweeps, down, split_k](
+            *tensors, tokens, plan.tokens_per_split, *sizes, WIDTH=16, **constants, **registers
+        )
     block = 256
-    add_shares_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](
-        row_sums, column_sums, dU, dV, dA, dB, dR, dC, shares * walks, shares * down, rows, columns,
-        beta, alpha1, alpha2, RANK_W=rank_w, RANK_S=rank_s, BLOCK=block, num_warps=4,
+    add_partials_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](
+        row_sums, column_sums, *found, split_k * sweeps, split_k * down, rows, columns, *scales,
+        RANK_W=rank_w, RANK_S=rank_s, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return dU, dV, dA, dB, dR, dC
+    return found
 
 
 def linear_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """dx in gy's dtype and the six factor gradients in fp32; empty tensors in place of what is not needed."""
-    operands = operands._replace(factors=checked(operands.weight, operands.factors))
+    operands = checked_operands(operands)
     dx = input_gradient(gy, operands) if needs.input else gy.new_empty(0)
     if needs.factors:
-        weight, (U, V, A, B, _, _), mask, scales = operands
-        return dx, *factor_gradients(gy, x, weight, U, V, A, B, mask, *scales, through_magnitude)
-    dU, dV, dA, dB, dR, dC = (gy.new_empty(0, dtype=torch.float32) for _ in range(6))
-    return dx, dU, dV, dA, dB, dR, dC
-
-
-def cases() -> Iterator[tiles.Case]:
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for weight, x in ((bf16, bf16), (fp16, fp16), (fp32, bf16), (fp32, fp16), (fp32, fp32)):
-        yield _case(weight, x)
-    yield _case(fp32, fp32, rank=16)
-    for rank in (5, 9, 15, 16, 64):
-        yield _case(bf16, bf16, rank=rank)
-    yield _case(fp32, bf16, rank=64)
-    yield _case(bf16, bf16, factor=bf16)
-    yield _case(fp16, fp16, factor=fp16)
-    yield _case(bf16, bf16, rows=960)
-    for weight in (bf16, fp32):
-        yield _case(weight, weight, rows=1003, columns=1001)
-    yield _case(bf16, bf16, stored_transposed=True)
-    yield _case(bf16, bf16, through=False)
-    for dtype, key in ((bf16, "half"), (fp16, "half"), (fp32, "float")):
-        yield _case(dtype, dtype, tokens=tiles.GIVEN_TOKENS[key])
-
-
-def _case(
-    weight: torch.dtype, x: torch.dtype, rows: int = 1024, columns: int = 1024, rank: int = 8, tokens: int = 32,
-    through: bool = True, stored_transposed: bool = False, factor: torch.dtype = torch.float32,
-) -> tiles.Case:  # fmt: skip
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def call() -> None:
-        W = empty(columns, rows, dtype=weight).t() if stored_transposed else empty(rows, columns, dtype=weight)
-        mask = empty(rows, packed_width(columns), dtype=torch.int32)
-        shapes = ((rows, rank), (rank, columns)) * 2
-        U, V, A, B = (empty(*shape, dtype=factor) for shape in shapes)
-        gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
-        factor_gradients(gy, x_, W, U, V, A, B, mask, 1.0, 1.0, 1.0, through)
-
-    architecture = tiles.architecture(torch.device("meta"))
-    tile = tiles.gradients(architecture, x, weight, rows, columns, rank + 1, tiles.stacked(architecture, 2 * rank))
-    odd, given = rows % 2 == 1, tokens >= tiles.GIVEN_TOKENS[tiles.dtype_key(x, weight)]
-    details = [f"{rows} x {columns}"] * (rows != 1024) + ["W transposed"] * stored_transposed
-    details += [f"factors {factor}".replace("torch.", "")] * (factor != torch.float32)
-    details += ["G given"] * given + ["not through |W'|"] * (not through)
-    name = ", ".join(["factor gradients", tiles.pair_name(weight, x), f"rank {rank}", *details])
-    return tiles.Case(name, call, None if odd or given else tile.slots)
+        return dx, *factor_gradients(gy, x, operands, through_magnitude)
+    return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in operands.factors)

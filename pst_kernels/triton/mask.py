@@ -1,14 +1,10 @@
 """The mask from a threshold, as packed bits, and the masked weight M * W' that library GEMMs take.
 
-One read of W makes the mask; the same pass can write the masked weight. Later masked weights of the same step read the
-bits instead of A, B, R and C.
+One read of W makes the mask; the same pass can write the masked weight. Made later, a masked weight reads the bits
+instead of A, B, R and C.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -17,11 +13,21 @@ from torch import Tensor
 
 from ..masks.packing import WORD, packed_width
 from ..operands import Factors, MaskedWeight, Scales
-from . import versions
-from .score import checked, layouts
+from .score import checked, checked_operands
 from .select import INDEX, KEY, key_of, signed, threshold
-from .tiles import Case
-from .walk import Tile, band, hold_right, hold_rights, step_indices, step_scores, step_updated, tile_of, walk
+from .sweep import (
+    SweepTile,
+    hold_right,
+    hold_rights,
+    program_indices,
+    step_indices,
+    step_scores,
+    step_updated,
+    sweep_weight,
+    tile_of,
+)
+from .tiles import targets, versions
+from .tiles.targets import Platform
 
 BITS = tl.constexpr(WORD)
 
@@ -76,11 +82,11 @@ def store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED: t
     tl.store(p_out + offset, tl.where(b_kept, b_updated, 0.0).to(p_out.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit(do_not_specialize=("span",))
+@triton.jit(do_not_specialize=("rows_per_program",))
 def mask_kernel(
     p_mask, p_out, p_state,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    n_i, n_j, stride_i, stride_j, span, beta, alpha1, alpha2,
+    n_i, n_j, stride_i, stride_j, rows_per_program, beta, alpha1, alpha2,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -91,11 +97,11 @@ def mask_kernel(
     last_row, last_column = index // n_row, index % n_row
     none = index < 0
     last_row = tl.where(none, -1, last_row)
-    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
     )
-    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+    for step in tl.range(0, rows_per_program, BLOCK_I, num_stages=STAGES):
         i, m_i, m_tile, b_updated, b_score = step_scores(
             p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
             first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, 0, beta, alpha1, alpha2,
@@ -112,15 +118,15 @@ def mask_kernel(
             store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED)
 
 
-@triton.jit(do_not_specialize=("span",))
+@triton.jit(do_not_specialize=("rows_per_program",))
 def masked_weight_kernel(
-    p_mask, p_out, p_weight, p_left_w, p_right_w, n_i, n_j, stride_i, stride_j, span, beta,
+    p_mask, p_out, p_weight, p_left_w, p_right_w, n_i, n_j, stride_i, stride_j, rows_per_program, beta,
     RANK_W: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
-    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+    for step in tl.range(0, rows_per_program, BLOCK_I, num_stages=STAGES):
         i, m_i, m_tile = step_indices(first_i, step, m_j, n_i, BLOCK_I)
         b_updated = step_updated(
             p_weight, p_left_w, p_right_w, held_w, i, j, m_i, m_j, m_tile, n_i, n_j, stride_i, stride_j, beta,
@@ -130,21 +136,17 @@ def masked_weight_kernel(
         store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED)
 
 
-def mask_from(
-    state: Tensor, weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
-    beta: float, alpha1: float, alpha2: float, masked: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def mask_from(state: Tensor, weight: Tensor, factors: Factors, scales: Scales, masked: Tensor | None = None) -> Tensor:
     """The packed mask from a threshold's state; `masked`, contiguous (out, in) of any dtype, is filled with M * W'."""
     mask = weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
-    over = walk(weight, [(U, V), (A, B), (R, C)], tile_for_words(weight, U.shape[1] + A.shape[1]))
+    tile = tile_for_words(weight, factors.weight_rank + factors.score_rank)
+    sweep = sweep_weight(weight, factors, targets.platform(weight.device), tile)
     if weight.numel():
-        mask_kernel[over.grid](
-            mask, masked, state, *over.operands, *over.shape, beta, alpha1, alpha2, **over.constants
-        )  # fmt: skip
+        mask_kernel[sweep.grid](mask, masked, state, *sweep.operands, *sweep.shape, *scales, **sweep.constants)
     return mask
 
 
-def tile_for_words(weight: Tensor, ranks: int) -> Tile:
+def tile_for_words(weight: Tensor, ranks: int) -> SweepTile:
     """The usual tile, but a step of one word's 32 columns where the columns of W run along i."""
     tile = tile_of(ranks, weight.shape[1])
     if weight.stride(0) == 1 and weight.stride(1) != 1:
@@ -155,36 +157,26 @@ def tile_for_words(weight: Tensor, ranks: int) -> Tile:
 def prune_mask(
     weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor, masked: Tensor | None = None
 ) -> Tensor:
-    """The packed mask, and M * W' into `masked`, contiguous (out, in), from the same pass."""
+    """The packed mask, and from the same pass M * W' into `masked`, contiguous (out, in), where it is given."""
     factors = checked(weight, factors)
     if not weight.numel():
         return weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
-    state = threshold(weight, *factors, num_pruned, guess, *scales)
-    return mask_from(state, weight, *factors, *scales, masked)
+    state = threshold(weight, factors, scales, num_pruned, guess)
+    return mask_from(state, weight, factors, scales, masked)
 
 
 def masked_weight(operands: MaskedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """M * W' in `dtype`, in `out` (contiguous) where it is given."""
-    weight, factors, mask, (beta, _, _) = operands
-    U, V, *_ = checked(weight, factors)
+    """M * W' in `dtype`, or in `out`, contiguous (out, in), where it is given."""
+    operands = checked_operands(operands)
     if out is None:
-        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    over = walk(weight, [(U, V)], tile_for_words(weight, U.shape[1]))
+        out = torch.empty(operands.weight.shape, dtype=dtype, device=operands.weight.device)
+    return fill_masked_weight(operands, out, targets.platform(out.device))
+
+
+def fill_masked_weight(operands: MaskedWeight, out: Tensor, platform: Platform) -> Tensor:
+    """M * W' into `out`, which is returned; operands as of `checked_operands`."""
+    weight, (U, V, *_), mask, (beta, _, _) = operands
+    sweep = sweep_weight(weight, (U, V), platform, tile_for_words(weight, U.shape[1]))
     if weight.numel():
-        masked_weight_kernel[over.grid](
-            mask.contiguous(), out, *over.operands, *over.shape, beta, **over.constants
-        )  # fmt: skip
+        masked_weight_kernel[sweep.grid](mask, out, *sweep.operands, *sweep.shape, beta, **sweep.constants)
     return out
-
-
-def cases() -> Iterator[Case]:
-    for name, tensors in layouts():
-        weight = tensors[0]
-        state = torch.empty(16, dtype=torch.int64, device="meta")
-        mask = torch.empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32, device="meta")
-        masked = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        arguments: list[Any] = [state, *tensors, 1.0, 1.0, 1.0]
-        yield Case(name, partial(mask_from, *arguments))
-        yield Case(f"{name}, with the masked weight", partial(mask_from, *[*arguments, masked]))
-        operands = MaskedWeight(weight, Factors(*tensors[1:]), mask, Scales())
-        yield Case(name, partial(masked_weight, operands, weight.dtype))

@@ -1,85 +1,33 @@
 """y = x (M * W')^T + bias and dx = gy (M * W'), for few tokens with the masking inside the loop.
 
 Both are one kernel: left (rows, depth) times x^T (depth, tokens), left being M * W' in the forward pass and its
-transpose for the input gradient. The weight is the left operand because Triton feeds it to wgmma from registers: masked
-on the way from shared memory to the tensor core, it is never written back. A loop step costs, a pair of 16-bit weights:
-two instructions to widen, none to add beta U V (a small tensor-core product whose accumulator starts as W, in fp32),
-one to round the pair to x's dtype, 1.5 to turn two bits into a pair of 16-bit masks, one AND.
+transpose for the input gradient. The weight is the left operand because Triton feeds that to wgmma (sm_90) from
+registers: masked on the way from shared memory to the tensor core, it is not written back. With PTX a loop step costs,
+a pair of bf16 weights: two instructions to widen, none to add beta U V (a small tensor-core product whose accumulator
+starts as W, in fp32), one to round the pair to x's dtype, 1.5 to turn two bits into a pair of 16-bit masks, one AND.
 
 Precision. beta U V inside the loop is U_hi V_hi + U_lo V_hi + U_hi V_lo in bf16 (hi + lo holds 16 bits of a factor),
 added to W in fp32, and W' is rounded once, to x's dtype. With fp32 x everything is fp32 multiply-add, no tf32.
 
-For many tokens the masked weight is made once, in a scratch buffer shared by all layers, and the library multiplies.
-`tiles.py` has the switch.
+For many tokens, and for high ranks, the masked weight is made once, in a scratch buffer shared by all layers, and the
+library multiplies: choice.matmul is the switch.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..masks.packing import packed_width
 from ..operands import MaskedWeight
-from . import scratch, tiles
-from .mask import masked_weight
-from .score import checked
-
-# A packed pair of weights is ANDed with a pair of masks: PRMT with bit 3 of a selector set fills a byte with a sign
-# bit. Columns in a row of the tile: bits p and p + 16 of the word, shifted to 7 and 23 (or 15 and 31 for p >= 8), by
-# `shift`. Columns in a column of the tile: the two bits come from two words, of which `select` takes the half with even
-# columns or that with odd ones. W itself is an operand only so that its load is pipelined: Triton pipelines what
-# reaches a dot's first two operands, and W enters through the accumulator.
-_PACK = {"bf16": "cvt.rn.bf16x2.f32 %pair, $2, $1;", "fp16": "cvt.rn.f16x2.f32 %pair, $2, $1;"}
-_ALONG_DEPTH = "shl.b32 %keep, ${word}, ${shift}; prmt.b32 %keep, %keep, %keep, ${select};"
-_ALONG_ROWS = (
-    "prmt.b32 %keep, ${word}, ${word1}, ${select};"
-    " shl.b32 %keep, %keep, ${shift}; prmt.b32 %keep, %keep, %keep, 0xBB99;"
-)
-
-
-def _assembly(dtype: str, along_rows: bool, wide_weight: bool) -> tuple[str, str]:
-    first = 5 if wide_weight else 4  # $3 is a pair of W: one register, or two where it is fp32
-    places = {"word": first, "word1": first + 1, "shift": first + 2, "select": first + 4}
-    mask = _ALONG_ROWS if along_rows else _ALONG_DEPTH
-    for name, place in places.items():
-        mask = mask.replace("${" + name + "}", f"${place}")
-    return f"{{\n.reg .b32 %pair, %keep;\n{_PACK[dtype]} {mask} and.b32 $0, %pair, %keep;\n}}", "=r" + ",r" * (
-        first + 5
-    )
-
-
-_ASSEMBLY = {
-    (dtype, along_rows, wide): _assembly(dtype, along_rows, wide)
-    for dtype in _PACK for along_rows in (False, True) for wide in (False, True)
-}  # fmt: skip
-
-
-@triton.jit
-def widen(b_weight, ASSEMBLY: tl.constexpr):
-    if ASSEMBLY and b_weight.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
-            "=r,=r,r",
-            [b_weight],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=2,
-        )
-    return b_weight.to(tl.float32)
-
-
-@triton.jit
-def keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr):
-    """W' where its bit is set, else 0, in the dtype of `b_x`."""
-    if ASSEMBLY == "":
-        return tl.where(((b_word >> b_shift) & 1) != 0, b_updated, 0.0).to(b_x.dtype)
-    return tl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, [b_updated, b_weight, b_word, b_shift, b_select], dtype=b_x.dtype, is_pure=True, pack=2
-    )
+from . import scratch
+from .mask import fill_masked_weight
+from .ptx import MASKING, keep, used, widen
+from .score import checked_operands
+from .tiles import choice, targets
+from .tiles.tables import Tile
+from .tiles.targets import Platform
 
 
 @triton.jit
@@ -200,7 +148,7 @@ def masked_matmul_kernel(
             if WAIT:  # used under the branch alone, the small product would be waited for there: Triton 3.6 fails on it
                 b_updated = tl.inline_asm_elementwise("", "=f,0", [b_updated], dtype=tl.float32, is_pure=True, pack=1)
             b_kept = tl.zeros((OUTER, INNER), b_x.dtype)
-            # Always, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
+            # Always true, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
             # next, or it would give both warpgroups all of `outer`, the same 64 rows twice.
             if tokens > 0:
                 b_kept = keep(b_updated, b_weight, b_word, b_shift, b_select, b_x, ASSEMBLY, CONSTRAINTS)
@@ -212,7 +160,7 @@ def masked_matmul_kernel(
         if WAIT:
             # An empty use of the accumulator: the wait comes here, not after the next step's small product, and ptxas
             # issues the step's wgmmas back to back instead of one by one (its warning C7515).
-            b_y = tl.inline_asm_elementwise("", "=f,0", [b_y], dtype=tl.float32, is_pure=True, pack=1)
+            b_y = used(b_y)
         p_weight += weight_step
         p_x += BLOCK_DEPTH
         p_right += BLOCK_DEPTH * WIDTH
@@ -258,7 +206,7 @@ def split_factors_kernel(
 def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tensor, Tensor]:
     """beta U and V^T, padded to what a tensor core multiplies; with `split` as bf16 pairs that hold 16 bits of each."""
     rows, rank, columns = U.shape[0], V.shape[0], V.shape[1]
-    width = tiles.factor_width(rank, split)
+    width = choice.factor_width(rank, split)
     dtype = torch.bfloat16 if split else torch.float32
     left = torch.empty((rows, width), dtype=dtype, device=U.device)
     right = torch.empty((columns, width), dtype=dtype, device=U.device)
@@ -271,40 +219,32 @@ def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tenso
 
 
 def masked_matmul(
-    x: Tensor,
-    weight: Tensor,
-    left: Tensor,
-    right: Tensor,
-    bias: Tensor | None,
-    mask: Tensor,
-    tile: tiles.Tile,
-    transposed: bool,
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, tile: Tile, platform: Platform, transposed: bool
 ) -> Tensor:
-    """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
+    """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself, masked in the loop.
 
-    `left` and `right` are from `split_factors`.
+    Operands as of `checked_operands`; nothing is empty.
     """
+    weight, factors, mask, scales = operands
     rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
+    left, right = split_factors(factors.U, factors.V, scales.beta, platform.pairs(x.dtype))
     if transposed:
         left, right = right, left
     tokens = x.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     weight, stride, along_columns = one_stride(weight)
     along_rows = along_columns == transposed  # of the tile, whose rows are the columns of W where it is transposed
-    interpreted = tiles.interpreted()
-    architecture = tiles.architecture(x.device)
     assembly, constraints = "", ""
-    if x.dtype != torch.float32 and not interpreted and not architecture.startswith("gfx"):
-        name = "bf16" if x.dtype == torch.bfloat16 else "fp16"
-        assembly, constraints = _ASSEMBLY[name, transposed != along_rows, weight.dtype == torch.float32]
+    if x.dtype != torch.float32 and platform.assembly:
+        assembly, constraints = MASKING[x.dtype, transposed != along_rows, weight.dtype == torch.float32]
     grid = (triton.cdiv(tokens, tile.columns), triton.cdiv(rows, tile.rows))
     masked_matmul_kernel[grid](
         x, weight, left, right, y if bias is None else bias, mask, y,
         tokens, rows, depth, stride, mask.shape[1], int(bias is not None),
         WIDTH=left.shape[1], BITS_ALONG_ROWS=transposed, WEIGHT_ALONG_ROWS=along_rows,
-        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=interpreted,
+        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=platform.interpreted,
         ASSEMBLY=assembly, CONSTRAINTS=constraints,
-        WAIT=architecture == "sm_90" and assembly != "",
+        WAIT=platform.architecture == "sm_90" and assembly != "",
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -312,47 +252,42 @@ def masked_matmul(
 
 
 def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> Tensor:
-    weight, factors, mask, (beta, _, _) = operands
-    factors = checked(weight, factors)
+    """y = x (M * W')^T + bias."""
+    operands, platform = checked_operands(operands), targets.platform(x.device)
     bias = None if bias is None else bias.to(x.dtype)
-    tile = in_loop_tile(x, weight, factors.weight_rank, transposed=False)
+    tile = in_loop_tile(x, operands, platform, transposed=False)
     if tile is None:
-        return torch.nn.functional.linear(x, masked_in_scratch(operands, x.dtype), bias)
-    left, right = split_factors(factors.U, factors.V, beta, split(x))
-    return masked_matmul(x, weight, left, right, bias, mask, tile, transposed=False)
+        return torch.nn.functional.linear(x, masked_in_scratch(operands, x.dtype, platform), bias)
+    return masked_matmul(x, operands, bias, tile, platform, transposed=False)
+
+
+def input_gradient(gy: Tensor, operands: MaskedWeight) -> Tensor:
+    """dx = gy (M * W'); operands as of `checked_operands`."""
+    platform = targets.platform(gy.device)
+    tile = in_loop_tile(gy, operands, platform, transposed=True)
+    if tile is None:
+        return gy @ masked_in_scratch(operands, gy.dtype, platform)
+    return masked_matmul(gy, operands, None, tile, platform, transposed=True)
 
 
 def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
     """Where M * W' belongs for a forward of so many tokens; None where the mask is applied in the product's loop."""
     if not tokens or not weight.numel():
         return None
-    architecture = tiles.architecture(weight.device)
-    if tiles.matmul(architecture, dtype, weight.dtype, tokens, weight.shape[1], rank) is not None:
+    architecture = targets.architecture(weight.device)
+    if choice.matmul(architecture, dtype, weight.dtype, tokens, weight.shape[1], rank) is not None:
         return None
     return scratch.get(weight.shape, dtype, weight.device)
 
 
-def input_gradient(gy: Tensor, operands: MaskedWeight) -> Tensor:
-    """dx = gy (M * W'); the factors as `checked` leaves them."""
-    weight, factors, mask, (beta, _, _) = operands
-    tile = in_loop_tile(gy, weight, factors.weight_rank, transposed=True)
-    if tile is None:
-        return gy @ masked_in_scratch(operands, gy.dtype)
-    left, right = split_factors(factors.U, factors.V, beta, split(gy))
-    return masked_matmul(gy, weight, left, right, None, mask, tile, transposed=True)
-
-
-def in_loop_tile(x: Tensor, weight: Tensor, rank: int, transposed: bool) -> tiles.Tile | None:
+def in_loop_tile(x: Tensor, operands: MaskedWeight, platform: Platform, transposed: bool) -> Tile | None:
     """The tile to mask inside the loop with, or None where the library shall multiply."""
+    weight = operands.weight
     if 0 in x.shape or 0 in weight.shape:
         return None  # an empty product: nothing to launch
     depth = weight.shape[0] if transposed else weight.shape[1]
-    return tiles.matmul(tiles.architecture(x.device), x.dtype, weight.dtype, x.shape[0], depth, rank)
-
-
-def split(x: Tensor) -> bool:
-    """Whether U V inside the loop is a product of bf16 pairs; else of fp32, which the interpreter and fp32 x need."""
-    return x.dtype != torch.float32 and not tiles.interpreted()
+    rank = operands.factors.weight_rank
+    return choice.matmul(platform.architecture, x.dtype, weight.dtype, x.shape[0], depth, rank)
 
 
 def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
@@ -365,46 +300,6 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
     return weight, weight.stride(0), True
 
 
-def masked_in_scratch(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
+def masked_in_scratch(operands: MaskedWeight, dtype: torch.dtype, platform: Platform) -> Tensor:
     out = scratch.get(operands.weight.shape, dtype, operands.weight.device)
-    return masked_weight(operands, dtype, out=out)
-
-
-def cases() -> Iterator[tiles.Case]:
-    """Every tile of the table with every dtype it serves, in both directions; the widest also with W transposed."""
-    architecture = tiles.architecture(torch.device("meta"))
-    pairs = {
-        "half": [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)],
-        "mixed": [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)],
-        "float": [(torch.float32, torch.float32)],
-    }
-    for key, dtypes in pairs.items():
-        table = tiles.MATMUL[architecture][key]
-        for weight, x in dtypes:
-            for transposed in (False, True):
-                for _, tile in table:
-                    yield _case(weight, x, tile, transposed)
-                yield _case(weight, x, tiles.ODD[key], transposed, rows=1003, depth=1001)
-                if weight == torch.bfloat16:
-                    yield _case(weight, x, table[-1][1], transposed, rank=16)
-                    yield _case(weight, x, table[-1][1], transposed, stored_transposed=True)
-
-
-def _case(
-    weight: torch.dtype, x: torch.dtype, tile: tiles.Tile, transposed: bool,
-    rows: int = 1024, depth: int = 1024, rank: int = 8, stored_transposed: bool = False,
-) -> tiles.Case:  # fmt: skip
-    out, columns = (depth, rows) if transposed else (rows, depth)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def call() -> None:
-        W = empty(columns, out, dtype=weight).t() if stored_transposed else empty(out, columns, dtype=weight)
-        mask = empty(out, packed_width(columns), dtype=torch.int32)
-        factors = split_factors(empty(out, rank), empty(rank, columns), 1.0, x != torch.float32)
-        masked_matmul(empty(tile.columns, depth, dtype=x), W, *factors, None, mask, tile, transposed)
-
-    name = "input gradient" if transposed else "forward"
-    details = [f"{rows} x {depth}"] * (rows % 2) + ["W transposed"] * stored_transposed
-    return tiles.Case(", ".join([name, tiles.pair_name(weight, x), f"rank {rank}", *details]), call, tile.slots)
+    return fill_masked_weight(operands, out, platform)

@@ -1,9 +1,10 @@
-"""W' and S as device functions over a (rows, columns) tile: the one place where a kernel computes either.
+"""W' and S as device functions over a (rows, columns) tile, as scores, thresholds, masks and masked weights need them.
 
     W' = W + beta U V                               S = |W'| + alpha1 A B + alpha2 (R + C)
 
-All in fp32, in a fixed order, with one rounding a step (explicit fma), so that every kernel finds the same bits for a
-weight whatever its tile, its warps or its target (`low_rank_step`, `updated_from`, `score_from`):
+All in fp32, in a fixed order, with one rounding a step (explicit fma), so that all kernels that use `low_rank_step`,
+`updated_from` and `score_from` find the same bits for a weight, whatever their tiles, warps and target. Products and
+gradients need no such bits, and add beta U V to W on tensor cores (matmul.py, gradients.py, block_*.py).
 
     UV = fma(U[:, k], V[k], UV) for k = 0 .. r1 - 1, from 0       W' = fma(beta, UV, W)
     AB = fma(A[:, k], B[k], AB) for k = 0 .. r2 - 1, from 0       S  = fma(alpha2, R + C, fma(alpha1, AB, |W'|))
@@ -14,16 +15,12 @@ that the caller masks. The factors are contiguous, in any floating dtype; W has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import Factors, Scales
-from .tiles import Case
+from ..operands import Factors, MaskedWeight, Scales
 
 UNROLL = tl.constexpr(16)  # ranks up to here are unrolled; above, code size and compile time would grow with them
 
@@ -166,35 +163,7 @@ def checked(weight: Tensor, factors: Factors) -> Factors:
     return factors.map(Tensor.contiguous)
 
 
-def layouts() -> Iterator[tuple[str, list[Tensor]]]:
-    """Every kind of (weight, U, V, A, B, R, C) that the kernels are compiled for, as meta tensors with a description.
-
-    Other ranks up to 64 differ in how often a loop is unrolled, or runs.
-    """
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for factor in dict.fromkeys((torch.float32, dtype)):
-            yield f"{dtype} weight, {factor} factors, rank 8", operands(1024, 1024, 8, dtype, factor)
-    yield (
-        "bfloat16 weight of 512 columns, float32 factors, rank 8",
-        operands(512, 512, 8, torch.bfloat16, torch.float32),
-    )
-    for rank in (16, 64):
-        yield (
-            f"bfloat16 weight, float32 factors, rank {rank}",
-            operands(1024, 1024, rank, torch.bfloat16, torch.float32),
-        )
-    weight, *factors = operands(1024, 1024, 8, torch.bfloat16, torch.float32)
-    yield "bfloat16 weight transposed, float32 factors, rank 8", [weight.T, *factors]
-    yield "bfloat16 weight unaligned, float32 factors, rank 5", operands(1023, 1023, 5, torch.bfloat16, torch.float32)
-
-
-def operands(rows: int, columns: int, rank: int, dtype: torch.dtype, factor: torch.dtype) -> list[Tensor]:
-    shapes = [(rows, rank), (rank, columns), (rows, rank), (rank, columns), (rows,), (columns,)]
-    weight = torch.empty((rows, columns), dtype=dtype, device="meta")
-    return [weight, *(torch.empty(shape, dtype=factor, device="meta") for shape in shapes)]
-
-
-def cases() -> Iterator[Case]:
-    for name, tensors in layouts():
-        weight, *factors = tensors
-        yield Case(name, partial(scores, weight, Factors(*factors), Scales()))
+def checked_operands(operands: MaskedWeight) -> MaskedWeight:
+    """With factors as `checked` leaves them, and the mask contiguous."""
+    factors = checked(operands.weight, operands.factors)
+    return operands._replace(factors=factors, mask=operands.mask.contiguous())

@@ -1,4 +1,4 @@
-"""One buffer per device, stream and dtype for what is used up within a call: the masked weight, or G, of one layer.
+"""One buffer per device, stream and dtype for what is used up before the next layer runs: its masked weight, or its G.
 
 All layers share it, so that it has the size of the largest layer, not of their sum. Work on one stream runs in order,
 so the next layer cannot overwrite it too early; another stream gets a buffer of its own.
@@ -30,5 +30,5 @@ def get(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def release() -> None:
-    """Free every buffer, say after training; the next call makes new ones."""
+    """Free all buffers, say after training; the next call makes new ones."""
     _buffers.clear()

@@ -1,15 +1,17 @@
-"""The exact threshold on the device: the k-th smallest score as (key, flat index), W read once, no scores stored.
+"""The exact threshold on the device: the k-th smallest score as (key, flat index), without storing the scores.
 
-Guess, verify, refine, as selection.py does on the CPU, with everything decided on the device:
+Guess, verify, refine, as cpu/select.py does, with everything decided on the device. Where the first range holds the
+answer, W is read once:
 
-    bracket   a range of scores that should hold the k-th, from the last threshold or from a sample
-    gather    one read of W: count what lies below the range, collect (key, index) of what lies inside
-    refine    if the count proves that the k-th is inside and all of it was collected, select among those few; done
-    digits    else an exact radix search over W narrows the range, 8 bits a pass, until what lies inside can be
-              collected; five passes at most, the last over the indices of equal scores; then gather and refine
+    bracket           a range of scores that should hold the k-th, from the last threshold or from a sample
+    gather            one read of W: count what lies below the range, collect (key, index) of what lies inside
+    refine            if the count proves that the k-th is inside and all of it was collected, select among those few
+    radix_histogram   else an exact radix search over W narrows the range, 8 bits a pass, until what lies inside can be
+                      collected; five passes at most, the last over the indices of equal scores; then gather and refine
 
-All launches are always made: none depends on the host knowing a value. A kernel whose turn it is not returns at once
-(STATUS). No kernel waits for another program, and no loop depends on the data for its end.
+Which launches are made depends on the size of the weight alone: the host knows no value. A kernel whose turn it is not
+returns at once (STATUS). No kernel waits for another program, and the loops that depend on the data, over the
+candidates, go on no longer than there is room for them.
 
 A key is the score as an int32 of the same order: -0.0 as 0.0, NaN above everything. Programs meet only in
 integer atomics, and the order in which they collect does not matter, so the result has the same bits in any order.
@@ -17,18 +19,25 @@ integer atomics, and the order in which they collect does not matter, so the res
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .score import layouts, score_from, updated_from
-from .tiles import Case
-from .walk import RARE, Walk, all_registers, band, flat_index, hold_rights, step_scores, walk, walk_scores  # fmt: skip
+from ..operands import Factors, Scales
+from .score import score_from, updated_from
+from .sweep import (  # fmt: skip
+    RARE,
+    Sweep,
+    flat_index,
+    hold_rights,
+    program_indices,
+    step_scores,
+    sweep_scores,
+    sweep_weight,
+)
+from .tiles import targets
+from .tiles.targets import Platform
 
 # Slots of the state, int64
 STATUS = tl.constexpr(0)  # whose turn it is
@@ -38,7 +47,7 @@ FIRST = tl.constexpr(3)  # where the range is one key: the range of its indices,
 LAST = tl.constexpr(4)
 BELOW = tl.constexpr(5)  # how many lie below the range
 COUNT = tl.constexpr(6)  # how many lie in it
-RANK = tl.constexpr(7)  # of the answer among those in the range, from 0: for the digits passes
+RANK = tl.constexpr(7)  # of the answer among those in the range, from 0: for the radix passes
 TICKET = tl.constexpr(8)  # programs that have finished
 KEY = tl.constexpr(9)  # the answer
 INDEX = tl.constexpr(10)
@@ -57,18 +66,19 @@ SAMPLES = tl.constexpr(8192)
 SMALL = tl.constexpr(4096)  # candidates that one program holds in registers
 CHUNK = tl.constexpr(2048)
 
-# Margins either side of a guess, as fractions of all scores; the widest must fit the room for candidates.
-NARROW, WIDE, WIDEST = tl.constexpr(0.001), tl.constexpr(0.04), tl.constexpr(0.025)
+# Margins either side of a guess, as fractions of all scores. Both sides of the wide one, 5 %, fit the room for
+# candidates.
+NARROW, WIDE = tl.constexpr(0.001), tl.constexpr(0.025)
 
 
 def capacity_of(numel: int) -> int:
-    """Room for candidates: a bracket from a sample holds at most 5.6 % of the scores; few are collected whole."""
+    """Room for candidates, 6.25 % and some: a bracket from a sample is expected to hold at most 5.6 % of the scores."""
     return numel // 16 + 16384
 
 
 @triton.jit
 def load_state(p_state):
-    """All slots by one load, which a scalar load a slot would make as many of, for each thread."""
+    """All slots by one load; a scalar load a slot would be as many loads of every thread."""
     return tl.load(p_state + tl.arange(0, SLOTS))
 
 
@@ -147,7 +157,7 @@ def bracket_kernel(
             value, slope = tl.load(p_guess), tl.load(p_guess + 1)
             moved = fraction - tl.load(p_guess + 2)
             centre = value + slope * moved
-            half = slope * tl.minimum(tl.load(p_guess + 3) + 0.25 * tl.abs(moved), WIDEST)
+            half = slope * tl.minimum(tl.load(p_guess + 3) + 0.25 * tl.abs(moved), WIDE)
             if (centre - half <= centre) & (centre <= centre + half):  # false for NaN
                 lower = unsigned(key_of(centre - half))
                 upper = unsigned(key_of(centre + half))
@@ -163,7 +173,7 @@ def bracket_kernel(
                 )  # fmt: skip
                 tl.store(p_sample + n, key_of(b_score))
             tl.debug_barrier()
-            # The rank of the answer in the sample is binomial: five standard deviations either side.
+            # The rank of the answer in the sample spreads as a binomial at most: five standard deviations either side.
             spread = 5.0 * tl.sqrt(fraction * SAMPLES * (1.0 - fraction)) + 2.0
             low_rank = tl.floor(fraction * SAMPLES - spread).to(tl.int32)
             high_rank = tl.ceil(fraction * SAMPLES + spread).to(tl.int32)
@@ -188,11 +198,11 @@ def bracket_kernel(
     tl.store(p_state + slot, state)
 
 
-@triton.jit(do_not_specialize=("span", "numel", "capacity"))
+@triton.jit(do_not_specialize=("rows_per_program", "numel", "capacity"))
 def gather_kernel(
     p_state, p_key, p_index,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    n_i, n_j, stride_i, stride_j, span, numel, capacity, beta, alpha1, alpha2,
+    n_i, n_j, stride_i, stride_j, rows_per_program, numel, capacity, beta, alpha1, alpha2,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
@@ -202,12 +212,12 @@ def gather_kernel(
         return
     lower, upper = signed(slot_of(b_state, LOWER)), signed(slot_of(b_state, UPPER))
     first, last = slot_of(b_state, FIRST), slot_of(b_state, LAST)
-    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
     )
     b_below = tl.zeros([BLOCK_J], tl.int32)
-    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+    for step in tl.range(0, rows_per_program, BLOCK_I, num_stages=STAGES):
         i, _, m_tile, _, b_score = step_scores(
             p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
             first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, numel, beta, alpha1, alpha2,
@@ -332,11 +342,11 @@ def update_guess(p_guess, b_state, key, count, k, numel):
     tl.store(p_guess + 3, margin)
 
 
-@triton.jit(do_not_specialize=("span", "numel", "capacity", "shift", "indices"))
-def digits_kernel(
+@triton.jit(do_not_specialize=("rows_per_program", "numel", "capacity", "shift", "indices"))
+def radix_histogram_kernel(
     p_state, p_bins,
     p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    n_i, n_j, stride_i, stride_j, span, numel, capacity, beta, alpha1, alpha2, shift, indices,
+    n_i, n_j, stride_i, stride_j, rows_per_program, numel, capacity, beta, alpha1, alpha2, shift, indices,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -344,12 +354,12 @@ def digits_kernel(
     if tl.load(p_state + STATUS) != SEARCH:
         return
     lower = tl.load(p_state + LOWER)
-    first_i, j, m_j = band(n_j, span, BLOCK_J, VECTOR)
+    first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
     )
     b_bins = tl.zeros([BINS], tl.int32)
-    for step in tl.range(0, span, BLOCK_I, num_stages=STAGES):
+    for step in tl.range(0, rows_per_program, BLOCK_I, num_stages=STAGES):
         i, _, m_tile, _, b_score = step_scores(
             p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, held_w, held_s, b_right_1,
             first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, numel, beta, alpha1, alpha2,
@@ -387,28 +397,31 @@ def digits_kernel(
 
 
 def search(
-    over: tuple[Walk, Walk], given: tuple, numel: int, num_pruned: Tensor, guess: Tensor | None, scales: tuple
-) -> Tensor:
-    """Run the search: the usual walk and the rare one, and what a sample is taken from, (weight, U, V, A, B, R, C).
+    sweeps: tuple[Sweep, Sweep], sampled: tuple[Tensor | None, ...], num_pruned: Tensor, guess: Tensor | None,
+    scales: Scales, platform: Platform,
+) -> Tensor:  # fmt: skip
+    """Run the search: the usual sweep and the rare one, and what a sample is taken from, (weight, U, V, A, B, R, C).
 
     Returns the state, whose KEY and INDEX are the answer.
     """
-    weight, capacity, index_bits = given[0], capacity_of(numel), max(1, (numel - 1).bit_length())
+    usual, rare = sweeps
+    weight = usual.operands[0]
+    numel = weight.numel()
+    capacity, index_bits = capacity_of(numel), max(1, (numel - 1).bit_length())
     state = weight.new_empty(SLOTS.value, dtype=torch.int64)
     bins = weight.new_empty(BINS.value, dtype=torch.int32)
     key = weight.new_empty(capacity, dtype=torch.int32)
     index = weight.new_empty(capacity, dtype=torch.int32 if numel < 2**31 else torch.int64)
     columns, strides = (weight.shape[1], weight.stride()) if weight.dim() == 2 else (numel, (numel, 1))
-    usual, rare = over
-    registers = all_registers(weight.device)
+    registers = platform.all_registers
     bracket_kernel[(1,)](
-        state, guess, num_pruned, key, *given, numel, columns, *strides, *scales, capacity,
+        state, guess, num_pruned, key, *sampled, numel, columns, *strides, *scales, capacity,
         RANK_W=usual.constants["RANK_W"], RANK_S=usual.constants["RANK_S"], num_warps=4, **registers,
     )  # fmt: skip
 
-    def collect(walk: Walk, ties: bool) -> None:
-        gather_kernel[walk.grid](
-            state, key, index, *walk.operands, *walk.shape, numel, capacity, *scales, **walk.constants, TIES=ties
+    def collect(sweep: Sweep, ties: bool) -> None:
+        gather_kernel[sweep.grid](
+            state, key, index, *sweep.operands, *sweep.shape, numel, capacity, *scales, **sweep.constants, TIES=ties
         )
         refine_kernel[(1,)](
             state, bins, key, index, guess, num_pruned, numel, capacity, index_bits,
@@ -420,7 +433,7 @@ def search(
         for digit in range(KEY_PASSES.value + 1):
             indices = digit == KEY_PASSES.value
             shift = max(0, index_bits - DIGIT.value) if indices else 32 - DIGIT.value * (digit + 1)
-            digits_kernel[rare.grid](
+            radix_histogram_kernel[rare.grid](
                 state, bins, *rare.operands, *rare.shape, numel, capacity, *scales, shift, int(indices),
                 **rare.constants,
             )  # fmt: skip
@@ -433,29 +446,18 @@ def route(state: Tensor) -> str:
     return ROUTES[int(state[ROUTE.value])]
 
 
-def threshold(
-    weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
-    num_pruned: Tensor, guess: Tensor, beta: float, alpha1: float, alpha2: float,
-) -> Tensor:  # fmt: skip
-    """The state whose KEY and INDEX are the num_pruned-th smallest score; updates `guess`."""
-    pairs = [(U, V), (A, B), (R, C)]
-    over = walk(weight, pairs), walk(weight, pairs, RARE)
-    return search(over, (weight, U, V, A, B, R, C), weight.numel(), num_pruned, guess, (beta, alpha1, alpha2))
+def threshold(weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor) -> Tensor:
+    """The state whose KEY and INDEX are the num_pruned-th smallest score; updates `guess`. Factors as of `checked`."""
+    platform = targets.platform(weight.device)
+    sweeps = sweep_weight(weight, factors, platform), sweep_weight(weight, factors, platform, RARE)
+    return search(sweeps, (weight, *factors), num_pruned, guess, scales, platform)
 
 
 def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    flat = scores.reshape(-1)
+    """The k-th smallest score, from 1, and its flat index, by (score, index); NaN is the largest."""
+    flat, platform = scores.reshape(-1), targets.platform(scores.device)
     rank = torch.full((), k, dtype=torch.int64, device=scores.device)
-    over = walk_scores(flat), walk_scores(flat, RARE)
-    state = search(over, (flat, *[None] * 6), flat.numel(), rank, None, (1.0, 1.0, 1.0))
+    sweeps = sweep_scores(flat, platform), sweep_scores(flat, platform, RARE)
+    state = search(sweeps, (flat, *[None] * 6), rank, None, Scales(), platform)
     index = state[INDEX.value].clone()
     return flat.take(index), index  # indexing by a tensor would wait for the device
-
-
-def cases() -> Iterator[Case]:
-    for name, tensors in layouts():
-        pruned = torch.empty((), dtype=torch.int64, device="meta")
-        guess = torch.empty(4, device="meta")
-        arguments: list[Any] = [*tensors, pruned, guess, 1.0, 1.0, 1.0]
-        yield Case(name, partial(threshold, *arguments))
-    yield Case("scores", lambda: kth_value(torch.empty(1 << 20, device="meta"), 1))

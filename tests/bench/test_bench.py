@@ -294,7 +294,9 @@ def test_a_machine_cuts_what_it_cannot_do():
 
 
 def test_quick_is_part_of_the_full_grid():
-    assert set(cases.quick()) <= set(cases.full())
+    for device in ("cpu", "cuda"):
+        assert set(cases.quick(device)) <= set(cases.full())
+    assert set(cases.quick()) < set(cases.quick("cuda"))
     assert {case.mode for case in cases.quick()} == set(cases.MODES)
 
 
@@ -336,8 +338,9 @@ def test_unknown_names_are_refused(capsys):
     assert "no case is left; shapes are BERT-base attention" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_writes_csv_plots_and_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cases, "quick", lambda: [small_case("step"), small_case("mask")])
+    monkeypatch.setattr(cases, "quick", lambda device: [small_case("step"), small_case("mask")])
     limits = ceilings.Ceilings(dict.fromkeys(cases.DTYPES, 1e11), 1e10)
     monkeypatch.setattr(ceilings, "measured", lambda *_: limits)
     assert command.main(["--quick", "--adamw", "default", "--output", str(tmp_path)]) == 0
@@ -412,6 +415,7 @@ def test_a_readme_without_markers_is_refused(tmp_path, capsys):
 # Another version beside this one
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("git") is None or subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT).returncode != 0,
     reason="not a git checkout",
@@ -465,14 +469,14 @@ def test_roofline_of_a_pst_step():
 
 
 def test_roofline_takes_the_tiles_of_the_kernels():
-    tiles = pytest.importorskip("pst_kernels.triton.tiles")
-    if not hasattr(tiles, "matmul"):
+    choice = pytest.importorskip("pst_kernels.triton.tiles.choice")
+    if not hasattr(choice, "matmul"):
         pytest.skip("no table of tiles yet")
     shape = cases.BY_NAME["Llama-8B query"]
     for tokens in (16, 16384):
         found = roofline.shipped_tiles("sm_90", shape, tokens, torch.bfloat16)
         assert found.source == roofline.SHIPPED
-        tile = tiles.matmul("sm_90", torch.bfloat16, torch.bfloat16, tokens, 4096, 8)
+        tile = choice.matmul("sm_90", torch.bfloat16, torch.bfloat16, tokens, 4096, 8)
         assert found.forward == (None if tile is None else (tile.rows, tile.columns))
 
 

@@ -202,22 +202,6 @@ def test_the_product_of_other_devices_is_the_same(shape, with_bias):
     torch.testing.assert_close(dx, gy @ dense, **TIGHT)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA device is needed")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(128, 192), (150, 200)], ids=str)
-def test_on_a_gpu(shape, dtype):
-    layer, dense = blocks_of(shape, 32, dtype)
-    layer, dense = layer.cuda(), dense.cuda()
-    x, gy = torch.randn(64, shape[1]).to(dense).requires_grad_(), torch.randn(64, shape[0]).to(dense)
-    y = layer(x)
-    y.backward(gy)
-    exact = x.detach().double() @ dense.double().T + layer.bias.double()
-    error = 4.0 * torch.finfo(dtype).eps
-    assert (y.double() - exact).norm() <= error * exact.norm()
-    assert (x.grad.double() - gy.double() @ dense.double()).norm() <= error * (gy.double() @ dense.double()).norm()
-
-
 # State dicts
 
 

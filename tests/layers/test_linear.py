@@ -10,7 +10,6 @@ from torch import nn
 
 import pst_kernels as pst
 from pst_kernels import cpu, reference
-from pst_kernels.cpu import row_blocks
 from pst_kernels.layers.pst_layer import FACTORS
 
 
@@ -291,10 +290,9 @@ def test_inference_mode(layer):
         assert torch.equal(layer(x), expected)
 
 
-def test_trains_after_an_evaluation_in_inference_mode(monkeypatch):
+def test_trains_after_an_evaluation_in_inference_mode():
     """The scratch buffers that the evaluation made are then written by the training step."""
-    monkeypatch.setattr(row_blocks, "buffers", row_blocks._Buffers())
-    monkeypatch.setattr(cpu.ops, "buffers", row_blocks.buffers)
+    cpu.release_scratch()
     layer, x = pst.PSTLinear(40, 24), torch.randn(4, 40)
     with torch.inference_mode():
         expected = layer(x)

@@ -13,7 +13,7 @@ from torch import nn
 
 import pst_kernels as pst
 from pst_kernels import cpu, functional, reference
-from pst_kernels.cpu import row_blocks as rows
+from pst_kernels.cpu import row_blocks
 from pst_kernels.layers.pst_layer import FACTORS
 from pst_kernels.model import pst_layers
 
@@ -180,7 +180,7 @@ def test_7_the_threshold_is_that_of_the_whole_matrix_however_it_is_cut(block, th
     assert not torch.equal(expected, halves)
 
     for name in ("BLOCK", "BLOCK_ROWS", "BLOCK_AT_MOST"):
-        monkeypatch.setattr(rows, name, block)
+        monkeypatch.setattr(row_blocks, name, block)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

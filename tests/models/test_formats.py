@@ -231,18 +231,3 @@ def test_every_two_of_four_layer_gets_torchs_tensor(monkeypatch):
             assert torch.equal(layer.weight, plain.weight.T if family == "gpt2" else plain.weight)
             assert not layer.weight.requires_grad
         torch.testing.assert_close(toys.logits(merged, family), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's semi-structured product needs CUDA")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_semi_structured_on_a_gpu(dtype):
-    model = pst.replace_linear(toys.plain(128, 256, 64, 4).to("cuda", dtype), pst.PSTConfig(pattern="2:4"))
-    toys.perturb(model)
-    x = torch.randn(64, 128).to("cuda", dtype)
-    with torch.no_grad():
-        expected = model(x)
-        merged = pst.merge_and_unload(model, format="semi_structured")
-        assert isinstance(merged[0].weight.data, torch.sparse.SparseSemiStructuredTensor)
-        error = (merged(x) - expected).norm() / expected.norm()
-    assert error <= 4.0 * torch.finfo(dtype).eps

@@ -284,14 +284,14 @@ def test_an_explicit_triton_backend_does_not_fall_back(monkeypatch):
         layer(torch.randn(2, 200, dtype=torch.float64))
 
 
-def test_layout_lists_the_kept_blocks():
+def test_block_rows_list_the_kept_blocks():
     weight, factors = make_problem(40, 50, weight_dtype=torch.float32, factor_dtype=torch.float32)
     packed = ops.prune_mask(weight, *factors, *Scales(), torch.tensor(5), functional.new_guess(), "block:16")
     mask = functional.unpack_mask(packed, 50)
-    strips, index = block_matmul.layout(packed, (40, 50), 16)
+    rows, index = block_matmul.block_rows(packed, (40, 50), 16)
     again = torch.zeros(40, 50, dtype=torch.bool)
-    for strip in strips:
-        again[strip.rows, index[strip.place]] = True
-        assert [c for one in strip.columns for c in range(one.start, one.stop)] == index[strip.place].tolist()
+    for row in rows:
+        again[row.rows, index[row.span]] = True
+        assert [c for one in row.columns for c in range(one.start, one.stop)] == index[row.span].tolist()
     assert torch.equal(again, mask)
     assert patterns.parse("block:16").fits(mask, 5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import logging
 import math
@@ -15,13 +16,8 @@ import torch
 from oracle import SCALES, grouped, make_problem, masked_weight, relative_error
 
 from pst_kernels import cpu, functional, reference
-from pst_kernels.cpu import compiled
-from pst_kernels.cpu.compiled import arguments
-from pst_kernels.cpu.compiled import jit as compile
-from pst_kernels.cpu.compiled import kernels as passes
-from pst_kernels.cpu.compiled import launch as calls
-from pst_kernels.cpu.compiled import row_loops as rows
-from pst_kernels.cpu.compiled import threads as team
+from pst_kernels.cpu import compiled, row_blocks, scratch
+from pst_kernels.cpu.compiled import arguments, jit, kernels, launch, row_loops, threads
 from pst_kernels.masks import packing
 from pst_kernels.operands import Needs
 
@@ -36,7 +32,7 @@ def always_compiled(monkeypatch):
 
 
 @pytest.fixture
-def threads():
+def set_threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -92,8 +88,8 @@ def test_bf16_on_either_side(weight_dtype, dtype):
         assert relative_error(value, right) < (2e-6 if dtype == torch.float32 else 1e-2)  # G is a bf16 product
 
 
-def test_the_same_bits_on_any_number_of_threads(threads, monkeypatch):
-    """PyTorch's threads, Python's own, or none: a share's results depend on nothing else."""
+def test_the_same_bits_on_any_number_of_threads(set_threads, monkeypatch):
+    """PyTorch's threads, Python's own, or none: a task's results depend on nothing else."""
     weight, factors = make_problem(700, 300, weight_dtype=torch.float32, factor_dtype=torch.float32)
     gy, x = torch.randn(32, 700), torch.randn(32, 300)
 
@@ -102,20 +98,21 @@ def test_the_same_bits_on_any_number_of_threads(threads, monkeypatch):
         mask = cpu.prune_mask(*grouped((weight, *factors), ARGUMENTS), torch.tensor(150_000), no_guess(), masked)
         with monkeypatch.context() as patched:  # the library's own product may differ with the threads
             patched.setattr(torch, "mm", lambda left, right, out: out.copy_(left.double() @ right.double()))
-            gradients = calls.factor_gradients(gy, x, weight, *factors[:4], mask, *ARGUMENTS, True, masked)
+            operands = masked_weight((weight, *factors), mask, ARGUMENTS)
+            gradients = launch.factor_gradients(gy, x, operands, True, masked, row_blocks.GEMM_ROWS, scratch.get)
         return mask, masked, cpu.scores(*grouped((weight, *factors), ARGUMENTS)), *gradients
 
-    threads(1)
+    set_threads(1)
     alone = everything()
     for number in (2, 3, 8):
-        threads(number)
+        set_threads(number)
         assert all(map(torch.equal, everything(), alone))
-    monkeypatch.setattr(team, "_openmp", lambda: None)
+    monkeypatch.setattr(threads, "_openmp", lambda: None)
     assert all(map(torch.equal, everything(), alone))
 
 
-def test_passes_of_several_python_threads_at_once(threads):
-    threads(2)
+def test_passes_of_several_python_threads_at_once(set_threads):
+    set_threads(2)
     problems = [make_problem(200, 180, seed=i).to(torch.float32) for i in range(4)]
 
     def mask(problem):
@@ -158,11 +155,11 @@ def test_packed_words(columns):
     packed = packing.pack_mask(kept)
     flags = np.zeros(32 * packed.shape[1], np.uint8)
     for row, words in zip(kept, packed.view(torch.uint32).numpy(), strict=True):
-        rows.unpack(words, flags)
+        row_loops.unpack(words, flags)
         assert np.array_equal(flags[:columns], row.numpy())
         assert not flags[columns:].any()
         again = np.zeros_like(words)
-        rows.pack(flags, again)
+        row_loops.pack(flags, again)
         assert np.array_equal(again, words)
 
 
@@ -172,30 +169,30 @@ def test_bf16_rounding():
     halfway = (torch.arange(4096, dtype=torch.int32) * 0x8000 + 0x3F800000).view(torch.float32)
     values = torch.cat([values, halfway, torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0, 3.4e38])])
     bits = np.empty(values.numel(), np.uint16)
-    rows.narrow(values.numpy(), bits)
+    row_loops.narrow(values.numpy(), bits)
     expected = values.to(torch.bfloat16)
     found = torch.from_numpy(bits).view(torch.bfloat16)
     assert torch.equal(found.isnan(), expected.isnan())
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
     wide = np.empty(values.numel(), np.float32)
-    rows.widen(bits, wide)
+    row_loops.widen(bits, wide)
     assert torch.equal(torch.from_numpy(wide).nan_to_num(), expected.float().nan_to_num())
 
 
-def test_shares_cover_all_rows_once():
+def test_tasks_cover_all_rows_once():
     for out, columns in ((1, 1), (7, 10), (300, 1000), (3072, 768), (50_257, 8)):
-        share = arguments.share_rows(out, columns)
-        assert 1 <= share <= out
-        sums = arguments.share_rows_of_sums(out, calls.SHARES)
-        assert sums % rows.GROUP == 0
-        assert -(-out // sums) <= calls.SHARES
+        rows = arguments.rows_per_task(out, columns)
+        assert 1 <= rows <= out
+        sums = arguments.rows_per_reduction_task(out, launch.TASKS)
+        assert sums % row_loops.GROUP == 0
+        assert -(-out // sums) <= launch.TASKS
 
 
 def test_machine_code_is_kept_by_the_sources_of_the_whole_folder():
     """Numba alone would go by the file of a function, and use what was compiled before another file changed."""
-    for function in (rows.pack, passes.drop):
-        assert compile.cache_folder() in Path(function.stats.cache_path).parents
-    assert str(compile.cache_folder()) != numba.config.CACHE_DIR  # other users of Numba keep theirs
+    for function in (row_loops.pack, kernels.drop):
+        assert jit.cache_folder() in Path(function.stats.cache_path).parents
+    assert str(jit.cache_folder()) != numba.config.CACHE_DIR  # other users of Numba keep theirs
 
 
 @pytest.mark.parametrize(
@@ -211,16 +208,16 @@ def test_machine_code_is_kept_by_the_sources_of_the_whole_folder():
     ids=["float64", "fp16", "fp16 result", "transposed", "empty", "another device"],
 )
 def test_what_is_left_to_pytorch(weight, dtype):
-    assert compiled.compiled(weight, dtype) is None
-    assert compiled.compiled(torch.ones(4, 4), torch.bfloat16) is calls
+    assert compiled.passes_for(weight, dtype) is None
+    assert compiled.passes_for(torch.ones(4, 4), torch.bfloat16) is launch
 
 
 def test_the_variable(monkeypatch):
     monkeypatch.setenv("PST_KERNELS_CPU", "torch")
-    assert compiled.compiled(torch.ones(4, 4)) is None
+    assert compiled.passes_for(torch.ones(4, 4)) is None
     monkeypatch.setenv("PST_KERNELS_CPU", "cython")
     with pytest.raises(ValueError, match=r"PST_KERNELS_CPU='cython'.*auto, numba, torch"):
-        compiled.compiled(torch.ones(4, 4))
+        compiled.passes_for(torch.ones(4, 4))
 
 
 @pytest.fixture
@@ -231,10 +228,10 @@ def without_numba(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "numba", None)  # an import of it fails
     monkeypatch.delattr(compiled, "launch")
-    compiled._import_calls.cache_clear()
+    compiled._import_launch.cache_clear()
     compiled._say_once.cache_clear()
     yield
-    compiled._import_calls.cache_clear()
+    compiled._import_launch.cache_clear()
     compiled._say_once.cache_clear()
 
 
@@ -253,4 +250,15 @@ def test_without_numba_it_says_so_once_and_goes_on(monkeypatch, caplog):
 @pytest.mark.usefixtures("without_numba")
 def test_an_explicit_request_without_numba_raises():
     with pytest.raises(ImportError, match=r"PST_KERNELS_CPU=numba, but .*install numba or unset"):
-        compiled.compiled(torch.ones(4, 4))
+        compiled.passes_for(torch.ones(4, 4))
+
+
+def test_the_folder_imports_nothing_of_the_package_that_it_lies_in():
+    """What it needs of pst_kernels.cpu is handed to it."""
+    for source in Path(compiled.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2, source.name
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith("pst_kernels.cpu") for name in names), source.name

@@ -4,38 +4,10 @@ import logging
 
 import pytest
 import torch
-from oracle import make_problem
+from op_samples import samples
 
 import pst_kernels as pst
 from pst_kernels import functional, ops
-
-
-def samples(dtype=torch.float32):
-    weight, factors = make_problem(12, 40, weight_dtype=dtype, factor_dtype=torch.float32)
-    packed = functional.prune_mask(weight, *factors, 200)
-    num_pruned, scales = torch.tensor(200), (1.0, 0.5, 2.0)
-    x, gy = torch.randn(6, 40).to(dtype), torch.randn(6, 12).to(dtype)
-    new = functional.new_guess
-    yield "scores", (weight, *factors, *scales)
-    yield "kth_value", (torch.randn(50), 20)
-    weights = (weight, *factors, *scales)
-    blocks = ops.prune_mask(*weights, torch.tensor(1), new(), "block:16")
-    for pattern, count, mask in (("unstructured", num_pruned, packed), ("block:16", torch.tensor(1), blocks)):
-        yield "prune_mask", (*weights, count, new(), pattern)
-        yield "refresh_mask", (*weights, count, mask.clone(), new(), 1, pattern)
-    yield "is_last_before_refresh", (factors[0], 16)
-    unstructured, of_blocks = ((weight, *factors, mask, *scales) for mask in (packed, blocks))
-    yield "masked_weight", (*unstructured, dtype)
-    yield "linear_forward", (x, *unstructured, torch.randn(12))
-    yield "linear_forward", (x, *unstructured, None)
-    for needs_input, needs_factors in ((True, True), (False, True), (True, False)):
-        yield "linear_backward", (gy, x, *unstructured, True, needs_input, needs_factors)
-    yield "block_forward", (x, *of_blocks, torch.randn(12), 16)
-    for learn in (True, False):
-        yield "block_backward", (gy, x, *of_blocks, 16, torch.tensor(learn), True, True, True)
-    kept, rows, columns = torch.randn(2, 16, 16).to(dtype), torch.tensor([0, 2]), torch.tensor([0, 2])
-    yield "kept_blocks_forward", (x, kept, torch.randn(12).to(dtype), rows, columns, 12)
-    yield "kept_blocks_backward", (gy, kept, rows, columns, 40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import SCALES, make_problem
+from oracle import PATTERNS, SCALES, make_problem, mask_by_definition
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pst_kernels as pst
@@ -10,28 +10,6 @@ from pst_kernels import functional, ops
 from pst_kernels.masks import patterns
 
 SHAPES = [(1, 1), (16, 32), (48, 80), (129, 65), (70, 300)]
-PATTERNS = ["block:16", "block:32", "block:64", "block:128", "2:4", "3:7", "5:20"]
-
-
-def by_hand(scores, pattern, num_pruned):
-    """The mask in loops, from nothing but the definition."""
-    kept = torch.ones(scores.shape, dtype=torch.bool)
-    out, columns = scores.shape
-    if isinstance(pattern, patterns.Blocks):
-        size = pattern.size
-        corners = [(r, c) for r in range(0, out, size) for c in range(0, columns, size)]
-        means = torch.stack([scores[r : r + size, c : c + size].double().mean() for r, c in corners])
-        for i in torch.argsort(means, stable=True)[:num_pruned].tolist():
-            r, c = corners[i]
-            kept[r : r + size, c : c + size] = False
-        return kept
-    of_group = next(k for k in range(pattern.group) if pattern._count((out, columns), k) == num_pruned)
-    for row in range(out):
-        for start in range(0, columns, pattern.group):
-            group = scores[row, start : start + pattern.group]
-            surplus = len(group) - (pattern.group - of_group)
-            kept[row, start + torch.argsort(group, stable=True)[: max(0, surplus)]] = False
-    return kept
 
 
 def mask_of(problem, name, num_pruned):
@@ -49,7 +27,7 @@ def test_masks_equal_the_definition(name, shape, dyadic):
     for sparsity in (0.0, 0.3, 0.5, 0.9):
         num_pruned = pattern.num_pruned_at(shape, sparsity)
         mask = mask_of(problem, name, num_pruned)
-        assert torch.equal(mask, by_hand(scores, pattern, num_pruned))
+        assert torch.equal(mask, mask_by_definition(scores, pattern, num_pruned))
         assert pattern.fits(mask, num_pruned)
         assert pattern.weights_pruned(shape, num_pruned) in (None, int((~mask).sum()))
 
@@ -101,7 +79,7 @@ def test_order_of_odd_scores(name, nan):
     generator = torch.Generator().manual_seed(0)
     scores = values[torch.randint(len(values), (50, 40), generator=generator)]
     num_pruned = pattern.num_pruned_at((50, 40), pattern.sparsity)
-    assert torch.equal(pattern.keep(scores, num_pruned), by_hand(scores, pattern, num_pruned))
+    assert torch.equal(pattern.keep(scores, num_pruned), mask_by_definition(scores, pattern, num_pruned))
 
 
 def test_a_block_counts_the_weights_that_it_has():

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from oracle import grouped, make_problem, masked_weight
 
 from pst_kernels import cpu, functional
-from pst_kernels.cpu import row_blocks as rows
-from pst_kernels.cpu import select as selection
-from pst_kernels.cpu.compiled import launch as calls
+from pst_kernels.cpu import row_blocks, select
+from pst_kernels.cpu.compiled import launch
 from pst_kernels.masks import guess as guesses
 
 N = 100_003  # above the size from which a sample is drawn, and prime
@@ -70,14 +69,14 @@ def test_shape_and_dtype(shape):
 
 def count_passes(monkeypatch):
     passes = []
-    for source in (selection.BlockScores, calls.CompiledScores):
+    for source in (select.ChunkedScores, launch.CompiledScores):
 
         def counting(self, bracket, gather=source.gather):
             passes.append(bracket)
             return gather(self, bracket)
 
         monkeypatch.setattr(source, "gather", counting)
-    monkeypatch.setattr(selection, "_sort", lambda *_: pytest.fail("sorted everything"))
+    monkeypatch.setattr(select, "_sort", lambda *_: pytest.fail("sorted everything"))
     return passes
 
 
@@ -125,8 +124,8 @@ def test_a_bracket_that_ends_at_the_answer(end, offset):
     edge = 500.0 + offset
     bracket = guesses.Bracket(edge, 600.0) if end == "lower" else guesses.Bracket(400.0, edge)
     kept = np.empty(1000, bool)
-    source = selection.BlockScores(lambda: iter([(0, scores)]), kept)
-    chosen = selection.select(source, 1000, 501, [bracket])
+    source = select.ChunkedScores(lambda: iter([(0, scores)]), kept)
+    chosen = select.select(source, 1000, 501, [bracket])
     assert (chosen.value, chosen.index) == (500.0, 500)
     assert np.array_equal(kept, scores > 500)
 
@@ -170,7 +169,7 @@ def test_nan_in_the_factors_prunes_exactly_all_the_same():
 def test_the_mask_and_the_masked_weight_from_one_pass(dtype, route, monkeypatch):
     """Whichever bracket finds the threshold, they are those of the two ops, over several blocks."""
     for name, value in {"BLOCK": 1 << 13, "BLOCK_ROWS": 8, "BLOCK_AT_MOST": 1 << 14}.items():
-        monkeypatch.setattr(rows, name, value)
+        monkeypatch.setattr(row_blocks, name, value)
     generator = torch.Generator().manual_seed(3)
     shapes = [(300, 310), (300, 5), (5, 310), (300, 5), (5, 310), (300,), (310,)]
     factors = [torch.randn(shape, generator=generator) for shape in shapes]

@@ -24,7 +24,7 @@ ALLOWED = {
     "ops": {"operands", "masks", "env", "cpu", "triton"},
     "functional": {"operands", "masks", "ops"},
     "config": {"files", "masks"},
-    "layers": {"operands", "masks", "ops", "functional", "config", "env"},
+    "layers": {"operands", "masks", "ops", "functional", "config", "env", "cpu"},
     "targets": {"operands", "config", "layers"},
     "export": {"files", "masks", "layers"},
 }

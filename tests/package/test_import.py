@@ -75,6 +75,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_is_light_touches_no_device_and_hooks_no_optimizer():
     assert run(IMPORTED) == {"loaded": [], "cuda": False, "hooks": 0, "rooms": []}
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 import triton
 
-from pst_kernels.triton import block_matmul, matmul, tiles
+from pst_kernels.triton import block_matmul, matmul
+from pst_kernels.triton.tiles import tables
 from pst_kernels.triton.tools import tune
 
 SIZES = argparse.Namespace(out_features=96, in_features=64, rank=4)
-TILE = tiles.Tile(32, 16, 32, 4, 2)
+TILE = tables.Tile(32, 16, 32, 4, 2)
 
 
 @pytest.fixture(params=list(tune.DTYPES))
@@ -23,7 +24,7 @@ def key(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def problem(key: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def problem(key: str, monkeypatch: pytest.MonkeyPatch) -> tune.Problem:
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
     return tune._problem(key, SIZES, torch.device("cpu"))
 
@@ -32,7 +33,7 @@ def timed_by(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[Callable],
     monkeypatch.setattr(triton.testing, "do_bench", milliseconds)
 
 
-def test_the_fastest_right_tile_wins(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_right_tile_wins(problem: tune.Problem, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The later a tile comes, the faster it is said to be; the last of all is made wrong, and must not win."""
     calls = iter(range(100))
     timed_by(monkeypatch, lambda launch: 100.0 - next(calls))
@@ -40,23 +41,23 @@ def test_the_fastest_right_tile_wins(problem: dict, key: str, monkeypatch: pytes
 
     def wrong_for_the_last(*args: Any) -> torch.Tensor:
         y = original(*args)
-        return y * 1.5 if args[6] == last and args[7] else y  # in the input gradient alone
+        return y * 1.5 if args[3] == last and args[5] else y  # in the input gradient alone
 
     monkeypatch.setattr(matmul, "masked_matmul", wrong_for_the_last)
     runs = tune._matmul_runs(problem, TILE, 16)
     assert tune._best(runs, tune.TOLERANCE[key]) == tune.neighbours(TILE)[-2]
 
 
-def test_gradient_tiles(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradient_tiles(problem: tune.Problem, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timed_by(monkeypatch, lambda launch: 1.0)
-    shipped, tile = tiles.GRADIENTS["sm_90"][key], TILE._replace(columns=32)
+    shipped, tile = tables.GRADIENTS["sm_90"][key], TILE._replace(columns=32)
     runs = tune._gradient_runs(problem, tile, 16, key)
     assert tune._best(runs, tune.TOLERANCE[key]) == tile  # the first of equals
-    assert tiles.GRADIENTS["sm_90"][key] == shipped
+    assert tables.GRADIENTS["sm_90"][key] == shipped
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_block_tiles(problem: dict, key: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_tiles(problem: tune.Problem, key: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The later a tile comes, the faster it is said to be: the last one of each table wins, if it is right, and no
     table is left changed."""
     names = ["block_matmul", "block_gradients"] if key != "mixed" else ["block_matmul"]
@@ -73,16 +74,16 @@ def test_block_tiles(problem: dict, key: str, size: int, monkeypatch: pytest.Mon
         assert row == shipped
 
 
-def test_wrong_block_tiles_are_not_timed(problem: dict, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_block_tiles_are_not_timed(problem: tune.Problem, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     timed_by(monkeypatch, lambda launch: pytest.fail("timed"))
     original = block_matmul.block_matmul
     monkeypatch.setattr(block_matmul, "block_matmul", lambda *args, **options: original(*args, **options) * 1.5)
     runs = tune._block_matmul_runs(problem, 20, key, 16)
-    assert tune._best(runs, tune.TOLERANCE[key]) == tiles.BLOCK_MATMUL["sm_90"][key][16]
+    assert tune._best(runs, tune.TOLERANCE[key]) == tables.BLOCK_MATMUL["sm_90"][key][16]
 
 
 @pytest.mark.parametrize(("fast_up_to", "found"), [(0, 0), (16, 16), (40, 32), (1 << 20, 64)])
-def test_switch(problem: dict, monkeypatch: pytest.MonkeyPatch, fast_up_to: int, found: int) -> None:
+def test_switch(problem: tune.Problem, monkeypatch: pytest.MonkeyPatch, fast_up_to: int, found: int) -> None:
     monkeypatch.setattr(tune, "SWITCH_TOKENS", (16, 32, 64))
     results: dict[bool, list[torch.Tensor]] = {}
 

@@ -9,49 +9,25 @@ from pst_kernels.operands import Needs
 
 pytest.importorskip("triton")
 
-from block_problem import OUTPUTS, Problem
+from block_problem import COMPILED, OUTPUTS, Problem
 from linear_problem import operands_of, relative_error
 
 from pst_kernels import ops
 from pst_kernels.masks.packing import pack_mask
-from pst_kernels.triton import block_gradients, block_lists, block_matmul, tiles
+from pst_kernels.triton import block_gradients, block_lists, block_matmul
+from pst_kernels.triton.tiles import choice, tables
 
-POISONED = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a launcher allocates is NaN until a kernel writes it, or no index."""
-    empty = torch.empty
-
-    def poison(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        if tensor.device.type != "cpu" or tensor.dtype not in (torch.int32, *POISONED):
-            return tensor
-        return tensor.fill_(1 << 30 if tensor.dtype == torch.int32 else float("nan"))
-
-    monkeypatch.setattr(torch, "empty", poison)
+pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-PROBLEMS = [
-    Problem(64, 96, 20, 8, 32, "bfloat16", kept=0.6),
-    Problem(48, 80, 7, 16, 16, "float16", factors="float16"),
-    Problem(64, 96, 3, 8, 16, "float32"),
-    Problem(70, 200, 3, 5, 64, "bfloat16"),
-    Problem(128, 256, 40, 8, 128, "bfloat16", kept=0.7),
-    Problem(64, 128, 33, 8, 64, "bfloat16", weight="float32", transposed=True, through=False),
-    Problem(32, 96, 3, 64, 32, "bfloat16", kept=0.8),
-]
-
-
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", COMPILED, ids=str)
 def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
     with emulator.emulate(arch) as session:
         errors = problem.errors()
     assert problem.wrong(errors) == {}
     assert {name: stats.launches for name, stats in session.stats.items()} == {
         "list_blocks_kernel": 3, "split_factors_kernel": 2, "block_matmul_kernel": 2, "block_gradients_kernel": 1,
-        "add_block_shares_kernel": 1,
+        "add_block_partials_kernel": 1,
     }  # fmt: skip
 
 
@@ -65,7 +41,7 @@ def test_scores_learn_from_all_of_the_gradient(emulator, arch: int) -> None:
 
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than one tile of tokens, and the tokens shared among programs: the same bits, and right."""
-    monkeypatch.setattr(tiles, "SHARE_TOKENS", 64)
+    monkeypatch.setattr(tables, "SPLIT_K_TOKENS", 64)
     problem = Problem(32, 48, 260, 8, 16, "bfloat16", kept=0.5)
     results = []
     for order in ("forward", "reversed", "shuffled"):
@@ -82,14 +58,14 @@ def test_lists_hold_the_kept_blocks_in_order(emulator, arch: int, shape: tuple[i
     problem = Problem(*shape, 1, 1, size, kept=0.3)
     flags = problem.flags()
     with emulator.emulate(arch):
-        lines = block_lists.lines(pack_mask(problem.mask()), torch.Size(shape), size, of_columns)
+        lists = block_lists.list_blocks(pack_mask(problem.mask()), torch.Size(shape), size, of_columns)
     flags = flags.T if of_columns else flags
     counts = flags.sum(1)
-    assert torch.equal(lines.counts, counts.to(torch.int32))
-    for line, count in enumerate(counts.tolist()):
-        assert lines.blocks[line, :count].tolist() == flags[line].nonzero().flatten().tolist()
-        assert (lines.blocks[line, count:] == 1 << 30).all()  # left as it was
-    assert lines.order.tolist() == sorted(range(len(flags)), key=lambda line: -counts[line])
+    assert torch.equal(lists.counts, counts.to(torch.int32))
+    for i, count in enumerate(counts.tolist()):
+        assert lists.indices[i, :count].tolist() == flags[i].nonzero().flatten().tolist()
+        assert (lists.indices[i, count:] == 1 << 30).all()  # left as it was
+    assert lists.order.tolist() == sorted(range(len(flags)), key=lambda i: -counts[i])
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.5])
@@ -109,13 +85,13 @@ def test_no_pruned_block_is_read(emulator, arch: int, kept: float) -> None:
 
 def test_work_is_proportional_to_the_kept_blocks(emulator, arch: int) -> None:
     """Products and bytes with 0, 1 and 2 of 3 blocks kept in every row and in every column of blocks."""
-    size, tokens, lines = 64, 16, 3
-    problem = Problem(lines * size, lines * size, tokens, 8, size, "bfloat16")
+    size, tokens, across = 64, 16, 3
+    problem = Problem(across * size, across * size, tokens, 8, size, "bfloat16")
     given = problem.tensors()
     gy, x = given["gy"], given["x"]
     stats = []
     for kept in range(3):
-        flags = (torch.arange(lines)[:, None] + torch.arange(lines)) % lines < kept
+        flags = (torch.arange(across)[:, None] + torch.arange(across)) % across < kept
         operands = operands_of(given, flags.repeat_interleave(size, 0).repeat_interleave(size, 1))
         with emulator.emulate(arch) as session:
             block_matmul.block_forward(x, operands, None, size)
@@ -131,10 +107,10 @@ def test_work_is_proportional_to_the_kept_blocks(emulator, arch: int) -> None:
     assert products[2] == 2 * products[1] > 0
     # A block: W, its padded factor (32 columns of bf16), 32 of x's or gy's tokens, and its place in the list.
     block = 2 * size * size + 64 * size + 64 * size + 4
-    assert loaded[1] - loaded[0] == loaded[2] - loaded[1] == 2 * lines * block
+    assert loaded[1] - loaded[0] == loaded[2] - loaded[1] == 2 * across * block
     products, loaded = counted("block_gradients_kernel")
     parts = [
-        -(-kept * size // tiles.block_gradients(f"sm_{arch}", x.dtype, size, 8, False).columns) for kept in range(3)
+        -(-kept * size // choice.block_gradients(f"sm_{arch}", x.dtype, size, 8, False).columns) for kept in range(3)
     ]
     assert products[0] == 0
     assert products[2] * parts[1] == products[1] * parts[2] > 0

@@ -19,13 +19,14 @@ select = pytest.importorskip("pst_kernels.triton.select")
 from block_problem import Problem as BlockProblem  # noqa: E402
 from linear_problem import Problem, operands_of  # noqa: E402
 
-from pst_kernels.triton import block_gradients, block_matmul, gradients, matmul, tiles  # noqa: E402
+from pst_kernels.triton import block_gradients, block_matmul, gradients, matmul  # noqa: E402
+from pst_kernels.triton.tiles import tables  # noqa: E402
 from pst_kernels.triton.tools import machine_code as shipping  # noqa: E402
 
 SELECTION = {
     "scores_kernel": ("rows", "columns"),
     "gather_kernel": ("n_i", "n_j"),
-    "digits_kernel": ("n_i", "n_j"),
+    "radix_histogram_kernel": ("n_i", "n_j"),
     "mask_kernel": ("n_i", "n_j"),
     "masked_weight_kernel": ("n_i", "n_j"),
 }
@@ -34,13 +35,13 @@ LINEAR = {
     "masked_matmul_kernel": ("tokens", "rows", "depth"),
     "factor_gradients_kernel": ("tokens", "rows", "columns"),
     "many_ranks_kernel": ("tokens", "rows", "columns"),
-    "add_shares_kernel": ("rows", "columns", "row_shares", "column_shares"),
+    "add_partials_kernel": ("rows", "columns", "row_partials", "column_partials"),
 }
 BLOCKS = {
     "list_blocks_kernel": ("capacity",),
     "block_matmul_kernel": ("tokens", "rows", "depth"),
     "block_gradients_kernel": ("tokens", "rows", "columns"),
-    "add_block_shares_kernel": ("rows", "columns", "shares"),
+    "add_block_partials_kernel": ("rows", "columns", "split_k"),
 }
 
 
@@ -59,7 +60,7 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch, architecture: int) -> None:
 
 
 def run_selection(rows: int, columns: int, transposed: bool = False) -> None:
-    """All passes: a bracket above all scores, where there is not room for all of them, leads to the digits passes."""
+    """All passes: a bracket above all scores, where there is not room for all of them, leads to the radix passes."""
     tensors = problem(rows, columns, 5)
     if transposed:
         tensors[0] = tensors[0].T.contiguous().T
@@ -92,14 +93,14 @@ def run_blocks(rows: int, columns: int, size: int, tokens: int = 3, transposed: 
 
 
 def change_arguments(emulator, monkeypatch: pytest.MonkeyPatch, kernel: str, change: Callable[[dict], None]) -> None:
-    original = emulator.launch
+    original = emulator.launching.launch
 
     def launch(fn, grid, args, *rest, **options):
         if fn.fn.__name__ == kernel:
             change(args)
         return original(fn, grid, args, *rest, **options)
 
-    monkeypatch.setattr(emulator, "launch", launch)
+    monkeypatch.setattr(emulator.launching, "launch", launch)
 
 
 def outside(kernel: str) -> str:
@@ -119,7 +120,7 @@ def test_every_kernel_stays_inside(
         run_linear(*shape, transposed=transposed, rank=9)
         run_blocks(*shape, 16, transposed=transposed)
     every = {binary.kernel.__name__ for binary in shipping.shipped(f"sm_{architecture}", shipping.KERNEL_FILES)}
-    assert set(session.stats) == every - ({"digits_kernel"} if shape == (1, 1) else set())
+    assert set(session.stats) == every - ({"radix_histogram_kernel"} if shape == (1, 1) else set())
     assert {*SELECTION, *LINEAR, *BLOCKS, "bracket_kernel", "refine_kernel"} == every
 
 
@@ -162,14 +163,14 @@ def test_one_candidate_more_is_noticed(emulator, monkeypatch) -> None:
 def test_a_sample_stays_inside(emulator, monkeypatch) -> None:
     """Its places are random, so only being told of a sixteenth more weights than there are must be noticed."""
     monkeypatch.setattr(select, "capacity_of", lambda numel: 9000)
-    arguments = [*problem(129, 131, 5), torch.tensor(9000), no_guess(), 1.0, 1.0, 1.0]
+    arguments = [*grouped(problem(129, 131, 5)), torch.tensor(9000), no_guess()]
     with emulator.emulate(ARCHITECTURE):
         state = select.threshold(*arguments)
     assert select.route(state) == "sample"
     change_arguments(
         emulator, monkeypatch, "bracket_kernel", lambda args: args.update(numel=args["numel"] + args["numel"] // 16)
     )
-    arguments[8] = no_guess()
+    arguments[-1] = no_guess()
     fault = outside("bracket_kernel") + ": ld"
     with emulator.emulate(ARCHITECTURE), pytest.raises(emulator.MemoryFault, match=fault):
         select.threshold(*arguments)
@@ -178,6 +179,6 @@ def test_a_sample_stays_inside(emulator, monkeypatch) -> None:
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_the_widest_tile_stays_inside(emulator, architecture: int) -> None:
     """More than one tile either way, the last of them part empty."""
-    assert tiles.GRADIENTS[f"sm_{architecture}"]["half"].rows < 160
+    assert tables.GRADIENTS[f"sm_{architecture}"]["half"].rows < 160
     with emulator.emulate(architecture):
         run_linear(160, 192, tokens=131)

@@ -65,7 +65,7 @@ def test_mask_and_masked_weight_come_from_one_pass_for_many_tokens(emulator, mon
     """Where the library multiplies, the forward after a due mask reads W once; the backward makes M * W' anew."""
     matmul = pytest.importorskip("pst_kernels.triton.matmul")
     ours, plain = layer(torch.float32), layer(torch.float32)
-    x = torch.randn(matmul.tiles.FLOAT_TOKENS + 6, 70)
+    x = torch.randn(matmul.tables.FLOAT_TOKENS + 6, 70)
     expected, first_mask = step(plain, x), plain.pst_mask.clone()
     made_again, masked_in_scratch = [], matmul.masked_in_scratch
     monkeypatch.setattr(matmul, "masked_in_scratch", lambda *args: made_again.append(1) or masked_in_scratch(*args))

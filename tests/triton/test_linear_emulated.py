@@ -9,36 +9,17 @@ from pst_kernels.operands import Needs
 
 pytest.importorskip("triton")
 
-from linear_problem import OUTPUTS, SCALES, Problem, operands_of, relative_error
+from linear_problem import COMPILED, OUTPUTS, SCALES, Problem, operands_of, relative_error
 
 from pst_kernels import ops
-from pst_kernels.triton import gradients, matmul, tiles
+from pst_kernels.triton import gradients, matmul
+from pst_kernels.triton.tiles import choice, tables
 
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever a launcher allocates is NaN until a kernel writes it."""
-    empty = torch.empty
-
-    def nan(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() and tensor.device.type == "cpu" else tensor
-
-    monkeypatch.setattr(torch, "empty", nan)
-
-
+pytestmark = pytest.mark.usefixtures("poisoned")
 GRADIENT_KERNELS = {"factor_gradients_kernel", "many_ranks_kernel"}  # for up to 16 ranks in all, and for more
-PROBLEMS = [
-    Problem(128, 128, 40, 8, "bfloat16"),
-    Problem(128, 128, 7, 16, "float16", factors="float16"),
-    Problem(64, 96, 3, 8, "float32"),
-    Problem(129, 65, 3, 5, "bfloat16"),
-    Problem(128, 64, 20, 8, "bfloat16", weight="float32"),
-    Problem(64, 128, 17, 8, "bfloat16", transposed=True, through=False),
-]
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+@pytest.mark.parametrize("problem", COMPILED, ids=str)
 def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
     with emulator.emulate(arch) as session:
         errors = problem.errors()
@@ -49,7 +30,7 @@ def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
 
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The widest tile, more than one block of tokens and of rows, and the tokens shared among programs."""
-    monkeypatch.setattr(tiles, "walk", lambda *_: 3)  # of four tiles
+    monkeypatch.setattr(choice, "sweep_length", lambda *_: 3)  # of four tiles
     problem = Problem(160, 128, 130, 8, "bfloat16")
     results = []
     for order in ("forward", "reversed", "shuffled"):
@@ -68,11 +49,11 @@ def test_widest_tile(emulator, arch: int) -> None:
 
 def test_many_tokens_share_and_use_the_library(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side of each switch: masked weight and library product, tokens in shares; then G by the library."""
-    monkeypatch.setattr(tiles, "SLOTS", dict.fromkeys(tiles.SLOTS, 1e6))
-    monkeypatch.setattr(tiles, "SHARE_TOKENS", 16)
+    monkeypatch.setattr(tables, "SLOTS", dict.fromkeys(tables.SLOTS, 1e6))
+    monkeypatch.setattr(tables, "SPLIT_K_TOKENS", 16)
     problem = Problem(64, 64, 70, 8, "bfloat16")
     for given, launches in ((1 << 30, 1), (1, 1)):
-        monkeypatch.setattr(tiles, "GIVEN_TOKENS", dict.fromkeys(tiles.GIVEN_TOKENS, given))
+        monkeypatch.setattr(tables, "G_STORED_TOKENS", dict.fromkeys(tables.G_STORED_TOKENS, given))
         with emulator.emulate(arch) as session:
             errors = problem.errors()
         rounded = 5e-3 if given == 1 else 0.0  # G in bf16
@@ -111,7 +92,7 @@ def gradients_of(problem: Problem) -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    ("problem", "walk"),
+    ("problem", "sweep"),
     [
         pytest.param(Problem(512, 1024, 64, 8, "bfloat16"), None, marks=pytest.mark.slow),
         (Problem(128, 512, 64, 8, "bfloat16"), 4),
@@ -123,37 +104,37 @@ def gradients_of(problem: Problem) -> tuple[torch.Tensor, ...]:
     ids=str,
 )
 def test_gradient_traffic(
-    emulator, touched, monkeypatch: pytest.MonkeyPatch, problem: Problem, walk: int | None
+    emulator, touched, monkeypatch: pytest.MonkeyPatch, problem: Problem, sweep: int | None
 ) -> None:
-    """Beyond x and gy: 2 B of W and 1/8 of mask a weight, V and B once a tile, U and A once a walk (above 16 ranks in
-    all U and V twice, A and B once a tile), column sums written once a tile, row sums once a walk, both read once,
+    """Beyond x and gy: 2 B of W and 1/8 of mask a weight, V and B once a tile, U and A once a sweep (above 16 ranks in
+    all U and V twice, A and B once a tile), column sums written once a tile, row sums once a sweep, both read once,
     gradients written once. Of different bytes, the factors once, and no sum twice."""
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
-    if walk:
-        monkeypatch.setattr(tiles, "walk", lambda *_: walk)
+    if sweep:
+        monkeypatch.setattr(choice, "sweep_length", lambda *_: sweep)
     out, columns, rank, weights = problem.out, problem.columns, problem.rank, problem.out * problem.columns
-    stacked = rank <= 8
-    tile = tiles.gradients("sm_90", torch.bfloat16, torch.bfloat16, out, columns, rank + 1, stacked)
+    few_ranks = rank <= 8
+    tile = choice.gradients("sm_90", torch.bfloat16, torch.bfloat16, out, columns, rank + 1, few_ranks)
     with emulator.emulate(90) as session:
         gradients_of(problem)
-    name = "factor_gradients_kernel" if stacked else "many_ranks_kernel"
-    stats, shares = (session.stats[kernel] for kernel in (name, "add_shares_kernel"))
+    name = "factor_gradients_kernel" if few_ranks else "many_ranks_kernel"
+    stats, partials = (session.stats[kernel] for kernel in (name, "add_partials_kernel"))
     a_row_and_column = 1 / tile.rows + 1 / tile.columns
-    a_column_and_walk = 1 / tile.rows + 1 / (tile.columns * (walk or 1))
+    a_column_and_sweep = 1 / tile.rows + 1 / (tile.columns * (sweep or 1))
     products = 2 * problem.tokens * a_row_and_column
     factor = rank * getattr(torch, problem.factors).itemsize
-    factors = 2 * factor * a_column_and_walk if stacked else 3 * factor * a_row_and_column
-    sums = 4 * (2 * rank + 1) * a_column_and_walk
+    factors = 2 * factor * a_column_and_sweep if few_ranks else 3 * factor * a_row_and_column
+    sums = 4 * (2 * rank + 1) * a_column_and_sweep
     final = 4 * (2 * rank + 1) * (out + columns)
     assert stats.load_bytes / weights == 2.125 + products + factors
     assert stats.store_bytes / weights == sums
-    assert shares.load_bytes / weights == sums
-    assert shares.store_bytes == final
+    assert partials.load_bytes / weights == sums
+    assert partials.store_bytes == final
     different = {key: int(marks.sum()) for key, marks in touched.items()}
     assert different[name, "loaded"] == 2.125 * weights + 2 * (problem.tokens + factor) * (out + columns)
     assert different[name, "stored"] == stats.store_bytes
-    assert different["add_shares_kernel", "loaded"] == shares.load_bytes
-    assert different["add_shares_kernel", "stored"] == shares.store_bytes
+    assert different["add_partials_kernel", "loaded"] == partials.load_bytes
+    assert different["add_partials_kernel", "stored"] == partials.store_bytes
     asked = 2.125 + factors + 2 * sums + final / weights
     once = 2.125 + (2 * factor * (out + columns) + final) / weights
     print(
@@ -161,10 +142,10 @@ def test_gradient_traffic(
     )
 
 
-def test_a_walk_over_tiles(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three tiles in two walks, the second one shorter; each order of the programs gives the same bits."""
-    monkeypatch.setattr(tiles, "walk", lambda *_: 2)
-    monkeypatch.setitem(tiles.GRADIENTS[f"sm_{arch}"], "half", tiles.Tile(64, 64, 32, 4, 3))
+def test_a_sweep_over_tiles(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three tiles in two sweeps, the second one shorter; each order of the programs gives the same bits."""
+    monkeypatch.setattr(choice, "sweep_length", lambda *_: 2)
+    monkeypatch.setitem(tables.GRADIENTS[f"sm_{arch}"], "half", tables.Tile(64, 64, 32, 4, 3))
     problem = Problem(64, 192, 33, 8, "bfloat16")
     exact = problem.solve(exact=True)[2:]
     results = []

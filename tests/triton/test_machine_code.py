@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import grouped
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("pst_kernels.triton.tools.machine_code")
 mask = pytest.importorskip("pst_kernels.triton.mask")
-score = pytest.importorskip("pst_kernels.triton.score")
-tiles = pytest.importorskip("pst_kernels.triton.tiles")
+tables = pytest.importorskip("pst_kernels.triton.tiles.tables")
+targets = pytest.importorskip("pst_kernels.triton.tiles.targets")
+cases = pytest.importorskip("pst_kernels.triton.tools.cases")
+
+import recorded  # noqa: E402
 
 FILES = ("matmul", "gradients")
 PRODUCTS = ("masked_matmul_kernel", "factor_gradients_kernel", "many_ranks_kernel")
-WALKS = ("score", "select", "mask")
+SWEEPS = ("score", "select", "mask")
 BLOCK_FILES = ("block_lists", "block_matmul", "block_gradients")
 TARGETS = ["sm_80", "sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_100", "sm_120"))]
 
@@ -32,7 +34,7 @@ def rows() -> dict[str, list[kernels.Row]]:
 def report(rows: dict[str, list[kernels.Row]], request: pytest.FixtureRequest) -> list[kernels.Row]:
     target = request.param
     if target not in rows:
-        rows[target] = kernels.report(target, files=FILES)
+        rows[target] = recorded.report(target, files=FILES)
     return rows[target]
 
 
@@ -41,7 +43,7 @@ def test_every_binary_keeps_its_budget(report: list[kernels.Row]) -> None:
     assert {row.case: row.problems for row in report if row.problems} == {}
     assert {row.kernel for row in report} == {
         "masked_matmul_kernel", "split_factors_kernel", "factor_gradients_kernel", "many_ranks_kernel",
-        "add_shares_kernel",
+        "add_partials_kernel",
     } | ({"masked_weight_kernel"} & {row.kernel for row in report})  # fmt: skip
     products = [row for row in report if row.kernel in PRODUCTS]
     assert all(row.products or "float32, rank" in row.case for row in products)
@@ -76,7 +78,7 @@ def plain_kernel(
 @pytest.mark.parametrize("report", ["sm_80", "sm_90"], indirect=True)
 def test_gradient_loop_is_that_of_a_plain_product(report: list[kernels.Row]) -> None:
     architecture = report[0].target
-    tile = tiles.GRADIENTS[architecture]["half"]
+    tile = tables.GRADIENTS[architecture]["half"]
     x = torch.empty(1024, 1024, dtype=torch.bfloat16, device="meta")
     with kernels.recorded(kernels.gpu_target(architecture)) as launches:
         plain_kernel[(1,)](
@@ -84,7 +86,7 @@ def test_gradient_loop_is_that_of_a_plain_product(report: list[kernels.Row]) -> 
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     kernel, *bound = launches[0]
-    binary = kernels.Compilation(kernel, tiles.Case("plain", lambda: None), *bound)
+    binary = kernels.Compilation(kernel, cases.Case("plain", lambda: None), *bound)
     plain = kernels._read_cubin(binary.compile(kernels.gpu_target(architecture)).asm["cubin"])["loop"]
     ours = [row.loop for row in report if row.case == "factor gradients, bfloat16, rank 8" and row.loop]
     print(architecture, "plain", plain, "ours", ours)
@@ -93,21 +95,22 @@ def test_gradient_loop_is_that_of_a_plain_product(report: list[kernels.Row]) -> 
 
 
 @pytest.mark.parametrize("report", ["sm_90"], indirect=True)
-def test_compiling_takes_part_of_the_minute_and_a_half(report: list[kernels.Row]) -> None:
-    assert sum(row.seconds for row in report) / 2 < 90
+def test_a_user_waits_for_few_compilations(report: list[kernels.Row]) -> None:
+    """All of the products' binaries of a target, which take about a second each."""
+    assert len(report) <= 90
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_block_kernels_keep_their_budgets(target: str) -> None:
-    rows = kernels.report(target, files=BLOCK_FILES)
+    rows = recorded.report(target, files=BLOCK_FILES)
     assert {row.case: row.problems for row in rows if row.problems} == {}
     assert {row.kernel for row in rows} == {
         "list_blocks_kernel", "split_factors_kernel", "block_matmul_kernel", "block_gradients_kernel",
-        "add_block_shares_kernel",
+        "add_block_partials_kernel",
     }  # fmt: skip
     products = [row for row in rows if row.kernel in ("block_matmul_kernel", "block_gradients_kernel")]
     assert all(row.products or "float32, rank" in row.case for row in products)
-    if target in tiles.BLOCK_SLOTS:
+    if target in tables.BLOCK_SLOTS:
         assert sum(row.budget is not None for row in products) == 7  # 64 and 128; one also not through |W|
     if target == "sm_90":
         thick = [row for row in products if row.kernel == "block_matmul_kernel" and row.budget is not None]
@@ -116,32 +119,32 @@ def test_block_kernels_keep_their_budgets(target: str) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection_and_masks_spill_nothing(target: str) -> None:
-    rows = kernels.report(target, files=WALKS)
+    rows = recorded.report(target, files=SWEEPS)
     assert {row.case: row.problems for row in rows if row.problems} == {}
     assert {row.kernel for row in rows} == {
-        "scores_kernel", "bracket_kernel", "gather_kernel", "refine_kernel", "digits_kernel", "mask_kernel",
+        "scores_kernel", "bracket_kernel", "gather_kernel", "refine_kernel", "radix_histogram_kernel", "mask_kernel",
         "masked_weight_kernel",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("rank", [10, 24, 32])
 def test_ranks_that_once_spilled_on_sm_100(rank: int) -> None:
-    """Sampling did at 10, the walks did at 24 and 32, where the compiler unrolled all ranks."""
-    tensors = score.operands(1024, 1001, rank, torch.bfloat16, torch.float32)
+    """Sampling did at 10, the sweeps did at 24 and 32, where the compiler unrolled all ranks."""
+    weight, factors, _, scales = cases.Layout(columns=1001, rank=rank).operands()
     pruned, guess = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(4, device="meta")
     target = kernels.gpu_target("sm_100")
-    with tiles.compiling_for("sm_100"), kernels.recorded(target) as launches:
-        mask.prune_mask(*grouped(tensors), pruned, guess)
+    with targets.compiling_for("sm_100"), kernels.recorded(target) as launches:
+        mask.prune_mask(weight, factors, scales, pruned, guess)
     binaries = {
         binary.key: binary
         for kernel, *bound in launches
-        for binary in [kernels.Compilation(kernel, tiles.Case("", lambda: None), *bound)]
+        for binary in [kernels.Compilation(kernel, cases.Case("", lambda: None), *bound)]
     }
     used = {
         binary.kernel.__name__: kernels._read_cubin(binary.compile(target).asm["cubin"], code=False)
         for binary in binaries.values()
     }
-    assert used.keys() == {"bracket_kernel", "gather_kernel", "refine_kernel", "digits_kernel", "mask_kernel"}
+    assert used.keys() == {"bracket_kernel", "gather_kernel", "refine_kernel", "radix_histogram_kernel", "mask_kernel"}
     assert {name for name, one in used.items() if one["stack"] or one["local"]} == set()
     assert all(kernels.FEWEST_REGISTERS < one["registers"] <= 255 for one in used.values())
 
@@ -162,7 +165,7 @@ def test_a_row_names_what_exceeds_its_budget() -> None:
 
 def test_an_empty_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two accumulators of such a tile do not fit the tensor memory of sm_100, and its compiler says nothing."""
-    monkeypatch.setitem(tiles.GRADIENTS["sm_100"], "half", tiles.Tile(256, 256, 64, 8, 1))
+    monkeypatch.setitem(tables.GRADIENTS["sm_100"], "half", tables.Tile(256, 256, 64, 8, 1))
     kernels.shipped.cache_clear()
     row = kernels._row("sm_100", ("gradients",), 0, None)
     kernels.shipped.cache_clear()
@@ -201,6 +204,6 @@ def test_report_of_one_binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert sorted(path.suffix for path in (tmp_path / "dump").iterdir()) == [".cubin", ".ptx"]
 
 
-@pytest.mark.parametrize("architecture", list(tiles.TARGETS))
+@pytest.mark.parametrize("architecture", list(targets.TARGETS))
 def test_every_target_has_cases(architecture: str) -> None:
     assert len(kernels.shipped(architecture, FILES)) > 40

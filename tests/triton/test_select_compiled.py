@@ -64,8 +64,8 @@ def test_routes_in_any_order_of_blocks(emulator, many_programs, monkeypatch, rou
     for order in ("forward", "reversed", "shuffled"):
         guess = start.clone()
         with emulator.emulate(arch, order):
-            state = select.threshold(*tensors, torch.tensor(k), guess, *SCALES)
-            mask = mask_module.mask_from(state, *tensors, *SCALES)
+            state = select.threshold(*grouped(tensors, SCALES), torch.tensor(k), guess)
+            mask = mask_module.mask_from(state, *grouped(tensors, SCALES))
         assert select.route(state) == {"ties": "radix"}.get(route, route)
         results.append((state[select.KEY.value], state[select.INDEX.value], guess, mask))
     assert torch.equal(results[0][3], packing.pack_mask(reference.prune_mask(scores, k)))
@@ -78,8 +78,8 @@ def test_mask_and_masked_weight_in_one_pass(emulator, dtype: torch.dtype) -> Non
     tensors = problem(33, 70, 8, dtype)
     masked = torch.full((33, 70), torch.nan, dtype=dtype)
     with emulator.emulate(90):
-        state = select.threshold(*tensors, torch.tensor(1100), no_guess(), *SCALES)
-        mask = mask_module.mask_from(state, *tensors, *SCALES, masked=masked)
+        state = select.threshold(*grouped(tensors, SCALES), torch.tensor(1100), no_guess())
+        mask = mask_module.mask_from(state, *grouped(tensors, SCALES), masked=masked)
     assert torch.equal(mask, cpu.prune_mask(*grouped(tensors, SCALES), torch.tensor(1100), no_guess()))
     assert torch.equal(masked, cpu.masked_weight(masked_weight(tensors, mask), dtype))
 
@@ -103,13 +103,13 @@ def test_bytes_per_weight(emulator) -> None:
     numel, k = tensors[0].numel(), 262144
     scores = exact_scores(tensors)
     with emulator.emulate(90) as session:
-        state = select.threshold(*tensors, torch.tensor(k), guess_at(scores, k, 0.001), *SCALES)
+        state = select.threshold(*grouped(tensors, SCALES), torch.tensor(k), guess_at(scores, k, 0.001))
     assert select.route(state) == "guess"
     assert int(state[select.INDEX.value]) == torch.argsort(scores.flatten(), stable=True)[k - 1]
     assert sum(s.load_bytes + s.store_bytes for s in session.stats.values()) / numel <= 2.3
     masked = torch.full((512, 1024), torch.nan, dtype=torch.bfloat16)
     with emulator.emulate(90) as session:
-        mask = mask_module.mask_from(state, *tensors, *SCALES, masked=masked)
+        mask = mask_module.mask_from(state, *grouped(tensors, SCALES), masked=masked)
     assert sum(s.load_bytes + s.store_bytes for s in session.stats.values()) / numel <= 4.5
     assert torch.equal(mask, packing.pack_mask(reference.prune_mask(scores, k)))
     with emulator.emulate(90) as session:

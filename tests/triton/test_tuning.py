@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from pst_kernels.triton import tiles
+from pst_kernels.triton.tiles import choice, tables, targets, tuning_file
 from pst_kernels.triton.tools import tune
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -22,8 +22,8 @@ GOOD = {
 }  # fmt: skip
 
 
-def chosen(tokens: int, architecture: str = "sm_90", depth: int = 1024, rank: int = 8) -> tiles.Tile | None:
-    return tiles.matmul(architecture, BF16, BF16, tokens, depth, rank)
+def chosen(tokens: int, architecture: str = "sm_90", depth: int = 1024, rank: int = 8) -> tables.Tile | None:
+    return choice.matmul(architecture, BF16, BF16, tokens, depth, rank)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> None:
@@ -33,16 +33,16 @@ def use(monkeypatch: pytest.MonkeyPatch, path: Path, text: str) -> None:
 
 def test_the_file_overrides_the_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     use(monkeypatch, tmp_path / "t.json", json.dumps(GOOD))
-    assert chosen(16) == tiles.Tile(64, 16, 64, 4, 2)
-    assert chosen(17) == tiles.Tile(64, 32, 64, 4, 2)
+    assert chosen(16) == tables.Tile(64, 16, 64, 4, 2)
+    assert chosen(17) == tables.Tile(64, 32, 64, 4, 2)
     assert chosen(101) is None
-    assert tiles.gradients("sm_90", BF16, BF16, 128, 128, 9, stacked=True) == tiles.Tile(64, 64, 64, 4, 2)
-    assert tiles.block_matmul("sm_90", BF16, BF16, 64, 32, 32, False) == tiles.Tile(32, 64, 16, 4, 2)
-    assert tiles.block_matmul("sm_90", BF16, BF16, 64, 64, 32, False) == tiles.BLOCK_MATMUL["sm_90"]["half"][64]
-    assert tiles.block_gradients("sm_90", FP32, 16, 8, False) == tiles.Tile(16, 64, 32, 4, 2)
-    assert tiles.block_gradients("sm_90", BF16, 16, 8, False) == tiles.BLOCK_GRADIENTS["sm_90"]["half"][16]
-    assert chosen(17, "sm_80") == tiles.MATMUL["sm_80"]["half"][1][1]
-    assert tiles.matmul("sm_90", FP32, FP32, 17, 1024, 8) == tiles.MATMUL["sm_90"]["float"][1][1]
+    assert choice.gradients("sm_90", BF16, BF16, 128, 128, 9, few_ranks=True) == tables.Tile(64, 64, 64, 4, 2)
+    assert choice.block_matmul("sm_90", BF16, BF16, 64, 32, 32, False) == tables.Tile(32, 64, 16, 4, 2)
+    assert choice.block_matmul("sm_90", BF16, BF16, 64, 64, 32, False) == tables.BLOCK_MATMUL["sm_90"]["half"][64]
+    assert choice.block_gradients("sm_90", FP32, 16, 8, False) == tables.Tile(16, 64, 32, 4, 2)
+    assert choice.block_gradients("sm_90", BF16, 16, 8, False) == tables.BLOCK_GRADIENTS["sm_90"]["half"][16]
+    assert chosen(17, "sm_80") == tables.MATMUL["sm_80"]["half"][1][1]
+    assert choice.matmul("sm_90", FP32, FP32, 17, 1024, 8) == tables.MATMUL["sm_90"]["float"][1][1]
 
 
 @pytest.mark.parametrize(
@@ -69,21 +69,21 @@ def test_bad_files_raise_one_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_neighbours_of_block_tiles_are_tiles_that_a_file_may_hold() -> None:
-    for table in (tiles.BLOCK_MATMUL, tiles.BLOCK_GRADIENTS):
+    for table in (tables.BLOCK_MATMUL, tables.BLOCK_GRADIENTS):
         for of_target in table.values():
             for sizes in of_target.values():
                 for size, tile in sizes.items():
                     around = [other for other in tune.neighbours(tile) if other.rows == size]
-                    assert all(tiles._block_tile(str(size), list(other[:5])) == other for other in around)
+                    assert all(tuning_file._block_tile(str(size), list(other[:5])) == other for other in around)
 
 
 def test_switch_follows_the_arithmetic() -> None:
-    target = tiles.TARGETS["sm_90"]
-    most = int(4 * target.rate / (target.bandwidth * tiles.SLOTS["sm_90"]))
+    target = targets.TARGETS["sm_90"]
+    most = int(4 * target.rate / (target.bandwidth * tables.SLOTS["sm_90"]))
     assert 600 < most < 3300
-    assert chosen(most) == tiles.MATMUL["sm_90"]["half"][-1][1]
+    assert chosen(most) == tables.MATMUL["sm_90"]["half"][-1][1]
     assert chosen(most + 1) is None
-    assert chosen(16, depth=1001) == tiles.ODD["half"]
+    assert chosen(16, depth=1001) == tables.ODD["half"]
     assert chosen(16, rank=22) is None
 
 
@@ -97,15 +97,15 @@ def test_switch_follows_the_arithmetic() -> None:
         ((4096, 11008), 8192, 1),  # but not a round of so many tokens
     ],
 )
-def test_a_walk_leaves_no_multiprocessor_idle(shape: tuple[int, int], tokens: int, steps: int) -> None:
-    tile = tiles.GRADIENTS["sm_90"]["half"]
+def test_a_sweep_leaves_no_multiprocessor_idle(shape: tuple[int, int], tokens: int, steps: int) -> None:
+    tile = tables.GRADIENTS["sm_90"]["half"]
     down, across = shape[0] // tile.rows, shape[1] // tile.columns
-    assert tiles.walk("sm_90", tile, across, down, tokens, 17) == steps
+    assert choice.sweep_length("sm_90", tile, across, down, tokens, 17) == steps
 
 
-def test_walks_of_small_tiles_leave_as_many_warps() -> None:
-    tile = tiles.GRADIENTS["sm_90"]["half"]._replace(warps=4)
-    assert tiles.walk("sm_90", tile, 32, 32, 1024, 17) == 4
+def test_sweeps_of_small_tiles_leave_as_many_warps() -> None:
+    tile = tables.GRADIENTS["sm_90"]["half"]._replace(warps=4)
+    assert choice.sweep_length("sm_90", tile, 32, 32, 1024, 17) == 4
 
 
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -126,9 +126,34 @@ def test_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 def test_neighbours_are_tiles_that_a_file_may_hold() -> None:
-    for table in tiles.MATMUL.values():
+    for table in tables.MATMUL.values():
         for rows in table.values():
             for _, tile in rows:
                 around = tune.neighbours(tile)
                 assert around[0] == tile
-                assert all(tiles._tile(list(other[:5])) == other._replace(slots=None) for other in around)
+                assert all(tuning_file._tile(list(other[:5])) == other._replace(slots=None) for other in around)
+
+
+def test_tables_of_a_context_come_first_and_change_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    use(monkeypatch, tmp_path / "t.json", json.dumps(GOOD))
+    shipped, tile = dict(tables.GRADIENTS["sm_90"]), tables.Tile(32, 32, 32, 4, 2)
+
+    def gradient_tile() -> tables.Tile:
+        return choice.gradients("sm_90", BF16, BF16, 128, 128, 9, few_ranks=True)
+
+    with tuning_file.using(tuning_file.Tuned(gradients={"half": tile})):
+        assert gradient_tile() == tile
+        assert chosen(101) is not None  # 100 is the file's limit
+        assert tables.GRADIENTS["sm_90"] == shipped
+    assert gradient_tile() == tables.Tile(64, 64, 64, 4, 2)
+
+
+def test_scratch_is_shared_and_can_be_freed() -> None:
+    from pst_kernels import triton as kernels
+    from pst_kernels.triton import scratch
+
+    kernels.release_scratch()
+    first = scratch.get((4, 8), FP32, torch.device("cpu"))
+    assert scratch.get((2, 8), FP32, torch.device("cpu")).data_ptr() == first.data_ptr()
+    kernels.release_scratch()
+    assert not scratch._buffers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-versions = pytest.importorskip("pst_kernels.triton.versions", reason="triton is not installed")
+versions = pytest.importorskip("pst_kernels.triton.tiles.versions", reason="triton is not installed")
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "2.3.0", "3.2.0+git45fff310", "unknown"])

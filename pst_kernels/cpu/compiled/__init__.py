@@ -1,11 +1,11 @@
 """Compiled passes over W for CPUs: each reads a row once, uses it up in a core's own cache, and goes on to the next.
 
-Numba compiles them at their first use, for this processor, and keeps the machine code on disk. They run on the threads
-that PyTorch's own loops run on. team.py starts them, rows.py holds what is done to one row, passes.py the passes,
-operands.py brings tensors into the form that these take, and calls.py is what fallback.py asks of them.
+Numba compiles them at their first use, for this processor, and keeps the machine code on disk. threads.py runs them on
+PyTorch's own threads where it can. row_loops.py holds what is done to one row or two, kernels.py the passes, jit.py how
+both are compiled, arguments.py brings tensors into the form that a pass takes, and launch.py is what the ops call.
 
-What they do not take (float64, fp16, a weight that is not contiguous, such as Conv1D's) goes the way of rows.py in the
-package above, and so does everything where Numba is not installed.
+What they do not take (float64, fp16, a weight that is not contiguous, such as Conv1D's) goes the way of row_blocks.py
+in the package above, and so does everything where Numba is not installed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ logger = logging.getLogger("pst_kernels")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def compiled(weight: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
-    """calls.py where it takes this weight and a result of this dtype, or None.
+def passes_for(weight: Tensor, dtype: torch.dtype | None = None) -> ModuleType | None:
+    """launch.py where the passes take this weight and a result of this dtype, or None.
 
     Raises ImportError where PST_KERNELS_CPU=numba and Numba cannot be had.
     """
@@ -32,21 +32,21 @@ def compiled(weight: Tensor, dtype: torch.dtype | None = None) -> ModuleType | N
         return None
     if not weight.is_contiguous() or weight.numel() == 0 or (requested := env.cpu()) == "torch":
         return None
-    calls, reason = _import_calls()
-    if calls is None:
+    launch, reason = _import_launch()
+    if launch is None:
         if requested == "numba":
             raise ImportError(f"PST_KERNELS_CPU=numba, but {reason}; install numba or unset the variable")
         _say_once(f"pst_kernels runs its CPU passes in plain PyTorch, slower: {reason}; install numba")
-    return calls
+    return launch
 
 
 @functools.cache
-def _import_calls() -> tuple[ModuleType | None, str]:
+def _import_launch() -> tuple[ModuleType | None, str]:
     try:
-        from . import launch as calls
+        from . import launch
     except ImportError as error:  # not installed, or not for this version of NumPy
         return None, str(error)
-    return calls, ""
+    return launch, ""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Tensors in the form that the compiled passes take, and the frames that hold their addresses."""
+"""The arguments of a compiled pass: a record of numbers and addresses, and the tensors behind the addresses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import threads as team
-from .kernels import FRAME
+from pst_kernels.operands import Factors, Scales
+
+from . import threads
+from .kernels import ARGUMENTS
 from .row_loops import GROUP, RANKS
 
-SHARE = 1 << 16  # weights of a share of rows: enough to be worth the taking, few enough to keep all threads busy
+TASK = 1 << 16  # weights of a task: enough to be worth the taking, few enough to keep all threads busy
 
 
 def padded(factor: Tensor, dim: int, scale: float = 1.0) -> Tensor:
@@ -27,55 +29,54 @@ def padded(factor: Tensor, dim: int, scale: float = 1.0) -> Tensor:
     return factor.contiguous()
 
 
-class Frame:
-    """The arguments of a pass, and the tensors behind their addresses, which must live as long as it runs."""
+class Arguments:
+    """What every pass needs for W'; what else one needs is set before it runs. Keeps the tensors alive."""
 
-    def __init__(self, weight: Tensor, U: Tensor, V: Tensor, beta: float):
-        self.values = np.zeros(1, FRAME)
+    def __init__(self, weight: Tensor, factors: Factors, scales: Scales):
+        self.record = np.zeros(1, ARGUMENTS)
         self.tensors: list[Tensor] = []
+        self.factors, self.scales = factors, scales
         self.rows, self.columns = weight.shape
-        self.U, self.V = padded(U, 1, beta), padded(V, 0)
-        self.set(weight=weight, U=self.U, V=self.V, out=self.rows, columns=self.columns, update_rank=len(self.V))
+        U, V = padded(factors.U, 1, scales.beta), padded(factors.V, 0)
+        self.weight_rank = len(V)  # as the passes see it
+        self.set(weight=weight, U=U, V=V, out=self.rows, columns=self.columns, weight_rank=self.weight_rank)
 
     def set(self, **values: Any) -> None:
-        """Numbers, and tensors, of which the frame gets the address and the type where that may be bf16."""
+        """Numbers, and tensors, of which the record gets the address and the type where that may be bf16."""
         for name, value in values.items():
             if isinstance(value, Tensor):
                 self.tensors.append(value)
-                self.values[name] = value.data_ptr()
+                self.record[name] = value.data_ptr()
                 if name in ("weight", "masked", "gradient"):
-                    self.values[f"{name}_is_bf16"] = value.dtype == torch.bfloat16
+                    self.record[f"{name}_is_bf16"] = value.dtype == torch.bfloat16
             else:
-                self.values[name] = value
+                self.record[name] = value
 
-    def set_scores(self, A: Tensor, B: Tensor, R: Tensor, C: Tensor, alpha1: float, alpha2: float) -> None:
-        self.set_score_factors(A, B, alpha1)
-        R, C = ((t.to(torch.float32) * alpha2).contiguous() for t in (R, C))
+    def set_scores(self) -> None:
+        """What the scores need: alpha1 A, B, alpha2 R and alpha2 C."""
+        self.set_score_product()
+        R, C = ((t.to(torch.float32) * self.scales.alpha2).contiguous() for t in (self.factors.R, self.factors.C))
         self.set(R=R, C=C)
 
-    def set_score_factors(self, A: Tensor, B: Tensor, alpha1: float) -> int:
+    def set_score_product(self) -> int:
         """alpha1 A and B; returns their rank as the passes see it."""
-        A, B = padded(A, 1, alpha1), padded(B, 0)
+        A, B = padded(self.factors.A, 1, self.scales.alpha1), padded(self.factors.B, 0)
         self.set(A=A, B=B, score_rank=len(B))
         return len(B)
 
-    def run(self, compiled: Any, share_rows: int, first: int = 0, last: int | None = None) -> None:
-        """A pass over rows first to last, cut into shares of `share_rows`."""
+    def run(self, compiled: Any, rows_per_task: int, first: int = 0, last: int | None = None) -> None:
+        """A pass over rows first to last, `rows_per_task` of them a task."""
         last = self.rows if last is None else last
-        shares = -(-(last - first) // share_rows)
-        self.set(next=0, shares=shares, share_rows=share_rows, first=first, last=last)
-        if torch.autograd.profiler._is_profiler_enabled:
-            with torch.profiler.record_function(f"pst_kernels.cpu: {compiled.__name__}"):
-                team.run(compiled, self.values, shares)
-        else:
-            team.run(compiled, self.values, shares)
+        tasks = -(-(last - first) // rows_per_task)
+        self.set(next=0, tasks=tasks, rows_per_task=rows_per_task, first=first, last=last)
+        threads.run(compiled, self.record, tasks)
 
 
-def share_rows(rows: int, columns: int) -> int:
-    """Rows of a share of a pass that sums nothing up."""
-    return min(rows, max(1, SHARE // columns))
+def rows_per_task(rows: int, columns: int) -> int:
+    """Rows of a task of a pass that sums nothing up."""
+    return min(rows, max(1, TASK // columns))
 
 
-def share_rows_of_sums(rows: int, shares: int) -> int:
-    """Rows of a share such that there are at most so many: each has sums of its own to be added up."""
-    return -(-rows // (shares * GROUP)) * GROUP
+def rows_per_reduction_task(rows: int, tasks: int) -> int:
+    """Rows of a task such that there are at most so many tasks: each has sums of its own to be added up."""
+    return -(-rows // (tasks * GROUP)) * GROUP

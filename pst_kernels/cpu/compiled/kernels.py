@@ -1,6 +1,6 @@
-"""The compiled passes. Each takes one frame, the addresses and numbers that it needs, and works until no share is left.
+"""The compiled passes. Each takes the address of its arguments, one record, and works until no task is left.
 
-A share is `share_rows` rows of W from `first` on. What a share finds or sums up goes into places of its own.
+A task is `rows_per_task` rows of W, counted from `first` on. What a task finds or sums up has memory of its own.
 """
 
 from __future__ import annotations
@@ -10,23 +10,25 @@ import numpy as np
 
 from pst_kernels.masks.packing import PAIRS, WORD
 
-from . import row_loops as rows
+from . import row_loops
 from .jit import part, whole_pass
-from .threads import pointer_to, take_share
+from .threads import pointer_to, take_task
 
 _ADDRESSES = (
-    "weight", "U", "V", "A", "B", "R", "C", "packed", "masked", "scores", "below", "found", "candidates", "places",
-    "gradient", "dU", "dA", "dR", "partial",
+    "weight", "U", "V", "A", "B", "R", "C", "packed", "masked", "scores", "below", "found", "candidate_scores",
+    "candidate_indices", "gradient", "dU", "dA", "dR", "partial",
 )  # fmt: skip
 _NUMBERS = (
-    "next", "shares", "share_rows", "first", "last", "out", "columns", "update_rank", "score_rank", "capacity",
+    "next", "tasks", "rows_per_task", "first", "last", "out", "columns", "weight_rank", "score_rank", "capacity",
     "weight_is_bf16", "masked_is_bf16", "gradient_is_bf16", "through_magnitude",
 )  # fmt: skip
 # Sizes count elements; an address of 0 is a tensor that this call has no use for.
-FRAME = np.dtype(
+ARGUMENTS = np.dtype(
     [(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)] + [("lower", np.float32), ("upper", np.float32)]
 )
-ROOM = 8  # flags looked at together: places behind the last candidate that are written to before it is known if one is
+# Elements behind the last candidate that may be written to: a score is stored before it is known to be a candidate, as
+# many at a time as flags are looked at together.
+SLACK = 8
 
 
 @part
@@ -50,116 +52,117 @@ def _integers(address, size):
 
 
 @part
-def _frame(address):
-    return numba.carray(pointer_to(address), (1,), FRAME)[0]
+def _arguments(address):
+    return numba.carray(pointer_to(address), (1,), ARGUMENTS)[0]
 
 
 @part
-def _next_rows(address, f):
-    """The next share, its first row, and the row behind its last; no rows where no share is left."""
-    share = take_share(address)  # the frame's first number
-    start = min(f.first + share * f.share_rows, f.last)
-    return share, start, min(start + f.share_rows, f.last)
+def _next_rows(address, args):
+    """The next task, its first row, and the row behind its last; no rows where no task is left."""
+    task = take_task(address)  # `next`, the first number of the record
+    start = min(args.first + task * args.rows_per_task, args.last)
+    return task, start, min(start + args.rows_per_task, args.last)
 
 
 @part
-def _width(f):
+def _width(args):
     """Words of a packed row."""
-    return (f.columns + WORD - 1) // WORD
+    return (args.columns + WORD - 1) // WORD
 
 
 @part
-def _flag_buffer(f):
+def _flag_buffer(args):
     """A byte for each bit of a packed row; those of its padding stay 0."""
-    return np.zeros(_width(f) * WORD, np.uint8)
+    return np.zeros(_width(args) * WORD, np.uint8)
 
 
 @part
-def _pair_buffer(f):
-    return np.empty((2, f.columns), np.float32)
+def _pair_buffer(args):
+    return np.empty((2, args.columns), np.float32)
 
 
 @part
-def _update(f, i, i2, out):
+def _update(args, i, i2, out):
     """out (2, columns) = W' of two rows, which may be the same."""
-    weight, bits = _floats(f.weight, f.out, f.columns), _halves(f.weight, f.out, f.columns)
-    U, V = _floats(f.U, f.out, f.update_rank), _floats(f.V, f.update_rank, f.columns)
-    if f.weight_is_bf16 != 0:
-        rows.widen(bits[i], out[0])
-        rows.widen(bits[i2], out[1])
+    weight, bits = _floats(args.weight, args.out, args.columns), _halves(args.weight, args.out, args.columns)
+    U, V = _floats(args.U, args.out, args.weight_rank), _floats(args.V, args.weight_rank, args.columns)
+    if args.weight_is_bf16 != 0:
+        row_loops.widen(bits[i], out[0])
+        row_loops.widen(bits[i2], out[1])
     else:
-        rows.copy(weight[i], out[0])
-        rows.copy(weight[i2], out[1])
-    rows.add_products(U[i], U[i2], V, out[0], out[1])
+        row_loops.copy(weight[i], out[0])
+        row_loops.copy(weight[i2], out[1])
+    row_loops.add_products(U[i], U[i2], V, out[0], out[1])
 
 
 @part
-def _score(f, i, i2, updated, out, out2):
+def _score(args, i, i2, updated, out, out2):
     """The scores of two rows, from their W'."""
-    A, B = _floats(f.A, f.out, f.score_rank), _floats(f.B, f.score_rank, f.columns)
-    R, C = _floats(f.R, 1, f.out)[0], _floats(f.C, 1, f.columns)[0]
-    rows.start_score(updated[0], R[i], C, out)
-    rows.start_score(updated[1], R[i2], C, out2)
-    rows.add_products(A[i], A[i2], B, out, out2)
+    A, B = _floats(args.A, args.out, args.score_rank), _floats(args.B, args.score_rank, args.columns)
+    R, C = _floats(args.R, 1, args.out)[0], _floats(args.C, 1, args.columns)[0]
+    row_loops.start_score(updated[0], R[i], C, out)
+    row_loops.start_score(updated[1], R[i2], C, out2)
+    row_loops.add_products(A[i], A[i2], B, out, out2)
 
 
 @part
-def _store_masked(f, i, flags, updated, work):
+def _store_masked(args, i, flags, updated, work):
     """Row i of M * W'."""
-    floats, halves = _floats(f.masked, f.out, f.columns), _halves(f.masked, f.out, f.columns)
-    rows.store_masked(flags, updated, work, floats[i], halves[i], f.masked_is_bf16 != 0)
+    floats, halves = _floats(args.masked, args.out, args.columns), _halves(args.masked, args.out, args.columns)
+    row_loops.store_masked(flags, updated, work, floats[i], halves[i], args.masked_is_bf16 != 0)
 
 
 @whole_pass
 def scores(address):
     """S, fp32 (out, columns)."""
-    f = _frame(address)
-    updated, spare, out = _pair_buffer(f), np.empty(f.columns, np.float32), _floats(f.scores, f.out, f.columns)
+    args = _arguments(address)
+    updated, spare = _pair_buffer(args), np.empty(args.columns, np.float32)
+    out = _floats(args.scores, args.out, args.columns)
     while True:
-        _, start, stop = _next_rows(address, f)
+        _, start, stop = _next_rows(address, args)
         if start == stop:
             return
         for i in range(start, stop, 2):
             i2 = min(i + 1, stop - 1)  # the last row may have to be its own partner
-            _update(f, i, i2, updated)
-            _score(f, i, i2, updated, out[i], out[i2] if i2 != i else spare)
+            _update(args, i, i2, updated)
+            _score(args, i, i2, updated, out[i], out[i2] if i2 != i else spare)
 
 
 @whole_pass
 def masked_weight(address):
     """M * W' from the packed mask."""
-    f = _frame(address)
-    updated, work, flags = _pair_buffer(f), np.empty(f.columns, np.float32), _flag_buffer(f)
-    packed = _words(f.packed, f.out, _width(f))
+    args = _arguments(address)
+    updated, work, flags = _pair_buffer(args), np.empty(args.columns, np.float32), _flag_buffer(args)
+    packed = _words(args.packed, args.out, _width(args))
     while True:
-        _, start, stop = _next_rows(address, f)
+        _, start, stop = _next_rows(address, args)
         if start == stop:
             return
         for pair in range(start, stop, 2):
-            _update(f, pair, min(pair + 1, stop - 1), updated)
+            _update(args, pair, min(pair + 1, stop - 1), updated)
             for i in range(pair, min(pair + 2, stop)):
-                rows.unpack(packed[i], flags)
-                _store_masked(f, i, flags, updated[i - pair], work)
+                row_loops.unpack(packed[i], flags)
+                _store_masked(args, i, flags, updated[i - pair], work)
 
 
 @part
-def _gather(f, i, share, found, scored, flags):
-    """Row i's scores inside the bracket behind the `found` earlier ones of its share; what does not fit is counted."""
-    candidates, places = _floats(f.candidates, f.shares, f.capacity)[share], _integers(f.places, f.shares * f.capacity)
-    first = share * f.capacity
+def _gather(args, i, task, found, scored, flags):
+    """Row i's scores inside the bracket behind the `found` earlier ones of its task; what does not fit is counted."""
+    scores = _floats(args.candidate_scores, args.tasks, args.capacity)[task]
+    indices = _integers(args.candidate_indices, args.tasks * args.capacity)
+    first = task * args.capacity
     eights = flags.view(np.uint64)
     for e in range(eights.size):
         if eights[e] != 0:
-            stop = min(ROOM * (e + 1), f.columns)
-            if found + ROOM <= f.capacity:
-                for j in range(
-                    ROOM * e, stop
-                ):  # writes every score, and keeps its place if it is one: without a branch
-                    candidates[found] = scored[j]
-                    places[first + found] = i * f.columns + j
+            stop = min(SLACK * (e + 1), args.columns)
+            if found + SLACK <= args.capacity:
+                # writes every score, and moves on if it is a candidate: without a branch
+                for j in range(SLACK * e, stop):
+                    scores[found] = scored[j]
+                    indices[first + found] = i * args.columns + j
                     found += flags[j]
             else:
-                for j in range(ROOM * e, stop):
+                for j in range(SLACK * e, stop):
                     found += flags[j]
     return found
 
@@ -168,110 +171,112 @@ def _gather(f, i, share, found, scored, flags):
 def prune(address):
     """The packed mask and, where it is wanted, M * W', as if all scores from `lower` on were kept.
 
-    For each share: how many lie below the bracket [lower, upper], how many inside it, and these with their flat index,
-    unless that many and ROOM more do not fit.
+    For each task: how many lie below the bracket [lower, upper], how many inside it, and these with their flat index,
+    unless that many and SLACK more do not fit.
     """
-    f = _frame(address)
-    updated, scored, work = _pair_buffer(f), _pair_buffer(f), np.empty(f.columns, np.float32)
-    kept, inside = _flag_buffer(f), _flag_buffer(f)
-    packed = _words(f.packed, f.out, _width(f))
-    below_of, found_of = _integers(f.below, f.shares), _integers(f.found, f.shares)
+    args = _arguments(address)
+    updated, scored, work = _pair_buffer(args), _pair_buffer(args), np.empty(args.columns, np.float32)
+    kept, inside = _flag_buffer(args), _flag_buffer(args)
+    packed = _words(args.packed, args.out, _width(args))
+    below_of, found_of = _integers(args.below, args.tasks), _integers(args.found, args.tasks)
     while True:
-        share, start, stop = _next_rows(address, f)
+        task, start, stop = _next_rows(address, args)
         if start == stop:
             return
         below, found = 0, 0
         for pair in range(start, stop, 2):
-            _update(f, pair, min(pair + 1, stop - 1), updated)
-            _score(f, pair, min(pair + 1, stop - 1), updated, scored[0], scored[1])
+            _update(args, pair, min(pair + 1, stop - 1), updated)
+            _score(args, pair, min(pair + 1, stop - 1), updated, scored[0], scored[1])
             for i in range(pair, min(pair + 2, stop)):
                 row = scored[i - pair]
-                rows.keep_from(row, f.lower, kept)
-                below += f.columns - rows.count(kept)
-                rows.inside(row, f.lower, f.upper, inside)
-                found = _gather(f, i, share, found, row, inside)
-                rows.pack(kept, packed[i])
-                if f.masked != 0:
-                    _store_masked(f, i, kept, updated[i - pair], work)
-        below_of[share], found_of[share] = below, found
+                row_loops.keep_from(row, args.lower, kept)
+                below += args.columns - row_loops.count(kept)
+                row_loops.inside(row, args.lower, args.upper, inside)
+                found = _gather(args, i, task, found, row, inside)
+                row_loops.pack(kept, packed[i])
+                if args.masked != 0:
+                    _store_masked(args, i, kept, updated[i - pair], work)
+        below_of[task], found_of[task] = below, found
 
 
 @whole_pass
 def gradients(address):
-    """From rows of G: dU, dA and dR of these rows, each share's part of dV, dB and dC, and rows of M * W' for dx.
+    """From rows of G: dU, dA and dR of these rows, each task's part of dV, dB and dC, and rows of M * W' for dx.
 
-    With D = G * W' and Q = G * (M + |W'|): dU = Q V^T, dA = D B^T, dR = the sum of D along its rows; and down its
-    columns, U^T Q, A^T D and the sum of D, which are added to a share's (2 r + 1, columns) of `partial` in this order.
+    With D = G * W' and Q = G * (M + |W'|): dU = Q V^T, dA = D B^T, dR = the sum of D along its rows. Down the columns,
+    U^T Q, A^T D and the sum of D are added, in this order, to a task's (weight_rank + score_rank + 1, columns) of
+    `partial`. Without `through_magnitude`, Q = G * M.
     """
-    f = _frame(address)
-    updated, work, G = _pair_buffer(f), np.empty(f.columns, np.float32), np.empty(f.columns, np.float32)
-    D, Q = np.empty((rows.GROUP, f.columns), np.float32), np.empty((rows.GROUP, f.columns), np.float32)
-    left_U = np.empty((rows.GROUP, f.update_rank), np.float32)
-    left_A = np.empty((rows.GROUP, f.score_rank), np.float32)
-    spare = np.empty(max(f.update_rank, f.score_rank), np.float32)
-    flags = _flag_buffer(f)
-    packed = _words(f.packed, f.out, _width(f))
-    gradient = _floats(f.gradient, f.last - f.first, f.columns)
-    gradient_bits = _halves(f.gradient, f.last - f.first, f.columns)
-    U, V = _floats(f.U, f.out, f.update_rank), _floats(f.V, f.update_rank, f.columns)
-    A, B = _floats(f.A, f.out, f.score_rank), _floats(f.B, f.score_rank, f.columns)
-    dU, dA, dR = _floats(f.dU, f.out, f.update_rank), _floats(f.dA, f.out, f.score_rank), _floats(f.dR, 1, f.out)[0]
-    parts = f.update_rank + f.score_rank + 1
-    partial = _floats(f.partial, f.shares * parts, f.columns)
+    args = _arguments(address)
+    updated, work, G = _pair_buffer(args), np.empty(args.columns, np.float32), np.empty(args.columns, np.float32)
+    D, Q = np.empty((row_loops.GROUP, args.columns), np.float32), np.empty((row_loops.GROUP, args.columns), np.float32)
+    left_U = np.empty((row_loops.GROUP, args.weight_rank), np.float32)
+    left_A = np.empty((row_loops.GROUP, args.score_rank), np.float32)
+    spare = np.empty(max(args.weight_rank, args.score_rank), np.float32)
+    flags = _flag_buffer(args)
+    packed = _words(args.packed, args.out, _width(args))
+    gradient = _floats(args.gradient, args.last - args.first, args.columns)
+    gradient_bits = _halves(args.gradient, args.last - args.first, args.columns)
+    U, V = _floats(args.U, args.out, args.weight_rank), _floats(args.V, args.weight_rank, args.columns)
+    A, B = _floats(args.A, args.out, args.score_rank), _floats(args.B, args.score_rank, args.columns)
+    dU, dA = _floats(args.dU, args.out, args.weight_rank), _floats(args.dA, args.out, args.score_rank)
+    dR = _floats(args.dR, 1, args.out)[0]
+    parts = args.weight_rank + args.score_rank + 1
+    partial = _floats(args.partial, args.tasks * parts, args.columns)
     while True:
-        share, start, stop = _next_rows(address, f)
+        task, start, stop = _next_rows(address, args)
         if start == stop:
             return
-        sums = partial[share * parts : (share + 1) * parts]
-        for group in range(start, stop, rows.GROUP):
-            for pair in range(group, group + rows.GROUP, 2):
+        sums = partial[task * parts : (task + 1) * parts]
+        for group in range(start, stop, row_loops.GROUP):
+            for pair in range(group, group + row_loops.GROUP, 2):
                 for i in range(max(pair, stop), pair + 2):  # rows of zeros fill up the last group
                     D[i - group], Q[i - group], left_U[i - group], left_A[i - group] = 0.0, 0.0, 0.0, 0.0
                 if pair >= stop:
                     continue
-                _update(f, pair, min(pair + 1, stop - 1), updated)
+                _update(args, pair, min(pair + 1, stop - 1), updated)
                 for i in range(pair, min(pair + 2, stop)):
                     q, row = i - group, updated[i - pair]
-                    rows.unpack(packed[i], flags)
-                    if f.masked != 0:
-                        _store_masked(f, i, flags, row, work)
-                    if f.gradient_is_bf16 != 0:
-                        rows.widen(gradient_bits[i - f.first], G)
+                    row_loops.unpack(packed[i], flags)
+                    if args.masked != 0:
+                        _store_masked(args, i, flags, row, work)
+                    if args.gradient_is_bf16 != 0:
+                        row_loops.widen(gradient_bits[i - args.first], G)
                     else:
-                        rows.copy(gradient[i - f.first], G)
-                    rows.multiply(G, row, D[q])
-                    rows.multiply_through(G, flags, row, f.through_magnitude != 0, Q[q])
-                    dR[i] = rows.total(D[q])
-                    rows.copy(U[i], left_U[q])
-                    rows.copy(A[i], left_A[q])
+                        row_loops.copy(gradient[i - args.first], G)
+                    row_loops.multiply(G, row, D[q])
+                    row_loops.multiply_through(G, flags, row, args.through_magnitude != 0, Q[q])
+                    dR[i] = row_loops.total(D[q])
+                    row_loops.copy(U[i], left_U[q])
+                    row_loops.copy(A[i], left_A[q])
                 q, alone = pair - group, pair + 1 == stop
-                rows.dots(Q[q], Q[q + 1], V, dU[pair], spare if alone else dU[pair + 1])
-                rows.dots(D[q], D[q + 1], B, dA[pair], spare if alone else dA[pair + 1])
-            rows.add_outer(left_U, Q, sums[: f.update_rank])
-            rows.add_outer(left_A, D, sums[f.update_rank : f.update_rank + f.score_rank])
-            rows.add_rows(D, sums[parts - 1])
+                row_loops.dots(Q[q], Q[q + 1], V, dU[pair], spare if alone else dU[pair + 1])
+                row_loops.dots(D[q], D[q + 1], B, dA[pair], spare if alone else dA[pair + 1])
+            row_loops.add_outer(left_U, Q, sums[: args.weight_rank])
+            row_loops.add_outer(left_A, D, sums[args.weight_rank : args.weight_rank + args.score_rank])
+            row_loops.add_rows(D, sums[parts - 1])
 
 
 @part
-def _drop_one(place, packed, columns, masked, masked_bits):
-    i, j = place // columns, place % columns
+def _drop_one(index, packed, columns, masked, masked_bits):
+    i, j = index // columns, index % columns
     bit = np.uint32(j % WORD // 2 + PAIRS * (j % 2))
     packed[i, j // WORD] &= ~(np.uint32(1) << bit)
     if masked.size:
-        masked[place] = 0.0
+        masked[index] = 0.0
     if masked_bits.size:
-        masked_bits[place] = 0
+        masked_bits[index] = 0
 
 
 @part
-def drop(places, packed, columns, masked, masked_bits):
-    """Clear the bits of weights at flat indices, and their places in M * W', fp32 and bf16, empty if there is none."""
-    for p in range(places.size):
-        _drop_one(places[p], packed, columns, masked, masked_bits)
+def drop(indices, packed, columns, masked, masked_bits):
+    """Clear the bits of weights at flat indices, and zero these in M * W', flat fp32 or bf16 or both empty."""
+    for p in range(indices.size):
+        _drop_one(indices[p], packed, columns, masked, masked_bits)
 
 
 @part
-def drop_first(scores, places, value, count, packed, columns, masked, masked_bits):
+def drop_first(scores, indices, value, count, packed, columns, masked, masked_bits):
     """`drop` the first `count` candidates by (score, index), the last of which has this value; returns its index."""
     smaller = 0
     for p in range(scores.size):
@@ -283,6 +288,6 @@ def drop_first(scores, places, value, count, packed, columns, masked, masked_bit
                 if ties == 0:
                     continue
                 ties -= 1
-                last = places[p]
-            _drop_one(places[p], packed, columns, masked, masked_bits)
+                last = indices[p]
+            _drop_one(indices[p], packed, columns, masked, masked_bits)
     return last

@@ -1,6 +1,6 @@
 """What is done to a row of W, or to two, in loops that the compiler turns into vector instructions.
 
-All arithmetic is fp32; bf16 lies in uint16, its bits being the upper half of an fp32's.
+Values are computed in fp32; bf16 lies in uint16, its bits being the upper half of an fp32's.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 A second set of threads would fight with PyTorch's, which keep spinning for a while after each of its loops. So the pass
 is handed to the same library by the call that a compiler makes for `#pragma omp parallel`. Where that library is
-another one (macOS, Windows), threads of Python's do it, which costs tens of microseconds more a pass.
+another one (macOS, Windows), threads of Python's do it, which costs more a pass.
 
-The rows are cut into shares. Each thread takes the next share until none is left, so that a slow core holds nobody up.
-What a share computes depends on the share alone: the bits are the same for any number of threads.
+The work is cut into tasks. Each thread takes the next task until none is left, so that a slow core holds nobody up.
+What a task computes depends on the task alone: the bits are the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 
 
 @intrinsic
-def take_share(typing_context, counter):
+def take_task(typing_context, counter):
     """The value of the int64 at an address, which then counts one more, for one thread at a time."""
 
     def generate(context, builder, signature, arguments):
@@ -45,9 +45,16 @@ def pointer_to(typing_context, address):
     return types.voidptr(types.int64), generate
 
 
-def run(compiled: Any, frame: np.ndarray, shares: int) -> None:
-    """Call a compiled pass with its frame on as many threads as PyTorch uses, but no more than there are shares."""
-    threads, address = min(torch.get_num_threads(), shares), frame.ctypes.data
+def run(compiled: Any, arguments: np.ndarray, tasks: int) -> None:
+    """Call a compiled pass with its arguments on as many threads as PyTorch uses, but no more than there are tasks."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        with torch.profiler.record_function(f"pst_kernels.cpu: {compiled.__name__}"):
+            _run(compiled, arguments.ctypes.data, min(torch.get_num_threads(), tasks))
+    else:
+        _run(compiled, arguments.ctypes.data, min(torch.get_num_threads(), tasks))
+
+
+def _run(compiled: Any, address: int, threads: int) -> None:
     parallel = _openmp()
     if threads <= 1:
         compiled.ctypes(address)

@@ -1,6 +1,6 @@
-"""Compile every shipped kernel and configuration ahead of time, without a GPU, and read the machine code.
+"""Compile the shipped kernels and configurations ahead of time, without a GPU, and read the machine code.
 
-Behind `pst-kernels kernels`. What is compiled comes from the launchers themselves (see `tiles.Case`), so a row is what
+Behind `pst-kernels kernels`. What is compiled comes from the launchers themselves (see `cases.Case`), so a row is what
 a user's call would run. Triton's own cache is used; it is keyed by source, types, constants, options, target and
 compiler.
 """
@@ -12,7 +12,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import importlib
 import json
 import math
 import multiprocessing
@@ -22,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,10 +32,16 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from pst_kernels import env
 
-from ..tiles import TARGETS, Case, Target, compiling_for
+from ..tiles.targets import TARGETS, Target, compiling_for
+from . import block_cases, cases
+from .cases import Case
 
-# each has cases() -> Iterator[tiles.Case]
-KERNEL_FILES = ("score", "select", "mask", "matmul", "gradients", "block_lists", "block_matmul", "block_gradients")
+CASES: dict[str, Callable[[], Iterator[Case]]] = {
+    "score": cases.of_scores, "select": cases.of_selection, "mask": cases.of_masks, "matmul": cases.of_matmul,
+    "gradients": cases.of_gradients, "block_lists": block_cases.of_lists, "block_matmul": block_cases.of_matmul,
+    "block_gradients": block_cases.of_gradients,
+}  # fmt: skip
+KERNEL_FILES = tuple(CASES)
 TENSOR_CORE = re.compile(r"[HQI]?G?MMA$|UTC\w*MMA$")
 PRODUCT = re.compile(r"warp_group_dot|tc_gen5_mma|nvidia_mma|amd_mfma")  # in Triton's GPU code
 FEWEST_REGISTERS = 10  # of an NVIDIA GPU: an empty kernel has 4 there; on AMD's, small ones that are whole have 8
@@ -144,12 +149,11 @@ def recorded(target: GPUTarget) -> Iterator[list[tuple[JITFunction, Any, Any, An
 
 @functools.lru_cache(maxsize=1)
 def shipped(architecture: str, files: tuple[str, ...] = KERNEL_FILES) -> list[Compilation]:
-    """Every binary that the launchers can ask for on one target, once each."""
+    """The binaries that the cases of these kernel files ask for on one target, once each."""
     found: dict[str, Compilation] = {}
     for name in files:
-        module = importlib.import_module(f"pst_kernels.triton.{name}")
         with compiling_for(architecture), recorded(gpu_target(architecture)) as launches:
-            for case in module.cases():
+            for case in CASES[name]():
                 launches.clear()
                 case.call()
                 for kernel, signature, constexprs, attributes, options in launches:
@@ -161,7 +165,7 @@ def shipped(architecture: str, files: tuple[str, ...] = KERNEL_FILES) -> list[Co
 def report(
     architecture: str, dump: Path | None = None, workers: int | None = None, files: tuple[str, ...] = KERNEL_FILES
 ) -> list[Row]:
-    """A row for every binary that `files` ship for a target. `dump` is a folder for one .ptx and .cubin a row."""
+    """A row for each binary of `shipped`. `dump` is a folder for one .ptx and .cubin a row."""
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
     workers = workers or os.cpu_count() or 1
@@ -194,7 +198,7 @@ def _row(architecture: str, files: tuple[str, ...], index: int, dump: Path | Non
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     tile = [binary.constants[side] for side in TILE if side in binary.constants]
     slots = None
-    if read["loop"] is not None and len(tile) == len(TILE) and not binary.constants.get("GIVEN"):
+    if read["loop"] is not None and len(tile) == len(TILE) and not binary.constants.get("G_STORED"):
         cycles = math.prod(tile) / target.fma_per_cycle
         slots = round(read["loop"] * warps / 4 / cycles, 3)  # a multiprocessor issues four instructions a cycle
     return Row(
@@ -319,7 +323,7 @@ def main(args: argparse.Namespace) -> int:
 def _device_target() -> str:
     import torch
 
-    from ..tiles import architecture
+    from ..tiles.targets import architecture
 
     return architecture(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else "sm_90"
 

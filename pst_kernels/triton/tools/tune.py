@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,13 +23,15 @@ from pst_kernels import cpu
 from pst_kernels.masks.packing import pack_mask
 from pst_kernels.operands import Factors, MaskedWeight, Needs, Scales
 
-from .. import block_gradients, block_lists, block_matmul, gradients, matmul, tiles
+from .. import block_gradients, block_lists, block_matmul, gradients, matmul
+from ..tiles import tables, targets
+from ..tiles.tables import Tile
+from ..tiles.tuning_file import Tuned, using
 
 DTYPES = {
     "half": (torch.bfloat16, torch.bfloat16), "mixed": (torch.float32, torch.bfloat16),
     "float": (torch.float32, torch.float32),
 }  # fmt: skip
-SCALES = (1.0, 1.0, 1.0)
 TOLERANCE = {"half": 2e-2, "mixed": 2e-2, "float": 1e-4}  # RMS error over RMS value: a wrong tile is off by about one
 SWITCH_TOKENS = tuple(1 << n for n in range(4, 14))  # where the switch between the two ways is looked for
 
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, default=4096, help="tokens to time gradients and products with blocks with"
     )
     parser.add_argument(
-        "--block-sizes", type=int, nargs="*", choices=tiles.BLOCK_SIZES, default=tiles.BLOCK_SIZES, metavar="SIZE",
+        "--block-sizes", type=int, nargs="*", choices=tables.BLOCK_SIZES, default=tables.BLOCK_SIZES, metavar="SIZE",
         help="sizes of blocks to tune, default all: 16 32 64 128; without a number none",
     )  # fmt: skip
 
@@ -56,34 +58,39 @@ def main(args: argparse.Namespace) -> int:
         )  # fmt: skip
         return 1
     device = torch.device("cuda", torch.cuda.current_device())
-    architecture = tiles.architecture(device)
+    architecture = targets.architecture(device)
     found: dict[str, Any] = {
         "architecture": architecture, "device": torch.cuda.get_device_name(device),
         "matmul": {}, "gradients": {}, "in_loop_tokens": {}, "block_matmul": {}, "block_gradients": {},
     }  # fmt: skip
-    os.environ.pop("PST_KERNELS_TUNING", None)  # the shipped tables are what is tuned, not an earlier run's
-    for key in DTYPES:
-        problem = _problem(key, args, device)
-        rows = [
-            (most, _best(_matmul_runs(problem, tile, min(most, 1024)), TOLERANCE[key]))
-            for most, tile in tiles.MATMUL[architecture][key]
-        ]
-        found["matmul"][key] = [[most, list(tile[:5])] for most, tile in rows]
-        found["in_loop_tokens"][key] = _switch(problem, rows)
-        tile = tiles.GRADIENTS[architecture][key]
-        found["gradients"][key] = list(_best(_gradient_runs(problem, tile, args.tokens, key), TOLERANCE[key])[:5])
-        for table, runs in (("block_matmul", _block_matmul_runs), ("block_gradients", _block_gradient_runs)):
-            if key in _TABLES[table][architecture]:
-                found[table][key] = {
-                    str(size): list(_best(runs(problem, args.tokens, key, size), TOLERANCE[key])[:5])
-                    for size in args.block_sizes
-                }
+    with using(Tuned()):  # the shipped tables are what is tuned, not an earlier run's file
+        for key in DTYPES:
+            _tune(key, found, args, device)
     write(args.output, found)
     print(f"wrote {args.output}; use it with PST_KERNELS_TUNING={args.output}")
     return 0
 
 
-def neighbours(tile: tiles.Tile, columns: int = tiles.MATMUL_COLUMNS) -> list[tiles.Tile]:
+def _tune(key: str, found: dict[str, Any], args: argparse.Namespace, device: torch.device) -> None:
+    """Fill `found` for one kind of dtypes."""
+    architecture, tolerance, problem = found["architecture"], TOLERANCE[key], _problem(key, args, device)
+    rows = [
+        (most, _best(_matmul_runs(problem, tile, min(most, 1024)), tolerance))
+        for most, tile in tables.MATMUL[architecture][key]
+    ]
+    found["matmul"][key] = [[most, list(tile[:5])] for most, tile in rows]
+    found["in_loop_tokens"][key] = _switch(problem, rows)
+    tile = tables.GRADIENTS[architecture][key]
+    found["gradients"][key] = list(_best(_gradient_runs(problem, tile, args.tokens, key), tolerance)[:5])
+    for table, runs in (("block_matmul", _block_matmul_runs), ("block_gradients", _block_gradient_runs)):
+        if key in _TABLES[table][architecture]:
+            found[table][key] = {
+                str(size): list(_best(runs(problem, args.tokens, key, size), tolerance)[:5])
+                for size in args.block_sizes
+            }
+
+
+def neighbours(tile: Tile, columns: int = tables.MATMUL_COLUMNS) -> list[Tile]:
     """The tile itself, and those with one side doubled or halved, or with other warps or stages.
 
     None has fewer than so many columns.
@@ -109,10 +116,17 @@ def write(path: Path, data: dict[str, Any]) -> None:
         raise
 
 
-Run = tuple[tiles.Tile, Callable[[], Any], list[Tensor]]  # a tile, a launch with it, and the results to expect
+Run = tuple[Tile, Callable[[], Any], list[Tensor]]  # a tile, a launch with it, and the results to expect
 
 
-def _problem(key: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+class Problem(NamedTuple):
+    """What is timed: a masked weight, and x or gy for it of so many tokens and columns."""
+
+    operands: MaskedWeight
+    x: Callable[[int, int], Tensor]
+
+
+def _problem(key: str, args: argparse.Namespace, device: torch.device) -> Problem:
     generator = torch.Generator(device).manual_seed(0)
     weight, x = DTYPES[key]
     out, columns, rank = args.out_features, args.in_features, args.rank
@@ -121,55 +135,47 @@ def _problem(key: str, args: argparse.Namespace, device: torch.device) -> dict[s
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     mask = pack_mask(torch.rand((out, columns), generator=generator, device=device) > 0.5)
-    return {
-        "x": lambda tokens, width: normal(tokens, width, dtype=x), "weight": normal(out, columns, dtype=weight) * 0.02,
-        "U": normal(out, rank), "V": normal(rank, columns) * 0.01, "A": normal(out, rank), "B": normal(rank, columns),
-        "mask": mask, "split": x != torch.float32 and not tiles.interpreted(),
-    }  # fmt: skip
+    W, U, V = normal(out, columns, dtype=weight) * 0.02, normal(out, rank), normal(rank, columns) * 0.01
+    A, B, R, C = normal(out, rank), normal(rank, columns), torch.zeros(out), torch.zeros(columns)
+    factors = Factors(U, V, A, B, R.to(device), C.to(device))
+    return Problem(MaskedWeight(W, factors, mask, Scales()), lambda tokens, width: normal(tokens, width, dtype=x))
 
 
-def _operands(problem: dict[str, Any]) -> MaskedWeight:
-    weight, U, V, A, B, mask = (problem[name] for name in ("weight", "U", "V", "A", "B", "mask"))
-    R, C = (torch.zeros(n, device=weight.device) for n in weight.shape)
-    return MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, Scales(*SCALES))
+def _both(problem: Problem, tokens: int) -> tuple[Tensor, Tensor]:
+    """x and gy."""
+    out, columns = problem.operands.weight.shape
+    return problem.x(tokens, columns), problem.x(tokens, out)
 
 
-def _matmul_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int) -> Iterator[Run]:
+def _matmul_runs(problem: Problem, tile: Tile, tokens: int) -> Iterator[Run]:
     """Forward and input gradient, which share a table."""
-    weight = problem["weight"]
-    x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
-    operands = _operands(problem)
-    y = cpu.linear_forward(x, operands, None)
-    dx = cpu.linear_backward(gy, x, operands, True, Needs(True, False))[0]
+    x, gy = _both(problem, tokens)
+    y = cpu.linear_forward(x, problem.operands, None)
+    dx = cpu.linear_backward(gy, x, problem.operands, True, Needs(True, False))[0]
     for other in neighbours(tile):
-
-        def launch(tile: tiles.Tile = other) -> list[Tensor]:
-            return _in_loop(problem, x, gy, tile)
-
-        yield other, launch, [y, dx]
+        yield other, partial(_in_loop, problem, x, gy, other), [y, dx]
 
 
-def _in_loop(problem: dict[str, Any], x: Tensor, gy: Tensor, tile: tiles.Tile) -> list[Tensor]:
-    weight, mask = problem["weight"], problem["mask"]
-    factors = matmul.split_factors(problem["U"], problem["V"], SCALES[0], problem["split"])
+def _in_loop(problem: Problem, x: Tensor, gy: Tensor, tile: Tile) -> list[Tensor]:
+    platform = targets.platform(x.device)
     return [
-        matmul.masked_matmul(operand, weight, *factors, None, mask, tile, transposed)
+        matmul.masked_matmul(operand, problem.operands, None, tile, platform, transposed)
         for operand, transposed in ((x, False), (gy, True))
     ]
 
 
-def _made_first(problem: dict[str, Any], x: Tensor, gy: Tensor) -> list[Tensor]:
-    operands = _operands(problem)
-    y = x @ matmul.masked_in_scratch(operands, x.dtype).T
-    return [y, gy @ matmul.masked_in_scratch(operands, x.dtype)]
+def _made_first(problem: Problem, x: Tensor, gy: Tensor) -> list[Tensor]:
+    platform = targets.platform(x.device)
+    y = x @ matmul.masked_in_scratch(problem.operands, x.dtype, platform).T
+    return [y, gy @ matmul.masked_in_scratch(problem.operands, x.dtype, platform)]
 
 
-def _switch(problem: dict[str, Any], rows: Sequence[tuple[int, tiles.Tile]]) -> int:
+def _switch(problem: Problem, rows: Sequence[tuple[int, Tile]]) -> int:
     """The most tokens, of SWITCH_TOKENS, up to which masking in the loop is the faster way; 0 if it never is."""
-    most, (out, columns) = 0, problem["weight"].shape
+    most = 0
     for tokens in SWITCH_TOKENS:
         tile = next(tile for limit, tile in rows if tokens <= limit)
-        x, gy = problem["x"](tokens, columns), problem["x"](tokens, out)
+        x, gy = _both(problem, tokens)
         in_loop, made_first = (
             triton.testing.do_bench(launch)
             for launch in (partial(_in_loop, problem, x, gy, tile), partial(_made_first, problem, x, gy))
@@ -181,89 +187,85 @@ def _switch(problem: dict[str, Any], rows: Sequence[tuple[int, tiles.Tile]]) -> 
     return most
 
 
-def _gradient_runs(problem: dict[str, Any], tile: tiles.Tile, tokens: int, key: str) -> Iterator[Run]:
-    weight, U, V, A, B, mask = (problem[name] for name in ("weight", "U", "V", "A", "B", "mask"))
-    x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
-    expected = cpu.linear_backward(gy, x, _operands(problem), True, Needs(False, True))[1:]
-    table = tiles.GRADIENTS[tiles.architecture(x.device)]
-    for other in neighbours(tile, tiles.GRADIENT_COLUMNS):
+def _gradient_runs(problem: Problem, tile: Tile, tokens: int, key: str) -> Iterator[Run]:
+    x, gy = _both(problem, tokens)
+    expected = cpu.linear_backward(gy, x, problem.operands, True, Needs(False, True))[1:]
+    for other in neighbours(tile, tables.GRADIENT_COLUMNS):
 
-        def launch(tile: tiles.Tile = other) -> tuple[Tensor, ...]:
-            shipped, table[key] = table[key], tile
-            try:
-                return gradients.factor_gradients(gy, x, weight, U, V, A, B, mask, *SCALES, True)
-            finally:
-                table[key] = shipped
+        def launch(tile: Tile = other) -> tuple[Tensor, ...]:
+            with using(Tuned(gradients={key: tile})):
+                return gradients.factor_gradients(gy, x, problem.operands, True)
 
         yield other, launch, list(expected)
 
 
-_TABLES: dict[str, dict[str, dict[str, dict[int, tiles.Tile]]]] = {
-    "block_matmul": tiles.BLOCK_MATMUL, "block_gradients": tiles.BLOCK_GRADIENTS,
+_TABLES: dict[str, dict[str, dict[str, dict[int, Tile]]]] = {
+    "block_matmul": tables.BLOCK_MATMUL, "block_gradients": tables.BLOCK_GRADIENTS,
 }  # fmt: skip
 
 
-def _block_matmul_runs(problem: dict[str, Any], tokens: int, key: str, size: int) -> Iterator[Run]:
+def _block_matmul_runs(problem: Problem, tokens: int, key: str, size: int) -> Iterator[Run]:
     """Forward and input gradient with a tenth of the blocks, which share a table."""
-    weight, U, V = (problem[name] for name in ("weight", "U", "V"))
-    mask, M = _kept_blocks(problem, size)
-    x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
-    kept = ((weight.float() + SCALES[0] * U @ V) * M).to(x.dtype)
-    by_columns = block_lists.lines(mask, weight.shape, size, block_matmul.COLUMNS)
+    operands, M, updated = _kept_blocks(problem, size)
+    x, gy = _both(problem, tokens)
+    kept = (updated * M).to(x.dtype)
+    by_columns = block_lists.list_blocks(operands.mask, operands.weight.shape, size, block_matmul.COLUMNS)
 
     def launch() -> list[Tensor]:
         return [
-            block_matmul.block_forward(x, _operands(problem)._replace(mask=mask), None, size),
-            block_matmul.block_input_gradient(gy, weight, U, V, SCALES[0], by_columns, size),
+            block_matmul.block_forward(x, operands, None, size),
+            block_matmul.block_input_gradient(gy, operands, by_columns, size),
         ]
 
     yield from _block_runs("block_matmul", key, size, launch, [x @ kept.T, gy @ kept])
 
 
-def _block_gradient_runs(problem: dict[str, Any], tokens: int, key: str, size: int) -> Iterator[Run]:
-    weight, U, V = (problem[name] for name in ("weight", "U", "V"))
-    mask, M = _kept_blocks(problem, size)
-    x, gy = problem["x"](tokens, weight.shape[1]), problem["x"](tokens, weight.shape[0])
-    Q = gy.float().T @ x.float() * M * (1.0 + (weight.float() + SCALES[0] * U @ V).abs())
+def _block_gradient_runs(problem: Problem, tokens: int, key: str, size: int) -> Iterator[Run]:
+    operands, M, updated = _kept_blocks(problem, size)
+    beta, U, V = operands.scales.beta, operands.factors.U, operands.factors.V
+    x, gy = _both(problem, tokens)
+    Q = gy.float().T @ x.float() * M * (1.0 + updated.abs())
     by_rows, by_columns = (
-        block_lists.lines(mask, weight.shape, size, of) for of in (block_matmul.ROWS, block_matmul.COLUMNS)
+        block_lists.list_blocks(operands.mask, operands.weight.shape, size, of)
+        for of in (block_matmul.ROWS, block_matmul.COLUMNS)
     )
 
     def launch() -> tuple[Tensor, Tensor]:
-        return block_gradients.block_factor_gradients(gy, x, weight, U, V, SCALES[0], True, by_rows, by_columns, size)
+        return block_gradients.block_factor_gradients(gy, x, operands, size, True, by_rows, by_columns)
 
-    yield from _block_runs("block_gradients", key, size, launch, [SCALES[0] * Q @ V.T, SCALES[0] * U.T @ Q])
+    yield from _block_runs("block_gradients", key, size, launch, [beta * Q @ V.T, beta * U.T @ Q])
 
 
 def _block_runs(table: str, key: str, size: int, launch: Callable[[], Any], expected: list[Tensor]) -> Iterator[Run]:
-    """`launch` with each neighbour of a tile in its place in the table; its rows are the size of the blocks."""
-    row = _TABLES[table][tiles.architecture(expected[0].device)][key]
-    for other in neighbours(row[size]):
+    """`launch` with each neighbour of a tile in its place; its rows are the size of the blocks."""
+    for other in neighbours(_TABLES[table][targets.architecture(expected[0].device)][key][size]):
         if other.rows != size:
             continue
 
-        def launch_with(tile: tiles.Tile = other) -> Any:
-            shipped, row[size] = row[size], tile
-            try:
+        def launch_with(tile: Tile = other) -> Any:
+            changed: Any = {key: {size: tile}}
+            with using(Tuned(**{table: changed})):
                 return launch()
-            finally:
-                row[size] = shipped
 
         yield other, launch_with, expected
 
 
-def _kept_blocks(problem: dict[str, Any], size: int) -> tuple[Tensor, Tensor]:
-    """A tenth of the blocks, as packed bits and as fp32 (out, columns); the first always, so that no result is zero."""
-    weight = problem["weight"]
+def _kept_blocks(problem: Problem, size: int) -> tuple[MaskedWeight, Tensor, Tensor]:
+    """The operands with a tenth of the blocks, which these are as fp32 (out, columns), and W' in fp32.
+
+    The first block is kept always, so that no result is zero.
+    """
+    weight, factors, _, scales = problem.operands
     flags = torch.rand(block_lists.grid_of(weight.shape, size), device=weight.device) < 0.1
     flags[0, 0] = True
     kept = flags.repeat_interleave(size, 0).repeat_interleave(size, 1)[: weight.shape[0], : weight.shape[1]]
-    return pack_mask(kept), kept.float()
+    updated = weight.float() + scales.beta * factors.U @ factors.V
+    return problem.operands._replace(mask=pack_mask(kept)), kept.float(), updated
 
 
-def _best(runs: Iterator[Run], tolerance: float) -> tiles.Tile:
+def _best(runs: Iterator[Run], tolerance: float) -> Tile:
     """The fastest tile that is right; the shipped one, which comes first, where no other is."""
-    timed: list[tuple[float, tiles.Tile]] = []
+    timed: list[tuple[float, Tile]] = []
     first, runs = itertools.tee(runs)
     shipped = next(first)[0]
     for tile, launch, expected in runs:

@@ -1,11 +1,13 @@
-"""How the kernels that read all of W walk over it: one read of W, and the factors read as rarely as it goes.
+"""How the kernels for threshold, mask and masked weight sweep over W: one read of W, and few of the factors.
 
-A program owns BLOCK_J neighbours along j and a band of `span` along i, through which it steps BLOCK_I at a time. The
-right factors of its j stay in registers for the whole band. The left factors of a step and its tile of W travel through
-shared memory one step ahead (`num_stages`), so that what is broadcast to all threads is read once, not once a thread.
+A program owns BLOCK_J neighbours along j and `rows_per_program` along i, which it sweeps over BLOCK_I at a time. With
+few ranks the right factors of its j stay in registers for the whole sweep (HELD), and the left factors of a step and
+its tile of W travel through shared memory one step ahead (`num_stages`), so that what is broadcast to all threads is
+read once, not once a thread.
 
 (i, j) is (row, column) of W, or (column, row) where W is stored transposed (Conv1D): then U and V, A and B, R and C
-change places, and the operands of products and sums with them, which leaves every bit of a score as it is.
+change places, and the operands of products and sums with them, which leaves every bit of a score as it is. `n_i` and
+`n_j` count them; "rows" here are the i.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import versions
 from .score import low_rank_step, not_unrolled, score_from, updated_from
-from .tiles import architecture
+from .tiles import versions
+from .tiles.targets import Platform
 
-LONGEST = 512  # band; a longer one saves little: it reads 64 bytes of factors for each j, at ranks 8 + 8
+MOST_ROWS = 512  # of a program; more save little: it reads 64 bytes of factors for each j, at ranks 8 + 8
 AT_ONCE = tl.constexpr(4)  # ranks whose vectors are loaded together where they are not held
-WIDTH = 512  # of the matrix that a flat vector of scores is walked as
+WIDTH = 512  # of the matrix as which a flat vector of scores is swept
 
 
 @triton.jit
@@ -77,14 +79,14 @@ def low_rank(
 
 
 @triton.jit
-def band(n_j, span, BLOCK_J: tl.constexpr, VECTOR: tl.constexpr):
+def program_indices(n_j, rows_per_program, BLOCK_J: tl.constexpr, VECTOR: tl.constexpr):
     """This program's first i, its j, and which of these exist."""
     across = tl.cdiv(n_j, BLOCK_J)
     program = tl.program_id(0)
     j = (program % across).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
     # No more neighbours than VECTOR to a thread: the held factors take that many registers a rank. Said as a divisor,
     # for with neighbours that are not contiguous Triton 3.6 would put a warp's threads along i.
-    return (program // across).to(tl.int64) * span, tl.multiple_of(j, VECTOR), j < n_j
+    return (program // across).to(tl.int64) * rows_per_program, tl.multiple_of(j, VECTOR), j < n_j
 
 
 @triton.jit
@@ -127,7 +129,7 @@ def hold_rights(
     p_right_w, p_right_s, p_right_1, j, m_j, n_j,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, HELD: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """What a program holds for its whole band: the right factors of W', of AB, and of R + C."""
+    """What a program holds for its whole sweep: the right factors of W', of AB, and of R + C."""
     held_w = hold_right(p_right_w, j, m_j, n_j, RANK_W, HELD, TRANSPOSED)
     held_s = hold_right(p_right_s, j, m_j, n_j, RANK_S, HELD, TRANSPOSED)
     if p_right_1 is None:
@@ -152,7 +154,7 @@ def step_scores(
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """One step of every kernel that walks over scores: i, which i and which weights exist, W' and S of the tile.
+    """One step of every kernel that sweeps over scores: i, which i and which weights exist, W' and S of the tile.
 
     Without `p_left_1` the weight is a vector of `numel` scores itself, and W' is S.
     """
@@ -173,8 +175,8 @@ def step_scores(
     return i, m_i, m_tile, b_updated, b_score
 
 
-class Tile(NamedTuple):
-    """A step's tile, how many of its j a thread holds, and whether the right factors are held for a whole band."""
+class SweepTile(NamedTuple):
+    """A step's tile, how many of its j a thread holds, and whether the right factors are held for a whole sweep."""
 
     block_i: int
     block_j: int
@@ -184,24 +186,24 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(ranks: int, n_j: int) -> Tile:
+def tile_of(ranks: int, n_j: int) -> SweepTile:
     """The tile for so many ranks in all, the same on every target: registers for the held factors decide."""
     if ranks <= 16:
-        return Tile(4, 1024, 4, True, 8, 2) if n_j > 512 else Tile(8, 512, 2, True, 8, 2)
+        return SweepTile(4, 1024, 4, True, 8, 2) if n_j > 512 else SweepTile(8, 512, 2, True, 8, 2)
     if ranks <= 32:
-        return Tile(versions.MANY_HELD_ROWS, 256, 1, True, 8, 2)
+        return SweepTile(versions.MANY_HELD_ROWS, 256, 1, True, 8, 2)
     return RARE
 
 
-RARE = Tile(2, 512, 2, False, 8, 1)  # for many ranks, and for passes that are hardly ever needed: quick to compile
+RARE = SweepTile(2, 512, 2, False, 8, 1)  # for many ranks, and for passes that are hardly ever needed: quick to compile
 
 
-class Walk(NamedTuple):
-    """One launch over all of W: its grid, its arguments in the order of every kernel here, and its constants."""
+class Sweep(NamedTuple):
+    """One launch over all of W: its grid, its arguments in the order of the kernels that sweep, and its constants."""
 
     grid: tuple[int]
-    operands: tuple[Any, ...]  # weight, and left and right of UV, AB and R + C; None where there are no factors
-    shape: tuple[int, int, int, int, int]  # n_i, n_j, stride_i, stride_j, span
+    operands: tuple[Any, ...]  # weight, left and right of UV, of AB and of R + C; None where W is a vector of scores
+    shape: tuple[int, int, int, int, int]  # n_i, n_j, stride_i, stride_j, rows_per_program
     constants: dict[str, Any]
 
 
@@ -212,47 +214,44 @@ def programs_wanted(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def span_of(n_i: int, n_j: int, tile: Tile, device: torch.device) -> int:
-    """The longest band that makes as many programs as are wanted; a shorter one reads the factors more often."""
-    bands = -(-programs_wanted(device) // -(-n_j // tile.block_j))
-    return max(tile.block_i, min(LONGEST, n_i // bands // tile.block_i * tile.block_i))
+def rows_to_sweep(n_i: int, n_j: int, tile: SweepTile, device: torch.device) -> int:
+    """The most rows of a program that leave as many programs as are wanted; fewer read the factors more often."""
+    strips = -(-programs_wanted(device) // -(-n_j // tile.block_j))
+    return max(tile.block_i, min(MOST_ROWS, n_i // strips // tile.block_i * tile.block_i))
 
 
-def walk(weight: Tensor, pairs: list[tuple[Tensor, Tensor]], tile: Tile | None = None) -> Walk:
-    """Over a weight of any strides; `pairs` are (left, right) factors, contiguous: (U, V), (A, B), (R, C)."""
-    lefts, rights = [left for left, _ in pairs], [right for _, right in pairs]
+def sweep_weight(
+    weight: Tensor, factors: tuple[Tensor, ...], platform: Platform, tile: SweepTile | None = None
+) -> Sweep:
+    """Over a weight of any strides; contiguous `factors`: U, V, A, B, R and C, or U and V alone."""
+    lefts, rights = factors[::2], factors[1::2]
     (n_i, n_j), (stride_i, stride_j) = weight.shape, weight.stride()
     ranks = [left.shape[1] for left in lefts if left.dim() == 2]
     transposed = stride_i == 1 and stride_j != 1 and n_i > 1
     if transposed:
         lefts, rights, n_i, n_j, stride_i, stride_j = rights, lefts, n_j, n_i, stride_j, stride_i
     tile = tile or tile_of(sum(ranks), n_j)
-    span = span_of(n_i, n_j, tile, weight.device)
+    rows_per_program = rows_to_sweep(n_i, n_j, tile, weight.device)
     operands = (weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
     constants = {
         "RANK_W": ranks[0], **({"RANK_S": ranks[1]} if len(ranks) > 1 else {}), "UNIT": stride_j == 1 or n_j == 1,
-        "TRANSPOSED": transposed, **_constants(tile, weight.device),
+        "TRANSPOSED": transposed, **_constants(tile, platform),
     }  # fmt: skip
-    grid = (triton.cdiv(n_i, span) * triton.cdiv(n_j, tile.block_j),)
-    return Walk(grid, operands, (n_i, n_j, stride_i, stride_j, span), constants)
+    grid = (triton.cdiv(n_i, rows_per_program) * triton.cdiv(n_j, tile.block_j),)
+    return Sweep(grid, operands, (n_i, n_j, stride_i, stride_j, rows_per_program), constants)
 
 
-def walk_scores(scores: Tensor, tile: Tile | None = None) -> Walk:
+def sweep_scores(scores: Tensor, platform: Platform, tile: SweepTile | None = None) -> Sweep:
     """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
     rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0, WIDTH)
-    span = span_of(rows, WIDTH, tile, scores.device)
-    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile, scores.device)}
-    grid = (triton.cdiv(rows, span) * triton.cdiv(WIDTH, tile.block_j),)
-    return Walk(grid, (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, span), constants)
+    rows_per_program = rows_to_sweep(rows, WIDTH, tile, scores.device)
+    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile, platform)}
+    grid = (triton.cdiv(rows, rows_per_program) * triton.cdiv(WIDTH, tile.block_j),)
+    return Sweep(grid, (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, rows_per_program), constants)
 
 
-def _constants(tile: Tile, device: torch.device) -> dict[str, Any]:
+def _constants(tile: SweepTile, platform: Platform) -> dict[str, Any]:
     return {
         "HELD": tile.held, "VECTOR": tile.vector, "BLOCK_I": tile.block_i, "BLOCK_J": tile.block_j,
-        "STAGES": tile.stages, "num_warps": tile.warps, **all_registers(device),
+        "STAGES": tile.stages, "num_warps": tile.warps, **platform.all_registers,
     }  # fmt: skip
-
-
-def all_registers(device: torch.device) -> dict[str, int]:
-    """A launch option: without it ptxas spills a register or two so that one more block may fit."""
-    return {} if architecture(device).startswith("gfx") else {"maxnreg": 255}

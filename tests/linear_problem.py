@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import interpreter
@@ -19,6 +20,7 @@ from pst_kernels.masks.packing import pack_mask
 from pst_kernels.operands import Factors, MaskedWeight, Scales
 
 OUTPUTS = ("y", "dx", "dU", "dV", "dA", "dB", "dR", "dC")
+LEARNED = ("x", "U", "V", "A", "B", "R", "C")
 SCALES = {"beta": 0.7, "alpha1": 1.3, "alpha2": 0.9}
 
 
@@ -40,7 +42,8 @@ class Problem(NamedTuple):
     through: bool = True
     seed: int = 0
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
+        """The same numbers on every device."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int, dtype: str = self.factors) -> Tensor:
@@ -50,7 +53,7 @@ class Problem(NamedTuple):
         weight = normal(out, columns, dtype=self.weight or self.dtype) * 0.3
         if self.transposed:
             weight = weight.t().contiguous().t()
-        return {
+        made = {
             "x": normal(self.tokens, columns, dtype=self.dtype), "weight": weight,
             "bias": normal(out, dtype=self.weight or self.dtype),
             "U": normal(out, rank), "V": normal(rank, columns) * 0.1, "A": normal(out, rank),
@@ -58,20 +61,29 @@ class Problem(NamedTuple):
             "kept": torch.rand((out, columns), generator=generator) > 0.5,
             "gy": normal(self.tokens, out, dtype=self.dtype),
         }  # fmt: skip
+        return {name: tensor.to(device) for name, tensor in made.items()}
 
-    def solve(self, exact: bool) -> list[Tensor]:
-        """y and the gradients: in float64 by reference.py, or by the ops of the chosen backend."""
-        given = self.tensors()
-        gy, kept = given.pop("gy"), given.pop("kept")
+    def ready(self, exact: bool, device: str = "cpu") -> Callable[[], list[Tensor]]:
+        """What computes y and the gradients, its tensors made: in float64 by reference.py, or by the ops."""
+        given = self.tensors(device)
         if exact:
-            given = {name: tensor.double() for name, tensor in given.items()}
-            gy = gy.double()
-        learned = [given[name].requires_grad_() for name in ("x", "U", "V", "A", "B", "R", "C")]
-        function = reference.pst_linear if exact else functional.pst_linear
-        with torch.autocast("cpu", dtype=gy.dtype, enabled=bool(self.weight) and not exact):
-            y = function(**given, mask=kept if exact else pack_mask(kept), through_magnitude=self.through, **SCALES)
-        y.backward(gy)
-        return [y.detach(), *(tensor.grad for tensor in learned)]
+            given = {name: tensor.double() for name, tensor in given.items() if name != "kept"} | {
+                "kept": given["kept"]
+            }
+        gy, kept = given.pop("gy"), given.pop("kept")
+        function, mask = (reference.pst_linear, kept) if exact else (functional.pst_linear, pack_mask(kept))
+
+        def run() -> list[Tensor]:
+            learned = {name: given[name].detach().requires_grad_() for name in LEARNED}
+            with torch.autocast(device, dtype=gy.dtype, enabled=bool(self.weight) and not exact):
+                y = function(**given | learned, mask=mask, through_magnitude=self.through, **SCALES)
+            y.backward(gy)
+            return [y.detach(), *(tensor.grad for tensor in learned.values())]
+
+        return run
+
+    def solve(self, exact: bool, device: str = "cpu") -> list[Tensor]:
+        return self.ready(exact, device)()
 
     def errors(self) -> dict[str, float]:
         """RMS error over RMS value for every output; infinite where anything is not finite."""
@@ -104,6 +116,15 @@ INTERPRETED = [
     Problem(40, 64, 3, 8, through=False),
     Problem(40, 64, 5, 8, "bfloat16", weight="float32"), Problem(40, 64, 5, 8, "float16", factors="float16"),
 ]  # fmt: skip
+
+COMPILED = [  # one of each kind: as shipped, for the emulator and for GPUs
+    Problem(128, 128, 40, 8, "bfloat16"),
+    Problem(128, 128, 7, 16, "float16", factors="float16"),
+    Problem(64, 96, 3, 8, "float32"),
+    Problem(129, 65, 3, 5, "bfloat16"),
+    Problem(128, 64, 20, 8, "bfloat16", weight="float32"),
+    Problem(64, 128, 17, 8, "bfloat16", transposed=True, through=False),
+]
 
 if __name__ == "__main__":
     interpreter.mend()

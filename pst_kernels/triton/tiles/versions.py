@@ -37,4 +37,4 @@ TRANSPOSED_ACROSS = 32 if INSTALLED < (3, 7) else 128
 MANY_HELD_ROWS = 4 if INSTALLED < (3, 7) else 8
 
 # Triton 3.9 takes more registers for a tile of G that is read: columns of a tile, at most.
-GIVEN_COLUMNS = 64 if INSTALLED >= (3, 9) else 128
+G_STORED_COLUMNS = 64 if INSTALLED >= (3, 9) else 128

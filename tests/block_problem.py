@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import interpreter
 import torch
-from linear_problem import SCALES, relative_error
+from linear_problem import LEARNED, SCALES, relative_error
 from linear_problem import Problem as LinearProblem
 from torch import Tensor
 
@@ -51,30 +52,36 @@ class Problem(NamedTuple):
         spread = self.flags().repeat_interleave(self.size, 0).repeat_interleave(self.size, 1)
         return spread[: self.out, : self.columns]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, device: str = "cpu") -> dict[str, Tensor]:
         """As of `linear_problem.Problem`; U has the size that it has in training, so that W' is not all U V."""
         same = {name: value for name, value in self._asdict().items() if name in LinearProblem._fields}
-        return LinearProblem(**same).tensors() | {"kept": self.mask()}
+        return LinearProblem(**same).tensors(device) | {"kept": self.mask().to(device)}
 
-    def solve(self) -> list[Tensor]:
-        """y and the gradients by the ops of the chosen backend."""
-        given = self.tensors()
-        gy, kept = given.pop("gy"), given.pop("kept")
-        learned = [given[name].requires_grad_() for name in ("x", "U", "V", "A", "B", "R", "C")]
-        with torch.autocast("cpu", dtype=gy.dtype, enabled=bool(self.weight)):
-            factors = Factors(*(given[name] for name in Factors._fields))
-            operands = MaskedWeight(given["weight"], factors, pack_mask(kept), Scales(**SCALES))
+    def ready(self, device: str = "cpu") -> Callable[[], list[Tensor]]:
+        """What computes y and the gradients by the ops of the chosen backend, its tensors made."""
+        given = self.tensors(device)
+        gy, mask, learn = given.pop("gy"), pack_mask(given.pop("kept")), torch.tensor(self.learn)
+        gy = gy.t().contiguous().t()  # its transpose is contiguous, it is not
+
+        def run() -> list[Tensor]:
+            learned = {name: given[name].detach().requires_grad_() for name in LEARNED}
+            x, factors = learned["x"], Factors(*(learned[name] for name in Factors._fields))
+            operands = MaskedWeight(given["weight"], factors, mask, Scales(**SCALES))
             options = functional.Options(self.through, block_size=self.size)
-            x, dtype = given["x"], functional.operand_dtype(given["x"])
-            learn = torch.tensor(self.learn)
-            y = functional.masked_linear(x, operands, given["bias"], dtype, options, learn_scores=learn)
-        # its transpose is contiguous, it is not
-        y.backward(gy.t().contiguous().t())
-        return [y.detach(), *(tensor.grad for tensor in learned)]
+            with torch.autocast(device, dtype=gy.dtype, enabled=bool(self.weight)):
+                dtype = functional.operand_dtype(x)
+                y = functional.masked_linear(x, operands, given["bias"], dtype, options, learn_scores=learn)
+            y.backward(gy)
+            return [y.detach(), *(tensor.grad for tensor in learned.values())]
 
-    def exact(self) -> list[Tensor]:
+        return run
+
+    def solve(self, device: str = "cpu") -> list[Tensor]:
+        return self.ready(device)()
+
+    def exact(self, device: str = "cpu") -> list[Tensor]:
         """The same in float64: U and V learn from kept blocks of G, the scores from all of it or not at all."""
-        given = {name: tensor.double() for name, tensor in self.tensors().items()}
+        given = {name: tensor.double() for name, tensor in self.tensors(device).items()}
         x, gy, kept, U, V, A, B = (given[name] for name in ("x", "gy", "kept", "U", "V", "A", "B"))
         beta, alpha1, alpha2 = SCALES.values()
         updated = given["weight"] + beta * U @ V
@@ -110,6 +117,16 @@ INTERPRETED = [
     Problem(96, 100, 3, 20, 32, transposed=True), Problem(40, 64, 3, 8, 16, through=False, learn=True),
     Problem(40, 100, 5, 8, 32, "bfloat16", weight="float32"), Problem(40, 100, 5, 8, 32, "float16", factors="float16"),
 ]  # fmt: skip
+
+COMPILED = [  # one of each kind: as shipped, for the emulator and for GPUs
+    Problem(64, 96, 20, 8, 32, "bfloat16", kept=0.6),
+    Problem(48, 80, 7, 16, 16, "float16", factors="float16"),
+    Problem(64, 96, 3, 8, 16, "float32"),
+    Problem(70, 200, 3, 5, 64, "bfloat16"),
+    Problem(128, 256, 40, 8, 128, "bfloat16", kept=0.7),
+    Problem(64, 128, 33, 8, 64, "bfloat16", weight="float32", transposed=True, through=False),
+    Problem(32, 96, 3, 64, 32, "bfloat16", kept=0.8),
+]
 
 if __name__ == "__main__":
     interpreter.mend()

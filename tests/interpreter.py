@@ -9,7 +9,7 @@ def mend() -> None:
     """Give tensors the `__index__` of later versions; called before a kernel is interpreted."""
     from triton.runtime import interpreter
 
-    from pst_kernels.triton import versions
+    from pst_kernels.triton.tiles import versions
 
     if versions.INSTALLED >= (3, 7):
         return

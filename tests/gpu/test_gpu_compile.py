@@ -1,0 +1,29 @@
+"""torch.compile of a layer as one graph: the same values as eagerly, over steps in which its factors move."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from places import CUDA, Place
+
+import pst_kernels as pst
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_layer_compiles_as_one_graph(gpu: Place, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = pst.PSTLinear(48, 32, dtype=dtype, config=pst.PSTConfig(sparsity=0.5)).to(gpu.device)
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor" if gpu.kind == CUDA else "aot_eager")
+    x = torch.randn(5, 48).to(gpu.device, dtype)
+    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for _ in range(3):
+        gradients = []
+        for run in (compiled, layer):
+            y = run(x)
+            gradients.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), layer.factors)])
+        for found, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(found, expected, **tolerance)
+        with torch.no_grad():
+            for factor, gradient in zip(layer.factors, gradients[1][1:], strict=True):
+                factor -= 0.01 * gradient
+    assert int((~layer.mask).sum()) == 32 * 48 // 2

@@ -1,0 +1,49 @@
+"""Arguments for every op: what PyTorch's own checks of an op are run with, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from oracle import make_problem
+from torch import Tensor
+
+from pst_kernels import functional, ops
+
+
+def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """(name of the op, arguments), every op at least once."""
+    weight, factors = make_problem(12, 40, weight_dtype=dtype, factor_dtype=torch.float32)
+    weight, factors = weight.to(device), [factor.to(device) for factor in factors]
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape).to(weight)
+
+    def count(value: int) -> Tensor:
+        return torch.tensor(value, device=device)
+
+    packed, scales = functional.prune_mask(weight, *factors, 200), (1.0, 0.5, 2.0)
+    x, gy, bias = normal(6, 40), normal(6, 12), torch.randn(12).to(device)
+    new = functools.partial(functional.new_guess, weight.device)
+    yield "scores", (weight, *factors, *scales)
+    yield "kth_value", (torch.randn(50, device=device), 20)
+    weights = (weight, *factors, *scales)
+    blocks = ops.prune_mask(*weights, count(1), new(), "block:16")
+    for pattern, pruned, mask in (("unstructured", count(200), packed), ("block:16", count(1), blocks)):
+        yield "prune_mask", (*weights, pruned, new(), pattern)
+        yield "refresh_mask", (*weights, pruned, mask.clone(), new(), 1, pattern)
+    yield "is_last_before_refresh", (factors[0], 16)
+    unstructured, of_blocks = ((weight, *factors, mask, *scales) for mask in (packed, blocks))
+    yield "masked_weight", (*unstructured, dtype)
+    yield "linear_forward", (x, *unstructured, bias)
+    yield "linear_forward", (x, *unstructured, None)
+    for needs_input, needs_factors in ((True, True), (False, True), (True, False)):
+        yield "linear_backward", (gy, x, *unstructured, True, needs_input, needs_factors)
+    yield "block_forward", (x, *of_blocks, bias, 16)
+    for learn in (True, False):
+        yield "block_backward", (gy, x, *of_blocks, 16, torch.tensor(learn), True, True, True)
+    kept, rows, columns = normal(2, 16, 16), torch.tensor([0, 2]).to(device), torch.tensor([0, 2]).to(device)
+    yield "kept_blocks_forward", (x, kept, bias.to(dtype), rows, columns, 12)
+    yield "kept_blocks_backward", (gy, kept, rows, columns, 40)
