@@ -3,14 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: finetune test lint gpu test-gpu bench bench-quick bench-ops clean
+.PHONY: finetune test test-quick record lint gpu test-gpu bench bench-quick bench-ops clean
 
 finetune: $(VENV)/demo.stamp
 	$(RUN) -m pst_kernels.cli finetune --output runs/finetune $(ARGS)
 
 # One thread a worker: two workers of two threads would fight for two cores.
+# Tests that share what takes long to make go to one worker.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup
+
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu" $(ARGS)
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+# For everyday work
+test-quick: $(VENV)/dev.stamp
+	$(PYTEST) -m "not gpu and not slow and not compiled" $(ARGS)
+
+# The machine code of every shipped binary, after a change of kernels: tests compile what this hasn't kept.
+record: $(VENV)/dev.stamp
+	PYTHONPATH=. $(RUN) tests/triton/recorded.py
 
 lint: $(VENV)/dev.stamp
 	$(RUN) -m ruff check .

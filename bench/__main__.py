@@ -12,6 +12,10 @@ JOBS = {
     "table": ("bench.tables.job", "print the tables of a CSV again, or write the README's first table from it"),
     "plots": ("bench.tables.plots", "draw the plots of a CSV again"),
     "blocks": ("bench.speed.blocks", "what block patterns cost beside dense training and torch's block-sparse product"),
+    "sparse": (
+        "bench.speed.sparse",
+        "products that skip unstructured zeros on a CPU beside dense ones and other loops",
+    ),
     "export": ("bench.speed.export", "how large the files of a sparse model are, and that they load back bit for bit"),
     "profile": ("bench.speed.profile", "where the time of one PST step goes, pass by pass"),
     "accuracy": ("bench.accuracy", "how good the sparse models are: methods x sparsities x seeds, resumable"),

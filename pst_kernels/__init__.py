@@ -16,6 +16,7 @@ from .config import PSTConfig
 from .export.compressed import load_compressed, save_compressed
 from .layers.block_sparse_linear import BlockSparseLinear
 from .layers.linear import PSTConv1D, PSTLinear
+from .layers.sparse_linear import SparseLinear
 from .model import (
     get_layer_status,
     merge_and_unload,
@@ -35,6 +36,7 @@ __all__ = [
     "PSTConfig",
     "PSTConv1D",
     "PSTLinear",
+    "SparseLinear",
     "SparsitySchedule",
     "functional",
     "get_layer_status",

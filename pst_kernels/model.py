@@ -17,6 +17,7 @@ from .export import formats
 from .layers.checks import check_finite, is_conv1d, refuse_meta
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.pst_layer import PSTLayer
+from .layers.together import refresh_layers
 from .targets import find_targets, head_modules, parameter_uses
 
 logger = logging.getLogger("pst_kernels")
@@ -132,8 +133,11 @@ def refresh_masks(model: nn.Module) -> None:
     must call this. Raises ValueError when the model has no PST layers.
     """
     get_config(model)
-    for _, layer in pst_layers(model):
-        layer.refresh_mask(force=True)
+    layers = [layer for _, layer in pst_layers(model)]
+    for layer in layers:
+        if not layer.merged:
+            layer.mark_stale()
+    refresh_layers(layers)
 
 
 def get_config(model: nn.Module) -> PSTConfig:
@@ -221,6 +225,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     they are. By `format` the layers become
 
     - "dense": `nn.Linear` or `Conv1D`; the state dict has a dense model's keys;
+    - "sparse": `SparseLinear`, which stores the kept weights of any pattern and multiplies by them alone;
     - "bsr": `BlockSparseLinear`, which stores the kept blocks and multiplies by them alone, for `pattern="block:B"`;
     - "semi_structured": `nn.Linear` whose weight is torch's semi-structured tensor, for `pattern="2:4"` on CUDA, in
       fp16 or bf16.

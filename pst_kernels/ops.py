@@ -8,6 +8,7 @@ which take the operands as named tuples where a schema is flat.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import env
-from .cpu import kept_blocks
+from .cpu import kept_blocks, kept_weights
 from .masks import due
 from .masks.packing import packed_width
 from .masks.patterns import parse
@@ -69,6 +70,14 @@ NEEDS = _Group("bool needs_input, bool needs_factors", Needs)
 MASK_STATE = _Group("Tensor num_pruned, Tensor(a!) mask, Tensor(b!) guess, SymInt interval, str pattern", MaskState)
 
 
+def autocast_enabled(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to answer for meta
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else contextlib.nullcontext()
+
+
 def _define(name: str, arguments: Sequence[str | _Group], returns: str, fake: Any, run: Any = None) -> None:
     """Register an op for every device. Its fake and its room's function take groups as one argument each.
 
@@ -85,8 +94,10 @@ def _define(name: str, arguments: Sequence[str | _Group], returns: str, fake: An
 
     @torch.no_grad()
     def dispatch(*flat: Any) -> Any:
-        kernels = kernels_for(flat[0].device.type)
-        return getattr(kernels, name)(*operands(flat)) if run is None else run(kernels, *operands(flat))
+        device_type = flat[0].device.type
+        kernels = kernels_for(device_type)
+        with without_autocast(device_type):  # dtypes are chosen by the schemas' own rule
+            return getattr(kernels, name)(*operands(flat)) if run is None else run(kernels, *operands(flat))
 
     NAMES.append(name)
     schema = ", ".join(argument.schema if isinstance(argument, _Group) else argument for argument in arguments)
@@ -101,6 +112,11 @@ def _fake_backward(gy: Tensor, x: Tensor, operands: MaskedWeight, *rest: Any) ->
     shapes = factor_shapes((weight.shape[0], weight.shape[1]), *ranks) if needs.factors else [(0,)] * 6
     dtype = compute_dtype(weight.dtype)
     return x.new_empty(x.shape if needs.input else 0), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _fake_sparse_backward(gy, x, values, offsets, pointers, in_features, needs_input, needs_values):
+    dx = gy.new_empty((gy.shape[0], in_features) if needs_input else 0)
+    return dx, values.new_empty(values.shape if needs_values else 0, dtype=compute_dtype(values.dtype))
 
 
 def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
@@ -163,6 +179,18 @@ _define(
     lambda gy, _blocks, _rows, _columns, in_features: gy.new_empty((gy.shape[0], in_features)),
     run=lambda _, *operands: kept_blocks.backward(*operands),
 )  # fmt: skip
+_LISTS = ["Tensor values", "Tensor offsets", "Tensor pointers"]  # of SparseRows, see cpu/sparse_rows.py
+_define(
+    "sparse_forward", ["Tensor x", *_LISTS, "Tensor? bias", "SymInt out_features"], "Tensor",
+    lambda x, *operands: x.new_empty((x.shape[0], operands[-1])),
+    run=lambda _, *operands: kept_weights.forward(*operands),
+)  # fmt: skip
+_define(
+    "sparse_backward",
+    ["Tensor gy", "Tensor x", *_LISTS, "SymInt in_features", "bool needs_input", "bool needs_values"],
+    "(Tensor, Tensor)", _fake_sparse_backward,
+    run=lambda _, *operands: kept_weights.backward(*operands),
+)  # fmt: skip
 
 _ops = getattr(torch.ops, NAMESPACE)
 scores = _ops.scores.default
@@ -177,3 +205,5 @@ block_forward = _ops.block_forward.default
 block_backward = _ops.block_backward.default
 kept_blocks_forward = _ops.kept_blocks_forward.default
 kept_blocks_backward = _ops.kept_blocks_backward.default
+sparse_forward = _ops.sparse_forward.default
+sparse_backward = _ops.sparse_backward.default

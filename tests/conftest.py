@@ -48,6 +48,18 @@ def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
+# Fixtures of a module that take long: their tests go to one worker, which makes them once. With --dist loadgroup.
+SHARED = {"found", "finished", "launched", "trained", "report"}
+COMPILED = {"emulator", "found", "report"}  # what asks for these is no part of `make test-quick`
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if fixtures & COMPILED or given.get("gpu") == "emulated":
+            item.add_marker(pytest.mark.compiled)
+        if fixtures & SHARED:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {given.get('report', '')}"))

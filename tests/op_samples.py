@@ -47,3 +47,7 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
     kept, rows, columns = normal(2, 16, 16), torch.tensor([0, 2]).to(device), torch.tensor([0, 2]).to(device)
     yield "kept_blocks_forward", (x, kept, bias.to(dtype), rows, columns, 12)
     yield "kept_blocks_backward", (gy, kept, rows, columns, 40)
+    offsets, pointers = torch.tensor([0, 39, 5], dtype=torch.uint8), torch.tensor([0, 2] + 11 * [3]).int()
+    lists = normal(3), offsets.to(device), pointers.to(device)
+    yield "sparse_forward", (x, *lists, bias, 12)
+    yield "sparse_backward", (gy, x, *lists, 40, True, True)

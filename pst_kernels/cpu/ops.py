@@ -3,7 +3,7 @@
 On CPUs the passes over W are compiled (compiled/). Where those do not serve, they are PyTorch's and NumPy's operators
 on a block of rows at a time, small enough to stay in cache, and used up there (row_blocks.py). For the library's GEMM
 the masked weight is written into a scratch buffer. W' and S are computed in fp32 (in float64 for a float64 weight); a
-mask is decided by fp32 scores.
+mask is decided by fp32 scores. Small weights go their own way (small.py).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from ..env import cpu as requested
 from ..masks.guess import SAMPLE, Bracket, Guess, sample_bracket
 from ..masks.packing import pack_mask
 from ..operands import Factors, MaskedWeight, Needs, Scales, compute_dtype
-from . import block_matmul, scratch
+from . import block_matmul, scratch, small
 from .compiled import passes_for
 from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, multiply_into, row_blocks
 from .select import ChunkedScores, select
@@ -33,7 +34,14 @@ def widened(columns: Tensor) -> Tensor:
     return pad(columns, (0, -columns.shape[1] % 16))
 
 
+def _is_small(weight: Tensor) -> bool:
+    """Whether a few operators serve best; not where the variable asks for one of the other ways."""
+    return small.serves(weight) and requested() == "auto"
+
+
 def scores(weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
+    if _is_small(weight):
+        return small.scores(weight, factors, scales)
     if (passes := passes_for(weight)) is not None:
         return passes.scores(weight, factors, scales)
     by_rows = ScoreRows(weight, factors, scales)
@@ -78,6 +86,8 @@ def prune_mask(
         kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         kept.view(-1)[torch.sort(everything, stable=True).indices[:k]] = False
         return pack_mask(kept)
+    if _is_small(weight):
+        return small.prune_mask(weight, factors, scales, k, masked)
     last = Guess.load(guess)
 
     def brackets() -> Iterator[Bracket | None]:
@@ -111,6 +121,8 @@ def _masked_buffer(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _masked_into(out: Tensor, operands: MaskedWeight) -> Tensor:
     weight, factors, mask, scales = operands
+    if _is_small(weight):
+        return small.masked_into(out, operands)
     passes = passes_for(weight, out.dtype)
     if passes is not None:
         return passes.masked_into(out, operands)
@@ -139,6 +151,9 @@ def linear_backward(
     if not needs.factors:
         dx = gy.new_empty(0) if masked is None else gy @ _masked_into(masked, operands)
         return dx, *operands.factors.map(lambda factor: factor.new_empty(0, dtype=compute_dtype(weight.dtype)))
+    if _is_small(weight):
+        dx = gy.new_empty(0) if masked is None else gy @ small.masked_into(masked, operands)
+        return dx, *small.factor_gradients(gy, x, operands, through_magnitude)
     passes = passes_for(weight, gy.dtype)
     if passes is None:
         gradients = _factor_gradients(gy, x, operands, through_magnitude, masked)

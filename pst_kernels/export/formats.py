@@ -1,4 +1,6 @@
-"""What a PST layer becomes after training: a dense layer, one that stores blocks, or torch's semi-structured one."""
+"""What a PST layer becomes after training: a dense layer, one that stores blocks or single weights, or torch's
+semi-structured one.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ from torch import nn
 from ..layers.block_sparse_linear import BlockSparseLinear
 from ..layers.linear import PSTConv1D
 from ..layers.pst_layer import PSTLayer
+from ..layers.sparse_linear import SparseLinear
 from ..masks import patterns
 
-FORMATS = ("dense", "bsr", "semi_structured")
+FORMATS = ("dense", "sparse", "bsr", "semi_structured")
 TWO_OF_FOUR = patterns.Groups(2, 4)
 ROWS, COLUMNS = 32, 64  # of which a semi-structured fp16 or bf16 weight has multiples, in both of torch's libraries
 
@@ -62,7 +65,7 @@ def refuse_semi_structured(name: str, shape: tuple[int, int], dtype: torch.dtype
 
 def plain(format: str, layer: PSTLayer) -> nn.Module:
     """The layer without PST, in a format that `refuse` let pass."""
-    made = {"dense": _dense, "bsr": _blocks, "semi_structured": _semi_structured}[format](layer)
+    made = {"dense": _dense, "sparse": _sparse, "bsr": _blocks, "semi_structured": _semi_structured}[format](layer)
     return made.train(layer.training)
 
 
@@ -84,6 +87,10 @@ def _blocks(layer: PSTLayer) -> nn.Module:
     size = layer.pattern.size  # type: ignore[attr-defined]
     kept = layer.mask[::size, ::size]  # of a block all weights are kept or none
     return BlockSparseLinear.from_dense(layer.masked_weight(), layer.bias, size, kept)
+
+
+def _sparse(layer: PSTLayer) -> nn.Module:
+    return SparseLinear.from_dense(layer.masked_weight(), layer.bias, layer.mask)
 
 
 def _semi_structured(layer: PSTLayer) -> nn.Module:

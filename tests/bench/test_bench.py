@@ -338,6 +338,7 @@ def test_unknown_names_are_refused(capsys):
     assert "no case is left; shapes are BERT-base attention" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_writes_csv_plots_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cases, "quick", lambda device: [small_case("step"), small_case("mask")])
     limits = ceilings.Ceilings(dict.fromkeys(cases.DTYPES, 1e11), 1e10)
@@ -414,6 +415,7 @@ def test_a_readme_without_markers_is_refused(tmp_path, capsys):
 # Another version beside this one
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("git") is None or subprocess.run(["git", "rev-parse", "HEAD"], cwd=results.ROOT).returncode != 0,
     reason="not a git checkout",

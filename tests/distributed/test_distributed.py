@@ -33,7 +33,7 @@ SHARDED = ("fsdp2", "tensor parallel")
 def launched(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     (folder / "launch.py").write_text(LAUNCH)
-    paths = [str(Path(worker.__file__).parent), str(Path(pst.__file__).parents[1])]
+    paths = [*map(str, Path(worker.__file__).parents[:2]), str(Path(pst.__file__).parents[1])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, str(folder / "launch.py"), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)

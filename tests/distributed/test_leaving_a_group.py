@@ -31,6 +31,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("steps", [["import first", "delete"], ["delete"], ["import first"]], ids=str)
 def test_both_steps_are_needed(steps):

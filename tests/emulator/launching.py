@@ -53,11 +53,10 @@ def _no_machine_code(*given: Any) -> Any:
 @contextlib.contextmanager
 def ptx_only() -> Iterator[None]:
     """Inside, Triton compiles to PTX and no further: what ptxas makes of it, half of the time, nobody here runs."""
-    hook, knobs.runtime.add_stages_inspection_hook = knobs.runtime.add_stages_inspection_hook, _no_machine_code
-    try:
+    with knobs.runtime.scope(), knobs.compilation.scope():
+        knobs.runtime.add_stages_inspection_hook = _no_machine_code
+        knobs.compilation.disable_line_info = True  # which takes 5 % of the time
         yield
-    finally:
-        knobs.runtime.add_stages_inspection_hook = hook
 
 
 def compile_ptx(
@@ -71,7 +70,7 @@ def compile_ptx(
 
 @dataclass
 class Bound:
-    """Arguments, as Triton's own launch would specialise them."""
+    """Arguments, specialised as by Triton's own launch, but for integers that are 1: they stay arguments here."""
 
     signature: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Any] = field(default_factory=dict)
@@ -85,9 +84,7 @@ def bind(kernel: JITFunction, given: dict[str, Any], constants: dict[str, Any]) 
     for i, param in enumerate(kernel.params):
         name = param.name
         value = constants[name] if name in constants else given.get(name, param.default if param.has_default else None)
-        one = isinstance(value, int) and value == 1 and not isinstance(value, bool) and not param.do_not_specialize
-        known = name in constants or param.is_constexpr or not isinstance(value, (torch.Tensor, bool, int, float))
-        if known or one:
+        if name in constants or param.is_constexpr or not isinstance(value, (torch.Tensor, bool, int, float)):
             bound.signature[name], bound.constants[name] = "constexpr", getattr(value, "value", value)
         elif isinstance(value, torch.Tensor):
             if value.device.type != "cpu":

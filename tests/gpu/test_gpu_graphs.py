@@ -15,6 +15,7 @@ from pst_kernels.model import pst_layers
 REPLAYS = 3
 SETTINGS = {
     "unstructured": {"sparsity": 0.7},
+    "unstructured, M * W' made for each product": {"sparsity": 0.7, "masked_weight": "remake"},
     "2:4": {"pattern": "2:4", "sparsity": 0.5},
     "blocks at rest": {"pattern": "block:16", "sparsity": 0.5, "mask_interval": 1000},
 }

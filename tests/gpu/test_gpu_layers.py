@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pst_kernels as pst
 from pst_kernels import reference
-from pst_kernels.layers.linear import PSTLayer
+from pst_kernels.layers.pst_layer import PSTLayer
 from pst_kernels.model import pst_layers
 
 OUT, COLUMNS = 40, 70
@@ -85,7 +85,10 @@ def test_a_step_equals_the_formulas(
     ("kind", "settings"),
     [
         ("linear", {}),
+        ("linear", {"masked_weight": "remake"}),  # in the product's loop, for so few tokens
+        ("linear", {"masked_weight": "keep"}),
         ("conv1d", {}),
+        ("conv1d", {"masked_weight": "remake"}),
         ("linear", {"pattern": "block:32", "mask_interval": 2, "sparsity": 0.5}),
         ("conv1d", {"pattern": "block:16", "mask_interval": 2, "sparsity": 0.5}),
         ("linear", {"through_magnitude": False, "beta": 0.5, "alpha1": 2.0, "alpha2": 0.25}),
@@ -182,6 +185,6 @@ def test_a_layer_moves_to_the_device_and_back(gpu: Place, monkeypatch: pytest.Mo
     x = torch.randn(3, COLUMNS)
     there, mask = layer(x.to(gpu.device)).cpu(), layer.mask.cpu()
     monkeypatch.setenv("PST_KERNELS_BACKEND", "torch")
-    layer.cpu().mark_stale()
+    layer.cpu().refresh_mask(force=True)
     torch.testing.assert_close(layer(x), there, rtol=1e-5, atol=1e-5)
     assert torch.equal(layer.mask, mask)

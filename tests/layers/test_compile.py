@@ -62,7 +62,7 @@ def assert_same_training(compiled, eager, forward, **kwargs):
     assert [layer.sparsity for layer in pst.get_layer_status(compiled)] == [int(2048 * 0.8) / 2048] * 4
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_one_graph_over_a_schedule_and_changing_batches(backend):
     torch.compiler.reset()
     counters.clear()
@@ -100,6 +100,7 @@ def test_activation_checkpointing_compiled(recompute, dynamic):
 ONE_LAYER = {"bert": "num_hidden_layers", "gpt2": "n_layer", "llama": "num_hidden_layers", "t5": "num_layers"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ONE_LAYER)
 def test_whole_transformers_compile_to_one_graph_and_train_as_in_eager_mode(family):
     torch.compiler.reset()

@@ -169,7 +169,7 @@ def test_an_unknown_format_is_refused():
     for value in ("csr", "BSR", None):
         refused(
             toys.trained(**BLOCKS),
-            rf"format={re.escape(repr(value))} is not known; use one of 'dense', 'bsr', 'semi_structured'",
+            rf"format={re.escape(repr(value))} is not known; use one of 'dense', 'sparse', 'bsr', 'semi_structured'",
             format=value,
         )
 

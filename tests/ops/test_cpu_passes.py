@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import logging
 import math
@@ -250,3 +251,14 @@ def test_without_numba_it_says_so_once_and_goes_on(monkeypatch, caplog):
 def test_an_explicit_request_without_numba_raises():
     with pytest.raises(ImportError, match=r"PST_KERNELS_CPU=numba, but .*install numba or unset"):
         compiled.passes_for(torch.ones(4, 4))
+
+
+def test_the_folder_imports_nothing_of_the_package_that_it_lies_in():
+    """What it needs of pst_kernels.cpu is handed to it."""
+    for source in Path(compiled.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level < 2, source.name
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.startswith("pst_kernels.cpu") for name in names), source.name

@@ -75,6 +75,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_is_light_touches_no_device_and_hooks_no_optimizer():
     assert run(IMPORTED) == {"loaded": [], "cuda": False, "hooks": 0, "rooms": []}
 
@@ -83,7 +84,7 @@ def test_every_public_name():
     names = {
         "PSTConfig", "replace_linear", "PSTLinear", "PSTConv1D", "SparsitySchedule", "PSTCallback",
         "print_trainable_parameters", "get_layer_status", "merge_and_unload", "save_pretrained", "load_pretrained",
-        "functional", "refresh_masks", "BlockSparseLinear", "save_compressed", "load_compressed",
+        "functional", "refresh_masks", "BlockSparseLinear", "SparseLinear", "save_compressed", "load_compressed",
     }  # fmt: skip
     assert set(pst.__all__) == names
     assert all(getattr(pst, name) is not None for name in names)
@@ -108,6 +109,7 @@ SIGNATURES = {
         "through_magnitude=True", "warmup=0.1", "cooldown=0.3", "target_modules=all-linear", "exclude_modules=None",
         "modules_to_save=None", "train_bias=False", "adapter_dtype=torch.float32", "pattern=unstructured",
         "mask_interval=1", "recompute_input=True", "masked_weight=auto",
+        "products=auto",
     ]),
     "replace_linear": (pst.replace_linear, ["model", "config=None"]),
     "refresh_masks": (pst.refresh_masks, ["model"]),

@@ -38,6 +38,7 @@ def blocks(kind: str) -> list[str]:
     return [text for block, text in found if block == kind]
 
 
+@pytest.mark.slow
 def test_plain_loop(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -64,6 +65,7 @@ pathlib.Path("threads." + os.environ.get("RANK", "0")).write_text("\\n".join(nam
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
 def test_trainer(launcher, tmp_path):
     """The same output from one process and from two. No thread of their group is left when Python ends: a running one

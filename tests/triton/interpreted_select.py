@@ -28,6 +28,12 @@ def check_mask(tensors: list, num_pruned: int, guess: torch.Tensor | None = None
     return mask
 
 
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For candidates: no more than for a sample, so that a small weight isn't collected whole."""
+    monkeypatch.setattr(select, "capacity_of", lambda numel: select.SAMPLES.value)
+
+
 @pytest.mark.parametrize("rank", [1, 5, 8, 16, 24])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +69,7 @@ def test_mask_and_masked_weight(shape: tuple, rank: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["transposed", "strided", "column step"])
-@pytest.mark.parametrize("shape", [(7, 33), (129, 65), (1, 40), (40, 1)])
+@pytest.mark.parametrize("shape", [(7, 33), (33, 65), (1, 40), (40, 1)])
 def test_weights_of_other_strides(kind: str, shape: tuple) -> None:
     tensors = problem(*shape, 5)
     weight = tensors[0]
@@ -98,15 +104,17 @@ def test_mask_and_masked_weight_in_one_pass() -> None:
 @pytest.mark.parametrize("programs", [1, 264])
 @pytest.mark.parametrize("values", [1, 2, 5])
 def test_ties_of_thousands(values: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More equal scores than there is room for candidates: the radix search ends among indices."""
+    """More equal scores than there is room for candidates: the radix search ends among indices. One of the problems
+    has thousands; in the others as large a part of the weights ties."""
     monkeypatch.setattr(sweep, "programs_wanted", lambda device: programs)
-    tensors = problem(96, 384, 1)
+    shape = (96, 384) if (values, programs) == (2, 264) else (96, 192)
+    tensors = problem(*shape, 1)
     for factor in tensors[1:]:
         factor.zero_()
-    tensors[0] = torch.randint(1, values + 1, (96, 384)).float()
-    monkeypatch.setattr(select, "capacity_of", lambda numel: 16384 if values < 5 else 17000)
+    tensors[0] = torch.randint(1, values + 1, shape).float()
+    monkeypatch.setattr(select, "capacity_of", lambda numel: int(numel * (0.45 if values < 5 else 0.47)))
     numel = tensors[0].numel()
-    for num_pruned in (1, 18000, numel - 1, numel):
+    for num_pruned in (1, int(0.49 * numel), numel - 1, numel):
         check_mask(tensors, num_pruned)
 
 
@@ -167,23 +175,23 @@ def test_kth_value(size: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9, 1.0])
-def test_nan_ends_and_sorts_last(share: float) -> None:
-    tensors = problem(96, 384, 1)
+def test_nan_ends_and_sorts_last(share: float, little_room: None) -> None:
+    tensors = problem(96, 192, 1)
     for factor in tensors[1:]:
         factor.zero_()
-    tensors[0] = grid(96, 384).masked_fill(torch.rand(96, 384) < share, torch.nan)
-    for num_pruned in (1, 20000, 36863):
+    tensors[0] = grid(96, 192).masked_fill(torch.rand(96, 192) < share, torch.nan)
+    for num_pruned in (1, 10000, 18431):
         for guess in (no_guess(), torch.tensor([torch.nan, 1.0, 0.5, 0.01]), torch.tensor([0.1, torch.inf, 0.5, 0.01])):
             check_mask(tensors, num_pruned, guess)
 
 
-def test_signed_zeros_and_denormals_tie_by_value() -> None:
-    tensors = problem(96, 384, 1)
+def test_signed_zeros_and_denormals_tie_by_value(little_room: None) -> None:
+    tensors = problem(96, 192, 1)
     for factor in tensors[1:]:
         factor.zero_()
     values = torch.tensor([0.0, -0.0, 1e-41, 2e-41, 3e-41, 1.0])
-    tensors[0] = values[torch.randint(0, 6, (96, 384))]
-    for num_pruned in (5000, 15000, 20000, 30000):
+    tensors[0] = values[torch.randint(0, 6, (96, 192))]
+    for num_pruned in (2500, 7500, 10000, 15000):
         check_mask(tensors, num_pruned)
 
 

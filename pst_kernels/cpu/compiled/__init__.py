@@ -4,6 +4,9 @@ Numba compiles them at their first use, for this processor, and keeps the machin
 PyTorch's own threads where it can. row_loops.py holds what is done to one row or two, kernels.py the passes, jit.py how
 both are compiled, arguments.py brings tensors into the form that a pass takes, and launch.py is what the ops call.
 
+sparse_lists.py makes lists of kept weights, sparse_passes.py multiplies by them with the loops of vectors.py, and
+sparse_launch.py is what the sparse products call.
+
 What they do not take (float64, fp16, a weight that is not contiguous, such as Conv1D's) goes the way of row_blocks.py
 in the package above, and so does everything where Numba is not installed.
 """

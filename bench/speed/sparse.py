@@ -1,0 +1,198 @@
+"""`python -m bench sparse`: products that skip unstructured zeros, beside dense ones and other sparse loops, on a CPU.
+
+Every case is checked against float64 before it is timed. Runs are interleaved; ratios are medians over rounds of this
+contestant's time over the dense one's in the same round, and the lowest time over the lowest dense time beside them:
+on a machine that others use too the second is the steadier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pst_kernels.cpu.compiled.vectors import LANES
+from pst_kernels.cpu.sparse_products import multiply, sampled
+from pst_kernels.cpu.sparse_rows import SparseRows
+from pst_kernels.layers.sparse_linear import SparseLinear
+from pst_kernels.masks.packing import pack_mask
+
+from ..baselines.sparse_loops import SparseProp, multiply_adds
+from ..tables.report import Report, measured_on
+from .measure import Timing, interleaved, timer
+from .modes import minilm
+
+SHAPES = ((768, 3072), (3072, 768))  # in -> out
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+TOKENS, FEW = 1024, (1, 8)
+MODEL = ((16, 128), (1, 32), (1, 128))  # batch, length
+MODEL_SPARSITY = 0.9
+INSTRUCTIONS = {16: "AVX-512", 8: "AVX2"}[LANES]
+# of the kept weight's loop with 64 tokens: the value, and x once a vector; the offset is an integer's load
+LOADS = {16: 5 / 4, 8: 9 / 8}[LANES]
+Runs = dict[str, Callable[[], Any]]
+DENSE, OURS, CSR, PROP = "dense", "ours", "torch CSR", "SparseProp's loop"
+
+
+@dataclasses.dataclass
+class Row:
+    """One product. Times in ms are medians; `ratio` is the median over rounds, `lowest` that of the lowest times."""
+
+    case: str
+    what: str
+    sparsity: float
+    ms: float
+    dense_ms: float
+    ratio: float
+    lowest: float
+    csr: float | None = None  # torch's CSR product over dense
+    prop: float | None = None  # SparseProp's loop over dense
+    of_peak: float | None = None  # kept multiply-adds a second over those a register loop reaches, lowest times
+    instructions: str = INSTRUCTIONS
+
+
+def _cells(row: Row) -> list[str]:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f}"
+
+    peak = "-" if row.of_peak is None else f"{100 * row.of_peak:.0f} %"
+    times = [f"{row.ms:.2f}", f"{row.dense_ms:.2f}", f"{row.ratio:.2f}", f"{row.lowest:.2f}"]
+    return [row.case, row.what, f"{100 * row.sparsity:g} %", *times, number(row.csr), number(row.prop), peak]
+
+
+REPORT = Report(
+    "sparse", Row, "unstructured zeros: ratios to dense, interleaved",
+    ("case", "product", "pruned", "ms", "dense, ms", "ratio", "of lowest", "torch CSR", "SparseProp's loop", "of peak"),
+    _cells,
+    lambda under: (
+        f"{measured_on(under)} fp32, {INSTRUCTIONS}. Ratios to dense in the same round, medians; beside them the lowest"
+        " time over the lowest dense one. Of peak: kept multiply-adds a second over those of a loop in registers; the"
+        f" product's loop loads {LOADS:.2f} vectors a multiply-add and stores none."
+    ),
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
+    REPORT.add_arguments(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    REPORT.run(options, lambda: [*_product_rows(options.seconds), *_model_rows(options.seconds)])
+    return 0
+
+
+def _product_rows(seconds: float) -> Iterator[Row]:
+    peak = _peak_rate()
+    for columns, out in SHAPES:
+        for sparsity in SPARSITIES:
+            yield from _of_shape(columns, out, sparsity, seconds, peak)
+
+
+def _of_shape(columns: int, out: int, sparsity: float, seconds: float, peak: float) -> Iterator[Row]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out, columns, generator=generator)
+    kept = torch.rand(out, columns, generator=generator) >= sparsity
+    packed, masked = pack_mask(kept), weight * kept
+    lists = SparseRows.from_mask(weight, packed)
+    transposed, csr = lists.transpose(), masked.to_sparse_csr()
+    its_csr, prop, its_prop = masked.T.to_sparse_csr(), SparseProp(csr), SparseProp(masked.T.to_sparse_csr())
+    x, gy = (torch.randn(TOKENS, n, generator=generator) for n in (columns, out))
+    runs: dict[str, Runs] = {
+        "y = x W^T": {
+            DENSE: lambda: x @ masked.T, OURS: lambda: multiply(x, lists), CSR: lambda: (csr @ x.T).T,
+            PROP: lambda: prop(x),
+        },
+        "dx = gy W": {
+            DENSE: lambda: gy @ masked, OURS: lambda: multiply(gy, transposed), CSR: lambda: (its_csr @ gy.T).T,
+            PROP: lambda: its_prop(gy),
+        },
+        "G where kept": {DENSE: lambda: gy.T @ x, OURS: lambda: sampled(gy, x, lists)},
+        "lists, over y": {DENSE: lambda: x @ masked.T, OURS: lambda: SparseRows.from_mask(weight, packed)},
+        "lists of W^T, over y": {DENSE: lambda: x @ masked.T, OURS: lists.transpose},
+    }  # fmt: skip
+    for what, contestants in runs.items():
+        if what != "lists, over y" and "W^T, over" not in what:
+            _check(what, contestants, lists)
+        work = None if "over" in what else len(lists.values) * TOKENS / peak
+        yield _row(f"{columns} -> {out}, T = {TOKENS}", what, sparsity, contestants, seconds, work)
+    for tokens in FEW:
+        few = x[:tokens].clone()
+        few_runs: Runs = {DENSE: partial(torch.mm, few, masked.T), OURS: partial(multiply, few, lists)}
+        yield _row(f"{columns} -> {out}, T = {tokens}", "y = x W^T", sparsity, few_runs, seconds / 4, None)
+
+
+def _check(what: str, contestants: Runs, lists: SparseRows) -> None:
+    expected = contestants[DENSE]().double()
+    if what == "G where kept":
+        expected = expected[lists.places()]
+    for name, run in contestants.items():
+        if name == DENSE:
+            continue
+        error = float((run() - expected).abs().max() / expected.abs().max())
+        if not error < 1e-5:
+            raise ValueError(f"{name} is off by {error:g} in {what}: nothing is timed for a wrong product")
+
+
+def _row(
+    case: str, what: str, sparsity: float, contestants: Runs, seconds: float,
+    ideal_seconds: float | None,
+) -> Row:  # fmt: skip
+    timers = {name: timer(run, None, "cpu") for name, run in contestants.items()}
+    timings = interleaved(timers, seconds, reference=DENSE, min_rounds=5, max_rounds=400)
+
+    def ratio(name: str) -> float | None:
+        return timings[name].ratio_to(timings[DENSE]).median if name in timings else None
+
+    lowest = _lowest(timings[OURS])
+    return Row(
+        case, what, sparsity, 1e3 * timings[OURS].quantiles.median, 1e3 * timings[DENSE].quantiles.median,
+        ratio(OURS) or 0.0, lowest / _lowest(timings[DENSE]), ratio(CSR), ratio(PROP),
+        None if ideal_seconds is None else ideal_seconds / lowest,
+    )  # fmt: skip
+
+
+def _lowest(timing: Timing) -> float:
+    return min(s for s in timing.seconds if s == s)
+
+
+def _peak_rate() -> float:
+    """Fused multiply-adds a second of as many cores as PyTorch uses, from one core's."""
+    count = 20_000_000
+    done = multiply_adds(count)
+    run = timer(lambda: multiply_adds(count), None, "cpu")
+    return torch.get_num_threads() * done / min(run() for _ in range(200))
+
+
+def _model_rows(seconds: float) -> Iterator[Row]:
+    dense: Any = minilm("cpu").eval()
+    for layer in dense.bert.encoder.modules():
+        if isinstance(layer, nn.Linear):
+            with torch.no_grad():
+                layer.weight[_pruned(layer.weight)] = 0.0
+    sparse = copy.deepcopy(dense)
+    for name, layer in list(sparse.bert.encoder.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            setattr(sparse.bert.encoder.get_submodule(parent), child, SparseLinear.from_linear(layer))
+    for batch, length in MODEL:
+        tokens = torch.randint(1000, 30000, (batch, length), generator=torch.Generator().manual_seed(0))
+
+        def forward(model: Any, tokens: Tensor = tokens) -> Tensor:
+            with torch.no_grad():
+                return model(input_ids=tokens).logits
+
+        torch.testing.assert_close(forward(sparse), forward(dense), rtol=1e-3, atol=1e-4)
+        contestants: Runs = {DENSE: partial(forward, dense), OURS: partial(forward, sparse)}
+        yield _row(f"MiniLM-L6, {batch} x {length}", "forward", MODEL_SPARSITY, contestants, 2 * seconds, None)
+
+
+def _pruned(weight: Tensor) -> Tensor:
+    """The smallest by magnitude."""
+    return weight.abs() < weight.abs().flatten().kthvalue(int(MODEL_SPARSITY * weight.numel())).values

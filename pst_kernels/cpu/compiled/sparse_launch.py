@@ -1,0 +1,164 @@
+"""What sparse_rows.py and sparse_products.py call of the compiled passes over lists of kept weights.
+
+Lists are the fields of SparseRows: values, offsets, pointers, rows, columns. `scratch` is the function of the package
+above that gives buffers (scratch.get).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_kernels.masks.chunks import CHUNK, chunks_of, fill_pointers
+from pst_kernels.masks.packing import packed_width
+
+from . import sparse_lists, sparse_passes
+from . import threads as team
+from .vectors import WIDTH, WIDTHS
+
+Scratch = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
+Lists = tuple[Tensor, Tensor, Tensor, int, int]
+
+TASK = 1 << 16  # weights of a task of rows of the passes that make lists
+TASKS = 16  # a thread: rows may differ much in how much they keep, and cores in how fast they are
+GROUP_ROWS = 16  # of which a group of rows is a multiple: a line of y in fp32 is 64 bytes
+SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # whose part of gy stays in a core's second cache: 512 KB
+SUMS = sparse_passes.ROWS * WIDTH  # floats of a thread
+_CPU = torch.device("cpu")
+
+
+def _frame(names: dict[str, int], **values: int) -> np.ndarray:
+    """The numbers of a frame, all int64, and written at once: one by one they take as long as a small product.
+
+    The tensors whose addresses it holds must live as long as it is used.
+    """
+    return np.array(tuple((names | values).values()), np.int64)
+
+
+_product = functools.partial(_frame, dict.fromkeys(sparse_passes.FRAME.names or (), 0))
+_making = functools.partial(_frame, dict.fromkeys(sparse_lists.FRAME.names or (), 0))
+_TASKS = list(sparse_passes.FRAME.names or ()).index("tasks")
+_VALUES, _OFFSETS = (list(sparse_lists.FRAME.names or ()).index(name) for name in ("values", "offsets"))
+
+
+def lists(weight: Tensor, mask: Tensor) -> Lists:
+    """Of a weight (out, in) of any strides, fp32 or bf16, and a contiguous packed mask."""
+    rows, columns = weight.shape
+    pointers = torch.empty(chunks_of(columns) * rows + 1, dtype=torch.int32)
+    task_rows = max(1, TASK // columns)
+    tasks = -(-rows // task_rows)
+    frame = _making(
+        tasks=tasks, task_rows=task_rows, rows=rows, columns=columns, words=packed_width(columns),
+        row_stride=weight.stride(0), column_stride=weight.stride(1), is_16_bit=weight.element_size() == 2,
+        packed=mask.data_ptr(), weight=weight.data_ptr(), pointers=pointers.data_ptr(),
+    )  # fmt: skip
+    team.run(sparse_lists.count, frame, tasks)
+    fill_pointers(pointers[1:].numpy(), pointers.numpy())
+    kept = int(pointers[-1])
+    values, offsets = torch.empty(kept, dtype=weight.dtype), torch.empty(kept, dtype=torch.uint8)
+    frame[0], frame[_VALUES], frame[_OFFSETS] = 0, values.data_ptr(), offsets.data_ptr()
+    team.run(sparse_lists.fill, frame, tasks)
+    return values, offsets, pointers, rows, columns
+
+
+def transposed(lists: Lists) -> Lists:
+    """The lists of W^T."""
+    values, offsets, pointers, rows, columns = lists
+    chunks, its_chunks = chunks_of(columns), chunks_of(rows)
+    # where the blocks of CHUNK x CHUNK begin: the same runs before and after, in another order
+    edges = pointers[:-1].numpy().reshape(chunks, rows)[:, ::CHUNK]
+    sizes = np.diff(np.append(edges.ravel(), pointers[-1].numpy())).reshape(chunks, its_chunks)
+    bases = torch.from_numpy(np.cumsum(sizes.T).astype(np.int32) - sizes.T.ravel())
+    its_values, its_offsets = torch.empty_like(values), torch.empty_like(offsets)
+    its_pointers = torch.empty(its_chunks * columns + 1, dtype=torch.int32)
+    frame = _making(
+        tasks=len(bases), rows=rows, columns=columns, is_16_bit=values.element_size() == 2,
+        values=values.data_ptr(), offsets=offsets.data_ptr(), pointers=pointers.data_ptr(), bases=bases.data_ptr(),
+        its_values=its_values.data_ptr(), its_offsets=its_offsets.data_ptr(), its_pointers=its_pointers.data_ptr(),
+    )  # fmt: skip
+    team.run(sparse_lists.transpose, frame, len(bases))
+    return its_values, its_offsets, its_pointers, columns, rows
+
+
+class _Plan(NamedTuple):
+    """How a number of tokens is cut."""
+
+    tiles: np.ndarray  # int32 (tiles, 2): first token and width
+    address: int
+    many: int
+    width: int  # of the widest
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(tokens: int) -> _Plan:
+    """Tiles of WIDTH; the last tokens take the narrowest that hold them."""
+    tiles = [(start, WIDTH) for start in range(0, tokens - WIDTH + 1, WIDTH)]
+    start = len(tiles) * WIDTH
+    if WIDTH // 2 < tokens - start <= WIDTH * 3 // 4:  # a half and one more is less than a whole
+        tiles.append((start, WIDTH // 2))
+        start += WIDTH // 2
+    if start < tokens:
+        tiles.append((start, min(width for width in WIDTHS if width >= tokens - start)))
+    array = np.array(tiles, np.int32)
+    return _Plan(array, array.ctypes.data, len(array), max(width for _, width in tiles))
+
+
+def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch: Scratch) -> Tensor:
+    """out (T, rows) = x (T, columns) W^T + bias; x and out with rows of stride 1, bias fp32, T and the sizes not 0."""
+    values, offsets, pointers, rows, columns = lists
+    tokens, threads = x.shape[0], torch.get_num_threads()
+    if tokens > WIDTHS[0] and values.dtype is torch.bfloat16:
+        values = scratch("sparse values", values.shape, torch.float32, _CPU).copy_(values)
+    plan = _plan(tokens)
+    # each task packs its tile: many tiles are tasks enough, few are cut by rows
+    groups = 1 if plan.many >= 8 * threads else -(-TASKS * threads // plan.many)
+    group_rows = -(-rows // (groups * GROUP_ROWS)) * GROUP_ROWS
+    if tokens == 1:
+        group_rows = min(group_rows, sparse_passes.ROWS)
+    groups = -(-rows // group_rows)
+    panels = chunks_of(columns) * CHUNK * plan.width
+    room = scratch("sparse panels", (threads, panels + SUMS), torch.float32, _CPU).data_ptr()
+    tasks = plan.many * groups
+    frame = _product(
+        tasks=tasks, groups=groups, group_rows=group_rows, rows=rows, columns=columns, tokens=tokens,
+        packed_bytes=4 * (panels + SUMS), x_stride=x.stride(0), y_stride=out.stride(0),
+        x_is_bf16=x.dtype is torch.bfloat16, y_is_bf16=out.dtype is torch.bfloat16,
+        values_are_bf16=values.dtype is torch.bfloat16, x=x.data_ptr(), y=out.data_ptr(), values=values.data_ptr(),
+        offsets=offsets.data_ptr(), pointers=pointers.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
+        tiles=plan.address, packed=room, sums=room + 4 * panels,
+    )  # fmt: skip
+    team.run(sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply, frame, tasks)
+    return out
+
+
+def sampled(gy: Tensor, x: Tensor, lists: Lists, out: Tensor, scratch: Scratch) -> Tensor:
+    """out, fp32 (kept,) = gy^T x at the kept weights.
+
+    gy (T, rows) and x (T, columns) have rows of stride 1; T is not 0.
+    """
+    _, offsets, pointers, rows, columns = lists
+    chunks, step = chunks_of(columns), min(len(x), SAMPLED_TOKENS)
+    tiles = -(-step // WIDTH)
+    packed = scratch("sparse panels", (tiles, columns, WIDTH), torch.float32, _CPU)
+    packed_y = scratch("sparse gradients", (tiles, rows, WIDTH), torch.float32, _CPU)
+    group_rows = min(rows, SAMPLED_ROWS)
+    for start in range(0, len(x), step):
+        some_x, some_gy = x[start : start + step], gy[start : start + step]
+        frame = _product(
+            group_rows=group_rows, rows=rows, columns=columns, tokens=len(some_x), x_stride=x.stride(0),
+            y_stride=gy.stride(0), x_is_bf16=x.dtype is torch.bfloat16, y_is_bf16=gy.dtype is torch.bfloat16,
+            adds=start > 0, x=some_x.data_ptr(), y=some_gy.data_ptr(), offsets=offsets.data_ptr(),
+            pointers=pointers.data_ptr(), packed=packed.data_ptr(), packed_y=packed_y.data_ptr(), out=out.data_ptr(),
+        )  # fmt: skip
+        for compiled, tasks in (
+            (sparse_passes.pack_both, 2 * -(-len(some_x) // WIDTH)),
+            (sparse_passes.sampled, chunks * -(-rows // group_rows)),
+        ):
+            frame[0], frame[_TASKS] = 0, tasks
+            team.run(compiled, frame, tasks)
+    return out
