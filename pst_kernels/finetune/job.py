@@ -79,6 +79,8 @@ def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
         )
     dataset = _load(settings)
     print(dataset.summary())
+    for note in dataset.notes:
+        print(f"note: {note}")
     from . import models
 
     _stay_offline(settings)

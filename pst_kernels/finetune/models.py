@@ -10,7 +10,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from .data import Example, package_folder
+from .bbc import package_folder
+from .reading import Example
 from .settings import Settings
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
