@@ -17,6 +17,7 @@ from .export import formats
 from .layers.checks import check_finite, is_conv1d, refuse_meta
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.pst_layer import PSTLayer
+from .layers.together import refresh_layers
 from .targets import find_targets, head_modules, parameter_uses
 
 logger = logging.getLogger("pst_kernels")
@@ -132,8 +133,11 @@ def refresh_masks(model: nn.Module) -> None:
     must call this. Raises ValueError when the model has no PST layers.
     """
     get_config(model)
-    for _, layer in pst_layers(model):
-        layer.refresh_mask(force=True)
+    layers = [layer for _, layer in pst_layers(model)]
+    for layer in layers:
+        if not layer.merged:
+            layer.mark_stale()
+    refresh_layers(layers)
 
 
 def get_config(model: nn.Module) -> PSTConfig:

@@ -8,6 +8,7 @@ which take the operands as named tuples where a schema is flat.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -69,6 +70,14 @@ NEEDS = _Group("bool needs_input, bool needs_factors", Needs)
 MASK_STATE = _Group("Tensor num_pruned, Tensor(a!) mask, Tensor(b!) guess, SymInt interval, str pattern", MaskState)
 
 
+def autocast_enabled(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which refuses to answer for meta
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else contextlib.nullcontext()
+
+
 def _define(name: str, arguments: Sequence[str | _Group], returns: str, fake: Any, run: Any = None) -> None:
     """Register an op for every device. Its fake and its room's function take groups as one argument each.
 
@@ -85,8 +94,10 @@ def _define(name: str, arguments: Sequence[str | _Group], returns: str, fake: An
 
     @torch.no_grad()
     def dispatch(*flat: Any) -> Any:
-        kernels = kernels_for(flat[0].device.type)
-        return getattr(kernels, name)(*operands(flat)) if run is None else run(kernels, *operands(flat))
+        device_type = flat[0].device.type
+        kernels = kernels_for(device_type)
+        with without_autocast(device_type):  # dtypes are chosen by the schemas' own rule
+            return getattr(kernels, name)(*operands(flat)) if run is None else run(kernels, *operands(flat))
 
     NAMES.append(name)
     schema = ", ".join(argument.schema if isinstance(argument, _Group) else argument for argument in arguments)

@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import PSTConfig, check_count
 from .layers.pst_layer import PSTLayer
+from .layers.together import refresh_layers
 from .model import get_config, pst_layers
 
 logger = logging.getLogger("pst_kernels")
@@ -54,6 +55,8 @@ class SparsitySchedule:
         check_count("step_count", step_count, 0)
         self.config = get_config(model)
         self.layers = [layer for _, layer in pst_layers(model)]
+        for layer in self.layers:
+            layer.scheduled = True
         self.total_steps = total_steps
         self._read_pruned()
         self.step_count = step_count
@@ -101,6 +104,7 @@ class SparsitySchedule:
         if step_count % self.config.mask_interval == 0 or step_count >= self.total_steps:
             for layer in self.layers:
                 layer.mark_stale()
+        refresh_layers(layer for layer in self.layers if layer.grouping_kernels() is not None)
 
     def _read_pruned(self) -> None:
         self._pruned = [int(layer.pst_num_pruned) for layer in self.layers]  # on the host: stepping never waits

@@ -58,8 +58,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & COMPILED:
+        given = item.callspec.params if hasattr(item, "callspec") else {}
+        if fixtures & COMPILED or given.get("gpu") == "emulated":
             item.add_marker(pytest.mark.compiled)
         if fixtures & SHARED:
-            target = item.callspec.params.get("report", "") if hasattr(item, "callspec") else ""
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {target}"))
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {given.get('report', '')}"))

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
+import interpreter
 import torch
 from torch import Tensor
 
@@ -126,4 +127,5 @@ COMPILED = [  # one of each kind: as shipped, for the emulator and for GPUs
 ]
 
 if __name__ == "__main__":
+    interpreter.mend()
     json.dump([[problem._asdict(), problem.errors()] for problem in INTERPRETED], sys.stdout)

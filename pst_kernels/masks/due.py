@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class Watch:
 
     def mark_stale(self) -> None:
         """Make the mask before the next use, whatever the counters say."""
-        self.made, self.state, self.tensors = False, [], ()
+        self.made, self.state, self.tensors, self.total = False, [], (), -1
 
     def is_last_before_refresh(self, interval: int) -> bool:
         """Whether the next change makes the mask due, so that a gradient of the scores is worth its cost now."""
@@ -107,9 +107,16 @@ def _hook_optimizers() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
+# What is done with the layers of which an optimizer has moved a factor.
+after_steps: list[Callable[[Sequence[Any]], None]] = []
+
+
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    for layer in owned_layers(optimizer):
+    layers = owned_layers(optimizer)
+    for layer in layers:
         layer.watch.stepped = True
+    for act in after_steps:
+        act(layers)
 
 
 def owned_layers(optimizer: torch.optim.Optimizer) -> list[Any]:

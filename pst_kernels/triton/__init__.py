@@ -1,5 +1,9 @@
 """The ops of ops.py as Triton kernels: for CUDA tensors, and for CPU tensors in the interpreter or an emulator."""
 
+from .tiles import versions  # noqa: F401 (first: where Triton is too old it says so)
+
+# isort: split
+
 from .block_gradients import block_backward
 from .block_matmul import block_forward
 from .gradients import linear_backward
@@ -8,7 +12,6 @@ from .matmul import forward_scratch, linear_forward
 from .score import scores
 from .scratch import release as release_scratch
 from .select import kth_value
-from .tiles import versions  # noqa: F401 (first: where Triton is too old it says so)
 
 __all__ = [
     "block_backward", "block_forward", "forward_scratch", "kth_value", "linear_backward", "linear_forward",

@@ -82,6 +82,25 @@ def store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED: t
     tl.store(p_out + offset, tl.where(b_kept, b_updated, 0.0).to(p_out.dtype.element_ty), mask=m_tile)
 
 
+@triton.jit
+def load_threshold(p_state, n_i, n_j, TRANSPOSED: tl.constexpr):
+    """The key of the last pruned weight, its row and its column; the row is -1 where nothing is pruned."""
+    index = tl.load(p_state + INDEX)
+    n_row = n_i if TRANSPOSED else n_j
+    return signed(tl.load(p_state + KEY)), tl.where(index < 0, -1, index // n_row), index % n_row
+
+
+@triton.jit
+def kept(b_score, i, j, key, last_row, last_column, TRANSPOSED: tl.constexpr):
+    """Which weights of a tile come after the threshold."""
+    b_key = key_of(b_score)
+    if TRANSPOSED:
+        after = (j > last_row)[None, :] | ((j == last_row)[None, :] & (i > last_column)[:, None])
+    else:
+        after = (i > last_row)[:, None] | ((i == last_row)[:, None] & (j > last_column)[None, :])
+    return (b_key > key) | ((b_key == key) & after) | (last_row < 0)
+
+
 @triton.jit(do_not_specialize=("rows_per_program",))
 def mask_kernel(
     p_mask, p_out, p_state,
@@ -91,12 +110,7 @@ def mask_kernel(
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Prunes up to and with (KEY, INDEX); `p_out` may be None."""
-    key = signed(tl.load(p_state + KEY))
-    index = tl.load(p_state + INDEX)
-    n_row = n_i if TRANSPOSED else n_j
-    last_row, last_column = index // n_row, index % n_row
-    none = index < 0
-    last_row = tl.where(none, -1, last_row)
+    key, last_row, last_column = load_threshold(p_state, n_i, n_j, TRANSPOSED)
     first_i, j, m_j = program_indices(n_j, rows_per_program, BLOCK_J, VECTOR)
     held_w, held_s, b_right_1 = hold_rights(
         p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
@@ -107,12 +121,7 @@ def mask_kernel(
             first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, 0, beta, alpha1, alpha2,
             RANK_W, RANK_S, UNIT, TRANSPOSED, HELD, BLOCK_I,
         )  # fmt: skip
-        b_key = key_of(b_score)
-        if TRANSPOSED:
-            after = (j > last_row)[None, :] | ((j == last_row)[None, :] & (i > last_column)[:, None])
-        else:
-            after = (i > last_row)[:, None] | ((i == last_row)[:, None] & (j > last_column)[None, :])
-        b_kept = m_tile & ((b_key > key) | ((b_key == key) & after) | none)
+        b_kept = m_tile & kept(b_score, i, j, key, last_row, last_column, TRANSPOSED)
         store_words(p_mask, b_kept, i, j, m_i, m_j, n_i, n_j, TRANSPOSED)
         if p_out is not None:
             store_masked(p_out, b_updated, b_kept, i, j, m_tile, n_i, n_j, TRANSPOSED)

@@ -198,6 +198,35 @@ def bracket_kernel(
     tl.store(p_state + slot, state)
 
 
+@triton.jit
+def gather_step(
+    p_state, p_key, p_index, b_score, i, j, m_tile, n_i, n_j, lower, upper, first, last, capacity,
+    TRANSPOSED: tl.constexpr, TIES: tl.constexpr,
+):  # fmt: skip
+    """Of one step's tile: collects what lies in the range, returns how many of each j lie below it."""
+    index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
+    b_key = key_of(b_score)
+    below = b_key < lower
+    inside = m_tile & (b_key >= lower) & (b_key <= upper)
+    if TIES:
+        below = below | ((b_key == lower) & (index < first))
+        inside = inside & (index >= first) & (index <= last)
+    b_inside = inside.to(tl.int32)
+    b_column = tl.sum(b_inside, 0)
+    found = tl.sum(b_column, 0)
+    if found > 0:
+        start = tl.atomic_add(p_state + COUNT, found.to(tl.int64))
+        b_before = (tl.cumsum(b_column, 0) - b_column)[None, :] + tl.cumsum(b_inside, 0) - b_inside
+        slot = b_before + tl.minimum(start, capacity).to(tl.int32)
+        m_slot = inside & (slot < capacity)
+        b_index = flat_index(i, j, n_i, n_j, p_index.dtype.element_ty, TRANSPOSED)
+        SIZE: tl.constexpr = b_key.shape[0] * b_key.shape[1]
+        slot, m_slot = tl.reshape(slot, [SIZE]), tl.reshape(m_slot, [SIZE])
+        tl.store(p_key + slot, tl.reshape(b_key, [SIZE]), mask=m_slot)
+        tl.store(p_index + slot, tl.reshape(b_index, [SIZE]), mask=m_slot)
+    return tl.sum((m_tile & below).to(tl.int32), 0)
+
+
 @triton.jit(do_not_specialize=("rows_per_program", "numel", "capacity"))
 def gather_kernel(
     p_state, p_key, p_index,
@@ -223,26 +252,10 @@ def gather_kernel(
             first_i, step, j, m_j, n_i, n_j, stride_i, stride_j, numel, beta, alpha1, alpha2,
             RANK_W, RANK_S, UNIT, TRANSPOSED, HELD, BLOCK_I,
         )  # fmt: skip
-        index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
-        b_key = key_of(b_score)
-        below = b_key < lower
-        inside = m_tile & (b_key >= lower) & (b_key <= upper)
-        if TIES:
-            below = below | ((b_key == lower) & (index < first))
-            inside = inside & (index >= first) & (index <= last)
-        b_below += tl.sum((m_tile & below).to(tl.int32), 0)
-        b_inside = inside.to(tl.int32)
-        b_column = tl.sum(b_inside, 0)
-        found = tl.sum(b_column, 0)
-        if found > 0:
-            start = tl.atomic_add(p_state + COUNT, found.to(tl.int64))
-            b_before = (tl.cumsum(b_column, 0) - b_column)[None, :] + tl.cumsum(b_inside, 0) - b_inside
-            slot = b_before + tl.minimum(start, capacity).to(tl.int32)
-            m_slot = inside & (slot < capacity)
-            b_index = flat_index(i, j, n_i, n_j, p_index.dtype.element_ty, TRANSPOSED)
-            slot, m_slot = tl.reshape(slot, [BLOCK_I * BLOCK_J]), tl.reshape(m_slot, [BLOCK_I * BLOCK_J])
-            tl.store(p_key + slot, tl.reshape(b_key, [BLOCK_I * BLOCK_J]), mask=m_slot)
-            tl.store(p_index + slot, tl.reshape(b_index, [BLOCK_I * BLOCK_J]), mask=m_slot)
+        b_below += gather_step(
+            p_state, p_key, p_index, b_score, i, j, m_tile, n_i, n_j, lower, upper, first, last, capacity,
+            TRANSPOSED, TIES,
+        )  # fmt: skip
     tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64))
 
 
@@ -251,17 +264,26 @@ def bin_of_rank(b_bins, rank):
     """The bin that holds the element of this rank, and the rank in it."""
     b_through = tl.cumsum(b_bins, 0)
     place = tl.sum((b_through <= rank).to(tl.int32), 0)
-    return place.to(tl.int64), rank - tl.sum(tl.where(tl.arange(0, BINS) < place, b_bins, 0), 0)
+    return place.to(tl.int64), rank - tl.sum(tl.where(tl.arange(0, b_bins.shape[0]) < place, b_bins, 0), 0)
 
 
 @triton.jit(do_not_specialize=("numel", "capacity", "index_bits"))
 def refine_kernel(
     p_state, p_bins, p_key, p_index, p_guess, p_pruned, numel, capacity, index_bits, UPDATE: tl.constexpr
 ):
-    """One program. Selects among the candidates if the answer is proven to be one of them, else asks for a search."""
+    """One program."""
     b_state = load_state(p_state)
     if slot_of(b_state, STATUS) != COLLECT:
         return
+    refine(p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits, UPDATE, BINS)
+
+
+@triton.jit
+def refine(
+    p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits,
+    UPDATE: tl.constexpr, RADIX_BINS: tl.constexpr,
+):  # fmt: skip
+    """Selects among the candidates if the answer is proven to be one of them, else asks for a search."""
     k = tl.load(p_pruned).to(tl.int64)
     count = slot_of(b_state, COUNT)
     rank = k - slot_of(b_state, BELOW) - 1
@@ -272,8 +294,20 @@ def refine_kernel(
         tl.store(p_state + UPPER, one - 1 + LARGEST_KEY)
         tl.store(p_state + ROUTE, one - 1 + RADIX)
         tl.store(p_state + STATUS, one - 1 + SEARCH)
-        tl.store(p_bins + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))
-        return
+        tl.store(p_bins + tl.arange(0, RADIX_BINS), tl.zeros([RADIX_BINS], tl.int32))
+    else:
+        key, index = candidate_of_rank(p_key, p_index, rank, count, index_bits)
+        if UPDATE:
+            update_guess(p_guess, b_state, key, count, k, numel)
+        tl.store(p_state + KEY, key)
+        tl.store(p_state + INDEX, index)
+        tl.store(p_state + STATUS, one - 1 + FOUND)
+
+
+@triton.jit
+def candidate_of_rank(p_key, p_index, rank, count, index_bits):
+    """The candidate, (key, index), that has `rank` smaller ones."""
+    one = tl.full([], 1, tl.int64)
     key = tl.full([], 0, tl.int64)
     index = tl.full([], 0, tl.int64)
     if count <= SMALL:
@@ -316,11 +350,7 @@ def refine_kernel(
                 b_bins += tl.histogram((b_index & (BINS - 1)).to(tl.int32), BINS, mask=m_n)
             place, rank = bin_of_rank(b_bins, rank)
             index = (index << DIGIT) | place
-    if UPDATE:
-        update_guess(p_guess, b_state, key, count, k, numel)
-    tl.store(p_state + KEY, key)
-    tl.store(p_state + INDEX, index)
-    tl.store(p_state + STATUS, one - 1 + FOUND)
+    return key, index
 
 
 @triton.jit

@@ -235,7 +235,7 @@ def sweep_weight(
     operands = (weight, *(f for pair in zip(lefts, rights, strict=True) for f in pair))
     constants = {
         "RANK_W": ranks[0], **({"RANK_S": ranks[1]} if len(ranks) > 1 else {}), "UNIT": stride_j == 1 or n_j == 1,
-        "TRANSPOSED": transposed, **_constants(tile, platform),
+        "TRANSPOSED": transposed, **tile_constants(tile, platform),
     }  # fmt: skip
     grid = (triton.cdiv(n_i, rows_per_program) * triton.cdiv(n_j, tile.block_j),)
     return Sweep(grid, operands, (n_i, n_j, stride_i, stride_j, rows_per_program), constants)
@@ -245,12 +245,12 @@ def sweep_scores(scores: Tensor, platform: Platform, tile: SweepTile | None = No
     """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
     rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0, WIDTH)
     rows_per_program = rows_to_sweep(rows, WIDTH, tile, scores.device)
-    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **_constants(tile, platform)}
+    constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **tile_constants(tile, platform)}
     grid = (triton.cdiv(rows, rows_per_program) * triton.cdiv(WIDTH, tile.block_j),)
     return Sweep(grid, (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, rows_per_program), constants)
 
 
-def _constants(tile: SweepTile, platform: Platform) -> dict[str, Any]:
+def tile_constants(tile: SweepTile, platform: Platform) -> dict[str, Any]:
     return {
         "HELD": tile.held, "VECTOR": tile.vector, "BLOCK_I": tile.block_i, "BLOCK_J": tile.block_j,
         "STAGES": tile.stages, "num_warps": tile.warps, **platform.all_registers,

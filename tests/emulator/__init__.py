@@ -10,6 +10,8 @@ them in another order).
         launcher(cpu_tensor, ...)
     emulator.launch(kernel, grid, args, constexprs, num_warps=4, num_stages=2)   # or one launch by hand
 
+    with emulator.behind(table, tensors): ...    # a launch given `table` finds the addresses of `tensors` in it
+
 `session.stats` counts launches, instructions, and bytes loaded from and stored to global memory, by kernel name. An
 instruction that the emulator does not know raises `Unsupported` with its text, when it is reached.
 
@@ -27,7 +29,7 @@ from __future__ import annotations
 from . import launching
 from .block import Block
 from .launching import Session, Stats, emulate, launch
-from .memory import MemoryFault
+from .memory import MemoryFault, behind
 from .parsing import Unsupported
 
-__all__ = ["Block", "MemoryFault", "Session", "Stats", "Unsupported", "emulate", "launch", "launching"]
+__all__ = ["Block", "MemoryFault", "Session", "Stats", "Unsupported", "behind", "emulate", "launch", "launching"]

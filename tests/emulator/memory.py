@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -48,13 +51,31 @@ class Shared(Memory):
         super().__init__(np.full(-(-max(size, 16) // 16) * 16, 0xFF, np.uint8))  # poisoned: NaN in every format
 
 
+_behind: dict[int, list[torch.Tensor]] = {}
+
+
+@contextlib.contextmanager
+def behind(table: torch.Tensor, tensors: list[torch.Tensor]) -> Iterator[None]:
+    """Inside, launches that are given `table`, int64, may go where it says `tensors` lie: see Global."""
+    _behind[table.data_ptr()] = tensors
+    try:
+        yield
+    finally:
+        del _behind[table.data_ptr()]
+
+
 class Global(Memory):
-    """One flat arena; every tensor's storage is copied in between red zones, and copied back afterwards."""
+    """One flat arena; every tensor's storage is copied in between red zones, and copied back afterwards.
+
+    So are the tensors behind a table. Its copy has the addresses that they have here; it is not copied back.
+    """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         size = RED_ZONE
         self.places: dict[int, tuple[int, torch.UntypedStorage]] = {}
-        for tensor in tensors:
+        self.tables: dict[int, int] = {}
+        tables = [tensor for tensor in tensors if tensor.data_ptr() in _behind]
+        for tensor in [*tensors, *(other for table in tables for other in _behind[table.data_ptr()])]:
             storage = tensor.untyped_storage()
             key = storage.data_ptr()
             if key not in self.places:
@@ -67,8 +88,17 @@ class Global(Memory):
         for start, storage in self.places.values():
             self.data[start : start + storage.nbytes()] = _bytes(storage)
             self.valid[start : start + storage.nbytes()] = True
+        for table in tables:
+            start, storage = self.places.pop(table.untyped_storage().data_ptr())
+            numbers = self.data[start : start + storage.nbytes()].view(np.int64)
+            given = numbers.copy()
+            for tensor in _behind[table.data_ptr()]:
+                numbers[given == tensor.data_ptr()] = self.address(tensor)
+            self.tables[table.data_ptr()] = GLOBAL_BASE + start
 
     def address(self, tensor: torch.Tensor) -> int:
+        if tensor.data_ptr() in self.tables:
+            return self.tables[tensor.data_ptr()]
         start, _ = self.places[tensor.untyped_storage().data_ptr()]
         return GLOBAL_BASE + start + tensor.storage_offset() * tensor.element_size()
 

@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
+import toys
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels import cpu, reference
+from pst_kernels import cpu, functional, reference
 from pst_kernels.layers.pst_layer import FACTORS
 
 
@@ -347,3 +348,15 @@ def test_transforms_of_torch_func_say_that_they_do_not_apply(layer):
     for transformed in (torch.func.grad(lambda x: layer(x).sum()), torch.func.vmap(lambda x: layer(x))):
         with pytest.raises(RuntimeError, match=r"transforms of torch\.func"):
             transformed(torch.randn(4, 40))
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (300, 200)])
+@pytest.mark.parametrize("way", ["auto", "numba", "torch"])
+def test_a_mask_made_under_autocast_is_made_in_fp32(shape, way, monkeypatch):
+    monkeypatch.setenv("PST_KERNELS_CPU", way)
+    layer = toys.perturb(pst.PSTLinear(*shape, config=pst.PSTConfig(sparsity=0.7)))
+    again = copy.deepcopy(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(torch.randn(3, shape[0]))
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(layer.pst_mask, functional.prune_mask(again.weight, *again.factors, int(again.pst_num_pruned)))

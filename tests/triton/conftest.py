@@ -16,10 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.mend()
 
 
 @pytest.fixture
@@ -59,7 +63,8 @@ def found(request: pytest.FixtureRequest) -> dict[Any, dict[str, float]]:
     """The relative errors of a module's interpreted problems: its Problem's own file solves them in the interpreter."""
     script = Path(sys.modules[request.module.Problem.__module__].__file__ or "")
     environment = os.environ | {
-        "TRITON_INTERPRET": "1", "PST_KERNELS_BACKEND": "triton", "PYTHONPATH": str(REPOSITORY),
+        "TRITON_INTERPRET": "1", "PST_KERNELS_BACKEND": "triton",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
     run = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]

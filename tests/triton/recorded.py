@@ -45,7 +45,8 @@ made: dict[str, machine_code.Row] = {}  # of this process
 
 @functools.cache
 def _reader() -> str:
-    return "".join(inspect.getsource(getattr(machine_code, name)) for name in READING)
+    patterns = machine_code.TENSOR_CORE.pattern, machine_code.PRODUCT.pattern, machine_code.TILE
+    return repr(patterns) + "".join(inspect.getsource(getattr(machine_code, name)) for name in READING)
 
 
 @functools.cache
@@ -94,9 +95,9 @@ def _row_of(found: list[Any]) -> machine_code.Row:
     return machine_code.Row(**dict(zip(names, found, strict=True)), seconds=0.0, file="kept")
 
 
-def _asked(architecture: str, files: tuple[str, ...], index: int) -> tuple[str, list[Any]]:
+def _asked(architecture: str, files: tuple[str, ...], index: int) -> tuple[str, machine_code.Row]:
     binary = machine_code.shipped(architecture, files)[index]
-    return digest(architecture, binary), values(row(architecture, files, index))
+    return digest(architecture, binary), row(architecture, files, index)
 
 
 def main() -> None:
@@ -104,7 +105,8 @@ def main() -> None:
     tasks = [(*asked, i) for asked in ASKED_FOR for i in range(len(machine_code.shipped(*asked)))]
     context = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        rows = dict(pool.map(_asked, *zip(*tasks, strict=True), chunksize=8))
+        found = pool.map(_asked, *zip(*tasks, strict=True), chunksize=8)
+        rows = {key: values(row) for key, row in found if not row.error}
     lines = [f"{json.dumps(key)}: {json.dumps(found)}" for key, found in rows.items()]
     written = PATH.with_suffix(".part")
     written.write_text("{\n" + ",\n".join(sorted(lines, key=lambda line: line.split(":", 1)[1])) + "\n}\n")

@@ -11,6 +11,7 @@ import recorded  # noqa: E402
 ARCHITECTURE = "gfx942"
 
 
+@pytest.mark.compiled
 def test_every_kernel_becomes_machine_code() -> None:
     first = {binary.kernel.__name__: binary for binary in reversed(kernels.shipped(ARCHITECTURE))}
     assert {"gather_kernel", "radix_histogram_kernel", "refine_kernel", "bracket_kernel", "mask_kernel"} <= set(first)
@@ -18,6 +19,8 @@ def test_every_kernel_becomes_machine_code() -> None:
         assert binary.compile(kernels.gpu_target(ARCHITECTURE)).asm["hsaco"], binary.kernel.__name__
 
 
+@pytest.mark.compiled
 def test_every_selection_and_mask_binary_compiles() -> None:
     rows = recorded.report(ARCHITECTURE, files=("select", "mask"))
     assert len(rows) == len(kernels.shipped(ARCHITECTURE, ("select", "mask")))
+    assert {row.case: row.error for row in rows if row.error} == {}

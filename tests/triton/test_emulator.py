@@ -11,6 +11,7 @@ tl = pytest.importorskip("triton.language")
 import emulator as emu  # noqa: E402
 
 ARCHS = [80, 90]
+pytestmark = pytest.mark.compiled
 
 
 @triton.jit

@@ -100,6 +100,7 @@ def test_a_user_waits_for_few_compilations(report: list[kernels.Row]) -> None:
     assert len(report) <= 90
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("target", TARGETS)
 def test_block_kernels_keep_their_budgets(target: str) -> None:
     rows = recorded.report(target, files=BLOCK_FILES)
@@ -117,6 +118,7 @@ def test_block_kernels_keep_their_budgets(target: str) -> None:
         assert all("left operand in registers" in row.tensor_core for row in thick)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("target", TARGETS)
 def test_selection_and_masks_spill_nothing(target: str) -> None:
     rows = recorded.report(target, files=SWEEPS)
@@ -127,6 +129,7 @@ def test_selection_and_masks_spill_nothing(target: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("rank", [10, 24, 32])
 def test_ranks_that_once_spilled_on_sm_100(rank: int) -> None:
     """Sampling did at 10, the sweeps did at 24 and 32, where the compiler unrolled all ranks."""

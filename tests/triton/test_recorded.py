@@ -9,6 +9,7 @@ kernels = pytest.importorskip("pst_kernels.triton.tools.machine_code")
 import recorded  # noqa: E402
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("target", recorded.NVIDIA)
 @pytest.mark.parametrize("files", [recorded.PRODUCTS, recorded.BLOCKS, recorded.SWEEPS], ids=lambda files: files[-1])
 def test_a_kept_row_is_what_the_compiler_makes(target: str, files: tuple[str, ...]) -> None:

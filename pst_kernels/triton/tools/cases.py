@@ -12,7 +12,9 @@ from torch import Tensor
 from pst_kernels.masks.packing import packed_width
 from pst_kernels.operands import Factors, MaskedWeight, Scales, factor_shapes
 
-from .. import gradients, mask, matmul, score, select
+from .. import gradients, group_mask, mask, matmul, score, select
+from ..group_layer import LayerTensors
+from ..group_table import MaskTable
 from ..tiles import choice, tables, targets
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -102,6 +104,16 @@ def of_masks() -> Iterator[Case]:
         yield Case(name, partial(mask.mask_from, state, weight, factors, scales))
         yield Case(f"{name}, with the masked weight", partial(mask.mask_from, state, weight, factors, scales, masked))
         yield Case(name, partial(mask.masked_weight, operands, weight.dtype))
+
+
+def of_tables() -> Iterator[Case]:
+    """A table of one layer; fp16 compiles as bf16 does."""
+    for name, (weight, factors, bits, scales) in swept():
+        if weight.dtype != FP16:
+            layer = LayerTensors(weight, factors, scales, empty(dtype=torch.int64), empty(4), bits, None)
+            keep = layer._replace(masked=empty(*weight.shape, dtype=weight.dtype))
+            yield Case(f"{name}, a table", partial(group_mask.prune_masks, MaskTable([layer])))
+            yield Case(f"{name}, a table with masked weights", partial(group_mask.prune_masks, MaskTable([keep])))
 
 
 def of_matmul() -> Iterator[Case]:

@@ -37,8 +37,9 @@ from . import block_cases, cases
 from .cases import Case
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
-    "score": cases.of_scores, "select": cases.of_selection, "mask": cases.of_masks, "matmul": cases.of_matmul,
-    "gradients": cases.of_gradients, "block_lists": block_cases.of_lists, "block_matmul": block_cases.of_matmul,
+    "score": cases.of_scores, "select": cases.of_selection, "mask": cases.of_masks,
+    "group_mask": cases.of_tables, "matmul": cases.of_matmul, "gradients": cases.of_gradients,
+    "block_lists": block_cases.of_lists, "block_matmul": block_cases.of_matmul,
     "block_gradients": block_cases.of_gradients,
 }  # fmt: skip
 KERNEL_FILES = tuple(CASES)

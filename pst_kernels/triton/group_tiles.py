@@ -1,0 +1,71 @@
+"""How the weights of a group's layers are cut into tiles, each of one program of one launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..masks.packing import WORD
+from . import group_row as row
+from . import sweep
+from .sweep import SweepTile
+from .tiles import versions
+
+Shape = tuple[int, int]  # n_i and n_j of a layer: see sweep.py
+
+FEWEST_ROWS = 64  # of a program: at ranks 8 + 8 it then reads a byte of factors a weight
+ROUNDS = 2  # of programs over the whole device, at least: the last one is seldom full
+
+
+def best_tile(ranks: int, shapes: list[Shape]) -> SweepTile:
+    """Of those for so many ranks, the one that computes the least beside the weights."""
+    tiles = [sweep.tile_of(ranks, n_j) for n_j in (1024, 512)]
+    return min(tiles, key=lambda tile: sum(n_i * triton.cdiv(n_j, tile.block_j) * tile.block_j for n_i, n_j in shapes))
+
+
+def tile_for_words(tile: SweepTile, transposed: bool) -> SweepTile:
+    """As in mask.py: a step is one word's 32 columns where the columns of W run along i."""
+    if transposed:
+        return tile._replace(block_i=WORD, block_j=versions.TRANSPOSED_ACROSS, vector=1, warps=8)
+    return tile
+
+
+class Cut(NamedTuple):
+    """The tiles of a group: how many rows a program goes through, by layer, and its block along j."""
+
+    shapes: list[Shape]
+    rows: list[int]
+    block_j: int
+
+    @property
+    def counts(self) -> list[int]:
+        """Tiles of each layer."""
+        return [
+            triton.cdiv(n_i, rows) * triton.cdiv(n_j, self.block_j)
+            for (n_i, n_j), rows in zip(self.shapes, self.rows, strict=True)
+        ]
+
+    def places(self, device: torch.device) -> Tensor:
+        """Of each program's tile, as `group_row.load_place` reads it; neighbours along j follow one another."""
+        places = [
+            layer + row.LAYERS.value * (strip + row.STRIPS.value * block)
+            for layer, ((n_i, n_j), rows) in enumerate(zip(self.shapes, self.rows, strict=True))
+            for strip in range(triton.cdiv(n_i, rows))
+            for block in range(triton.cdiv(n_j, self.block_j))
+        ]
+        return torch.tensor(places, dtype=torch.int64, device=device)
+
+
+def cut(shapes: list[Shape], tile: SweepTile, programs: int) -> Cut:
+    """Rows that are equal within a layer and whole words, as many as leave enough programs in all."""
+    most = sweep.MOST_ROWS
+    while True:
+        strips = [triton.cdiv(n_i, most) for n_i, _ in shapes]
+        rows = [triton.cdiv(triton.cdiv(n_i, n), WORD) * WORD for (n_i, _), n in zip(shapes, strips, strict=True)]
+        found = Cut(shapes, rows, tile.block_j)
+        if most <= FEWEST_ROWS or sum(found.counts) >= ROUNDS * programs:
+            return found
+        most //= 2
