@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import PSTConfig, check_sparsity
-from ..functional import Options, check, masked_linear, new_guess, operand_dtype
+from ..functional import NOTHING_MADE, Made, Options, check, masked_linear, new_guess, operand_dtype
 from ..masks import due, patterns
 from ..masks.packing import packed_width, unpack_mask
 from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
 from .checks import PLAIN, check_finite, refuse_meta, whole
-from .kept import keeps
+from .kept import keeps, takes_lists
 from .recompute import producer_of
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
@@ -29,7 +29,7 @@ class Ready(NamedTuple):
     device: torch.device
     operands: MaskedWeight
     parameters: tuple[Tensor | None, ...]  # of the layer, in the order of its `NAMES`
-    masked: Tensor | None  # M * W' (out, in)
+    made: Made  # M * W' for the product
     options: Options
     look: int  # of the watch, after which it was made
 
@@ -264,11 +264,11 @@ class PSTLayer(nn.Module):
         learn_scores = None
         if ready.options.block_size is not None:
             learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
-        if ready.masked is not None and not ready.options.kept:  # it lies in a buffer that the next layer overwrites
-            self._ready = ready._replace(masked=None)
+        if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
+            self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
         return masked_linear(
-            x, ready.operands, self.bias, ready.dtype, ready.options, ready.masked, learn_scores, producer
+            x, ready.operands, self.bias, ready.dtype, ready.options, ready.made, learn_scores, producer
         )  # fmt: skip
 
     def _is_ready(self, ready: Ready, x: Tensor) -> bool:
@@ -305,12 +305,15 @@ class PSTLayer(nn.Module):
                 "a PST layer does not run under the transforms of torch.func (grad, vmap, jvp, ...), which would need"
                 " their own rules; use torch.autograd, or merge the layer first"
             )
-        keep = not compiling and self.pattern.with_masked_weight and keeps(config.masked_weight, weight, dtype)
-        options = Options(config.through_magnitude, keep, self.pattern.block_size)
+        options = Options(config.through_magnitude, False, self.pattern.block_size)
         if compiling or type(weight) not in PLAIN:
             self.refresh_mask()
-            return Ready(dtype, x.device, operands, (), None, options, -1)
+            return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, -1)
         kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
+        any_mask = self.pattern.with_masked_weight
+        keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
+        by_lists = any_mask and not keep and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
+        options = options._replace(kept=keep)
 
         def room() -> Tensor | None:
             if keep:
@@ -321,10 +324,12 @@ class PSTLayer(nn.Module):
         inference = torch.is_inference_mode_enabled() and self.pst_mask.is_inference()
         with torch.inference_mode(inference), torch.no_grad(), ops.without_autocast(weight.device.type):
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
-            if keep and masked is None:
-                masked = self._room_to_keep(dtype).copy_(ops.masked_weight(*operands.flat, dtype))
+            if masked is None and (keep or by_lists):
+                masked = ops.masked_weight(*operands.flat, dtype)
+                masked = self._room_to_keep(dtype).copy_(masked) if keep else masked
+            made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
         parameters = tuple(self._parameters.get(name) for name in NAMES)
-        ready = Ready(dtype, x.device, operands, parameters, masked, options, self.watch.looks)
+        ready = Ready(dtype, x.device, operands, parameters, made, options, self.watch.looks)
         # Under autocast x and the product differ in their dtype, and a parametrised factor is no parameter of the
         # layer: every forward looks at all of it again.
         self._ready = ready if x.dtype == dtype and None not in parameters[1:] else None
@@ -372,7 +377,7 @@ class PSTLayer(nn.Module):
         self.watch.note(self.pst_num_pruned, (self.weight, *self.factors), made=True)
         if self._ready is not None:
             kept = self._kept_weight if self._ready.options.kept else None
-            self._ready = self._ready._replace(masked=kept, look=self.watch.looks)
+            self._ready = self._ready._replace(made=Made(kept), look=self.watch.looks)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():

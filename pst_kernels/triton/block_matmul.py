@@ -106,7 +106,7 @@ def block_matmul_kernel(
                 b_updated = add_product(b_updated, b_part, p_right + part, o_right, m_inner, WEIGHT_ALONG_ROWS, MASKED)
         if WEIGHT_ALONG_ROWS:
             if WAIT:  # as in matmul.py: Triton 3.6 fails on a product that is used under a branch alone
-                b_updated = tl.inline_asm_elementwise("", "=f,0", [b_updated], dtype=tl.float32, is_pure=True, pack=1)
+                b_updated = used(b_updated)
             b_kept = tl.zeros((BLOCK_DEPTH, BLOCK_ROWS), b_x.dtype)
             if tokens > 0:  # always true, as in matmul.py: or both warpgroups would make the same rows of W'
                 b_kept = rounded(b_updated, b_weight, b_x, ASSEMBLY, CONSTRAINTS)

@@ -146,7 +146,7 @@ def masked_matmul_kernel(
         if WEIGHT_ALONG_ROWS:
             b_updated = tl.dot(b_right, b_left, b_updated, input_precision="ieee")
             if WAIT:  # used under the branch alone, the small product would be waited for there: Triton 3.6 fails on it
-                b_updated = tl.inline_asm_elementwise("", "=f,0", [b_updated], dtype=tl.float32, is_pure=True, pack=1)
+                b_updated = used(b_updated)
             b_kept = tl.zeros((OUTER, INNER), b_x.dtype)
             # Always true, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
             # next, or it would give both warpgroups all of `outer`, the same 64 rows twice.
