@@ -123,10 +123,14 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(inputs, 
             self.target_modules = []
 
     monkeypatch.setattr(presets, "PSTConfig", WithoutTargets)
-    command = ["finetune", "--model", str(inputs / "bert"), "--train-file", str(inputs / "train.csv")]
+    rows = texts(60, 0)
+    path = write_csv(tmp_path / "a.csv", [*rows, (rows[0][0], "money")])
+    command = ["finetune", "--model", str(inputs / "bert"), "--train-file", str(path), "--max-length", "32"]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert cli.main([*command, "--max-length", "32", "--output", str(tmp_path / "run")]) == 2
-    assert f"pst-kernels finetune: --model {inputs / 'bert'}: " in capsys.readouterr().err
+    assert cli.main([*command, "--output", str(tmp_path / "run")]) == 2
+    printed = capsys.readouterr()
+    assert f"pst-kernels finetune: --model {inputs / 'bert'}: " in printed.err
+    assert printed.out.count(f"note: 1 text has more than one label and is used with each: {path}:2 ('sport')") == 1
     assert not (tmp_path / "run").exists()
 
 
