@@ -22,6 +22,7 @@ from .matmul import one_stride, split_factors, store_result
 from .ptx import ROUNDING, rounded, used
 from .score import checked_operands
 from .tiles import choice, tables, targets
+from .tiles.targets import cdiv
 
 ROWS, COLUMNS = False, True  # what a list of blocks is of
 
@@ -143,7 +144,7 @@ def block_matmul(
     assembly, constraints = "", ""
     if x.dtype != torch.float32 and platform.assembly:
         assembly, constraints = ROUNDING[x.dtype, weight.dtype == torch.float32]
-    block_matmul_kernel[triton.cdiv(tokens, tile.columns), triton.cdiv(rows, size)](
+    block_matmul_kernel[cdiv(tokens, tile.columns), cdiv(rows, size)](
         x, weight, left, right, y if bias is None else bias, y, *kept, tokens, rows, depth, stride,
         kept.indices.shape[1], int(bias is not None),
         WIDTH=width, PART=min(width, tables.FACTOR_PART[choice.dtype_key(x.dtype, weight.dtype)]),
