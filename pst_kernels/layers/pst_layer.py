@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +113,12 @@ class PSTLayer(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        return Factors(self.pst_U, self.pst_V, self.pst_A, self.pst_B, self.pst_R, self.pst_C)
+        held = self._parameters
+        try:
+            found = [held[name] for name in FACTORS]
+        except KeyError:  # a parametrised factor is no parameter of the layer
+            found = [getattr(self, name) for name in FACTORS]
+        return Factors(*found)  # type: ignore[arg-type]
 
     @property
     def sparsity(self) -> float:
@@ -288,7 +294,7 @@ class PSTLayer(nn.Module):
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and not weight.requires_grad
-            and self.watch.is_as_it_was(self._buffers["pst_num_pruned"], ready.parameters[1:])
+            and self.watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
         )
 
     def _prepare(self, x: Tensor) -> Ready:
@@ -343,41 +349,26 @@ class PSTLayer(nn.Module):
         torch.autograd.graph.increment_version(kept)  # a backward that still needs what was there must say so
         return kept
 
-    def grouping_kernels(self) -> Any:
-        """The room that makes this layer's mask together with others', or None."""
-        weight = self.weight
-        plain = type(weight) in PLAIN and type(self.pst_U) in PLAIN and type(self.pst_num_pruned) is Tensor
-        if self.merged or not plain or not self.pattern.with_masked_weight or weight.dtype == torch.float64:
-            return None
-        kernels = ops.kernels_for(weight.device.type)
-        return kernels if hasattr(kernels, "prune_masks") else None
+    def can_be_grouped(self) -> bool:
+        """Whether a grouped pass can make this layer's mask, where its device has one."""
+        held, weight = self._parameters, self.weight
+        plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
+        return not self.merged and plain and self.pattern.with_masked_weight and weight.dtype != torch.float64
 
-    def needs_mask(self) -> bool:
-        """Whether the mask is due; remembers a change after which it is not."""
-        watched = (self.weight, *self.factors)
-        if self.watch.is_fresh(self.pst_num_pruned, watched):
-            return False
-        if self.watch.is_due(self.pst_num_pruned, self.config.mask_interval):
-            return True
-        self.watch.note(self.pst_num_pruned, watched, made=False)
-        return False
-
-    def grouped_tensors(self, kind: Any) -> Any:
-        """What a grouped pass needs of this layer, M * W' with it where the last forward kept it."""
+    def grouped_tensors(self) -> tuple[Any, ...]:
+        """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""
         ready = self._ready
-        keep = ready is not None and ready.options.kept
-        masked = self._room_to_keep(ready.dtype) if ready is not None and keep else None
+        masked = self._room_to_keep(ready.dtype) if ready is not None and ready.options.kept else None
         guess = self.pst_guess.view(torch.float32)
-        return kind(
-            self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
-        )  # fmt: skip
+        return self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
 
-    def note_grouped_mask(self) -> None:
-        """The mask, and M * W' where there was room for it, were made in a grouped pass."""
-        self.watch.note(self.pst_num_pruned, (self.weight, *self.factors), made=True)
-        if self._ready is not None:
-            kept = self._kept_weight if self._ready.options.kept else None
-            self._ready = self._ready._replace(made=Made(kept), look=self.watch.looks)
+    def note_grouped_mask(self, watched: Sequence[Tensor]) -> None:
+        """The mask of these tensors, and M * W' where there was room for it, were made in a grouped pass."""
+        self.watch.note(self.pst_num_pruned, watched, made=True)
+        ready = self._ready
+        if ready is not None:
+            made = Made(self._kept_weight) if ready.options.kept else NOTHING_MADE
+            self.__dict__["_ready"] = ready._replace(made=made, look=self.watch.looks)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
