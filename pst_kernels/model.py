@@ -18,7 +18,7 @@ from .layers.checks import check_finite, is_conv1d, refuse_meta
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.pst_layer import PSTLayer
 from .layers.together import refresh_layers
-from .targets import find_targets, head_modules, parameter_uses
+from .targets import find_targets, head_modules, parameter_uses, weight_key
 
 logger = logging.getLogger("pst_kernels")
 
@@ -238,7 +238,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     get_config(model)
     uses = parameter_uses(model)
     for name, layer in pst_layers(model):
-        if uses[id(layer.weight)] > 1:
+        if uses[weight_key(layer.weight)] > 1:
             raise RuntimeError(
                 f"the weight of {name} is shared with another module, which merging would change;"
                 " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"

@@ -25,7 +25,9 @@ ALLOWED = {
     "functional": {"operands", "masks", "ops"},
     "config": {"files", "masks"},
     "layers": {"operands", "masks", "ops", "functional", "config", "env", "cpu"},
-    "targets": {"operands", "config", "layers"},
+    "bypass": set(),
+    "refusals": {"operands", "layers", "bypass"},
+    "targets": {"config", "layers", "bypass", "refusals"},
     "export": {"files", "masks", "layers"},
 }
 # Files that measure or compare, and so look at what they serve.
