@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ..masks import due, patterns
 from ..masks.packing import packed_width, unpack_mask
 from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
+from . import reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
 from .kept import keeps
 from .recompute import producer_of
@@ -46,7 +48,6 @@ class PSTLayer(nn.Module):
     `refresh_mask(force=True)` after one.
     """
 
-    weight: Any  # a Parameter
     bias: Any  # a Parameter or None
     pst_U: nn.Parameter
     pst_V: nn.Parameter
@@ -57,6 +58,11 @@ class PSTLayer(nn.Module):
     pst_mask: Tensor
     pst_num_pruned: Tensor
     pst_guess: Tensor
+
+    full_name = ""  # in the model, for messages
+    called = False  # whether its forward has run outside of a compiled graph
+    read_by = ""  # the method of another module that has computed with the weight before the layer was called
+    _seen_weight: tuple[Any, int, int] | None = None  # the parameter, its address and version, when last looked at
 
     def _add_factors(self, config: PSTConfig | None) -> None:
         config = PSTConfig() if config is None else config
@@ -99,6 +105,23 @@ class PSTLayer(nn.Module):
             for name in FACTORS:
                 factor = getattr(self, name)
                 factor.normal_() if name in ("pst_U", "pst_A") else factor.zero_()
+
+    @property
+    def weight(self) -> Any:
+        """The frozen Parameter. Who reads it past the layer is noted (see reads.py)."""
+        if not torch.compiler.is_compiling():
+            reads.note(self, sys._getframe(1))
+        # `__dict__` is where wrappers that take parameters apart (FSDP1, DataParallel) put a plain tensor
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = self.__dict__.get("weight")
+        if weight is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+        return weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.__dict__["weight"] = value
 
     @property
     def oriented_weight(self) -> Tensor:
@@ -259,8 +282,11 @@ class PSTLayer(nn.Module):
         ready = self._ready
         if ready is None or torch.compiler.is_compiling() or not self._is_ready(ready, x):
             if (shards := self._tensor_parallel()) is not None:
+                self.called = True
                 return shards.forward(self, x)
             ready = self._prepare(x)
+            if not torch.compiler.is_compiling():
+                self.called = True
         learn_scores = None
         if ready.options.block_size is not None:
             learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
