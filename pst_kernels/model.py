@@ -21,6 +21,7 @@ from .layers.reads import refuse_bypassed
 from .layers.together import refresh_layers
 from .refusals import shortened
 from .targets import find_targets, head_modules, parameter_uses, weight_key, weights_in_no_linear
+from .whole_model import give_back_saving, take_over_saving
 
 logger = logging.getLogger("pst_kernels")
 LITTLE = 0.02  # share of the blocks' weights outside of linear layers that goes without saying
@@ -62,6 +63,7 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
     _freeze(model, config, saved)
     _keep_buffers_out_of_ddp(model)
     _warn_of_other_weights(model)
+    take_over_saving(model)
     return model
 
 
@@ -278,4 +280,5 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, PSTLayer):
             model = _set_submodule(model, name, plain[id(module)])
+    give_back_saving(model)
     return model

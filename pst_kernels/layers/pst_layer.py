@@ -22,6 +22,7 @@ from .recompute import producer_of
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = NAMES[2:]
+FROZEN = "pst_weight"  # in a checkpoint whose `weight` is M * W' (whole_model.py): W itself
 
 
 class Ready(NamedTuple):
@@ -62,7 +63,8 @@ class PSTLayer(nn.Module):
     full_name = ""  # in the model, for messages
     called = False  # whether its forward has run outside of a compiled graph
     read_by = ""  # the method of another module that has computed with the weight before the layer was called
-    _seen_weight: tuple[Any, int, int] | None = None  # the parameter, its address and version, when last looked at
+    rewritten = False  # whether it was said that the weight was written in place
+    seen_weight: tuple[int, int, int] | None = None  # which parameter, its address and version, at the last look
 
     def _add_factors(self, config: PSTConfig | None) -> None:
         config = PSTConfig() if config is None else config
@@ -224,6 +226,7 @@ class PSTLayer(nn.Module):
 
     def after_load(self, with_mask: bool) -> None:
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
+        self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
         if with_mask:
@@ -274,7 +277,7 @@ class PSTLayer(nn.Module):
             return
         with torch.no_grad():
             self.weight.copy_(self._unmerged_weight)
-        self._unmerged_weight, self.merged = None, False
+        self._unmerged_weight, self.merged, self.seen_weight = None, False, None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -336,6 +339,7 @@ class PSTLayer(nn.Module):
         if compiling or type(weight) not in PLAIN:
             self.refresh_mask()
             return Ready(dtype, x.device, operands, (), None, options, -1)
+        reads.notice_rewritten(self)
         kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
 
         def room() -> Tensor | None:
@@ -378,6 +382,7 @@ class PSTLayer(nn.Module):
         watched = (self.weight, *self.factors)
         if self.watch.is_fresh(self.pst_num_pruned, watched):
             return False
+        reads.notice_rewritten(self)
         if self.watch.is_due(self.pst_num_pruned, self.config.mask_interval):
             return True
         self.watch.note(self.pst_num_pruned, watched, made=False)
@@ -417,6 +422,8 @@ class PSTLayer(nn.Module):
         if self.merged and f"{prefix}weight" in state_dict:
             errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
             return
+        if f"{prefix}{FROZEN}" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}{FROZEN}")
         if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
             state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

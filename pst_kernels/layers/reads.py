@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import linecache
+import logging
 import re
 from collections.abc import Sequence
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..masks import due
 
+logger = logging.getLogger("pst_kernels")
 HARMLESS = re.compile(
     r"\.weight\.(dtype|device|shape|requires_grad|ndim|numel|size|is_\w+|data_ptr)\b|isinstance|hasattr"
 )
@@ -47,6 +50,31 @@ def _counts(code: CodeType, line: int) -> bool:
     if code.co_varnames[:1] != ("self",) or SET_UP.search(code.co_name):
         return False
     return not HARMLESS.search(linecache.getline(code.co_filename, line))
+
+
+def notice_rewritten(layer: Any) -> None:
+    """Say once that a frozen weight was written in place since the last look, other than by loading."""
+    weight = layer.weight
+    # A process group may write the same numbers anew, when a model is wrapped for instance.
+    if type(weight) is not nn.Parameter or weight.is_inference() or _in_process_group():
+        return
+    seen, now = layer.seen_weight, (id(weight), weight.data_ptr(), weight._version)
+    if now == seen:
+        return
+    layer.seen_weight = now
+    if seen is not None and seen[:2] == now[:2] and not layer.rewritten:
+        layer.rewritten = True
+        name = layer.full_name or "a PST layer"
+        logger.warning(
+            "the frozen weight of %s was written in place after the conversion, and its mask follows the new values;"
+            " if the model itself does so, convert it with exclude_modules=[%r]",
+            name,
+            name,
+        )
+
+
+def _in_process_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def refuse_bypassed(layers: Sequence[tuple[str, Any]]) -> None:

@@ -219,3 +219,46 @@ def test_placeholders_of_zero_3_are_refused_by_name():
         p.ds_shape, p.data = p.shape, torch.empty(0)
     with pytest.raises(RuntimeError, match=r"query is partitioned by DeepSpeed ZeRO-3 .* before deepspeed.initialize"):
         pst.replace_linear(model)
+
+
+def test_a_frozen_weight_that_is_written_in_place_is_said_once(caplog):
+    model = toys.plain(8, 8, 8, 2)
+    pst.replace_linear(model)
+    x = torch.randn(3, 8)
+    model(x)
+    model.load_state_dict(model.state_dict())
+    for _ in range(2):
+        model(x)
+        model[0].merge()
+        model[0].unmerge()
+        model(x)
+    assert caplog.text == ""
+    for _ in range(2):
+        with torch.no_grad():
+            model[2].weight.div_(2)
+        model(x)
+    (record,) = caplog.records
+    assert record.message.startswith("the frozen weight of 2 was written in place after the conversion")
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+def test_save_pretrained_of_a_model_under_pst_loads_pruned_in_transformers(family, tmp_path):
+    model = copy.deepcopy(toys.trained(family))
+    expected = toys.logits(model, family)
+    model.save_pretrained(tmp_path)
+    stock = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(toys.logits(stock, family), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"holds a whole model under PST, .* no adapter"):
+        pst.load_pretrained(toys.seeded(family), tmp_path)
+    assert "save_pretrained" not in vars(pst.merge_and_unload(model))
+
+
+def test_what_save_pretrained_writes_goes_on_bit_for_bit(tmp_path):
+    from safetensors.torch import load_file
+
+    model = toys.trained()
+    model.save_pretrained(tmp_path, state_dict=model.state_dict())
+    other = pst.replace_linear(toys.seeded(), pst.PSTConfig())
+    result = other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert not result.unexpected_keys
+    assert not toys.differences(toys.snapshot(other), toys.snapshot(model))
