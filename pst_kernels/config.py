@@ -20,6 +20,7 @@ from .masks import patterns
 CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"
 MASKED_WEIGHT = ("auto", "keep", "remake")
+PRODUCTS = ("auto", "dense", "sparse")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -70,6 +71,9 @@ class PSTConfig:
             which CPUs skip), or "N:M" such as "2:4" (at most N of every M neighbouring inputs are kept).
         masked_weight: "keep" M * W' from one change of the factors to the next (a number a weight more memory; each
             product is then one of the library), "remake" it for every product, or "auto" (layers/kept.py has the rule).
+        products: how CPUs multiply by the masked weight in training: "sparse" with lists of the kept weights, "dense",
+            or "auto", with lists where they are faster (cpu/lists.py has the rule). Other devices multiply densely;
+            "sparse" is refused there. Compiled graphs (torch.compile) multiply densely.
         recompute_input: do not keep a layer's input for backward where it can be made again from what autograd keeps
             anyway: after GELU, SiLU, a product of two activations, or an fp32 LayerNorm. Costs one pass over it.
         mask_interval: optimizer steps from one mask to the next, at least 1; the default is 16 for blocks, else 1. With
@@ -97,6 +101,7 @@ class PSTConfig:
     mask_interval: int = _DefaultCount(1)
     recompute_input: bool = True
     masked_weight: str = "auto"
+    products: str = "auto"
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -124,6 +129,14 @@ class PSTConfig:
             raise ValueError(
                 f"masked_weight={self.masked_weight!r} is not known; use one of {', '.join(MASKED_WEIGHT)}"
             )
+        if self.products not in PRODUCTS:
+            raise ValueError(f"products={self.products!r} is not known; use one of {', '.join(PRODUCTS)}")
+        if self.products == "sparse" and self.pattern != "unstructured":
+            raise ValueError(
+                f"products='sparse' is for pattern='unstructured', got pattern={self.pattern!r}; leave products out"
+            )
+        if self.products == "sparse" and self.masked_weight == "keep":
+            raise ValueError("products='sparse' and masked_weight='keep' exclude one another; leave one of them out")
         self.adapter_dtype = _dtype(self.adapter_dtype)
         self.target_modules = _targets("target_modules", self.target_modules)
         if self.exclude_modules is not None:

@@ -115,29 +115,42 @@ class Options(NamedTuple):
     block_size: int | None = None  # of a mask that consists of blocks
 
 
+class Made(NamedTuple):
+    """M * W' as it is made before a product: dense (out, in), or lists of the kept weights (cpu/sparse_rows.py)."""
+
+    masked: Tensor | None = None
+    values: Tensor | None = None
+    offsets: Tensor | None = None
+    pointers: Tensor | None = None
+
+
+NOTHING_MADE = Made()
+
+
 def masked_linear(
     x: Tensor, operands: MaskedWeight, bias: Tensor | None, dtype: torch.dtype, options: Options,
-    masked: Tensor | None = None, learn_scores: Tensor | None = None, producer: Any = None,
+    made: Made | None = None, learn_scores: Tensor | None = None, producer: Any = None,
 ) -> Tensor:  # fmt: skip
     """`pst_linear` of operands that `check` let pass; `dtype` is `operand_dtype(x)`.
 
-    `masked` is M * W' (out, in) in this dtype, if it is made already. `learn_scores` (bool, 0-d, on the CPU) says, for
+    `made` is M * W' in this dtype, if it is made already. `learn_scores` (bool, 0-d, on the CPU) says, for
     a mask of blocks, whether A, B, R and C get their gradients, which need all of G, or zeros; U and V learn from kept
     blocks then: Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M. `producer` says how x can be made again
     (layers/recompute.py), so that it need not be kept.
     """
     weight, factors, mask, scales = operands
+    made = NOTHING_MADE if made is None else made
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if dtype is not flat.dtype:
         flat = flat.to(dtype)
     if not autocast_enabled(x.device.type):  # entering autocast costs as much as a small layer's forward
         y = _PSTLinear.apply(
-            flat, bias, weight, *factors, mask, masked, learn_scores, (*scales, *options), producer
+            flat, bias, weight, *factors, mask, *made, learn_scores, (*scales, *options), producer
         )  # fmt: skip
     else:
         with torch.autocast(x.device.type, enabled=False):
             y = _PSTLinear.apply(
-                flat, bias, weight, *factors, mask, masked, learn_scores, (*scales, *options), producer
+                flat, bias, weight, *factors, mask, *made, learn_scores, (*scales, *options), producer
             )  # fmt: skip
     # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
@@ -180,12 +193,16 @@ class _PSTLinear(torch.autograd.Function):
     # not setup_context(), for which torch binds the arguments by inspection at every call
     @staticmethod
     def forward(
-        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, learn_scores, constants, producer
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, learn_scores,
+        constants, producer,
     ) -> Tensor:  # fmt: skip
         *scales, _, kept, block_size = constants
         ctx.constants, ctx.bias_dtype = constants, None if bias is None else bias.dtype
         ctx.make, taken = (None, (x,)) if producer is None else producer
-        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, masked if kept else None, *taken)
+        made = masked if kept else None, values, offsets, pointers
+        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, *made, *taken)
+        if values is not None:
+            return ops.sparse_forward(x, values, offsets, pointers, bias, weight.shape[0])
         if masked is not None:
             return linear(x, masked, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
         operands = weight, U, V, A, B, R, C, mask, *scales
@@ -197,7 +214,7 @@ class _PSTLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: hooks on saved tensors may unpack each only once
-        operands, learn_scores, masked, taken = saved[:8], saved[8], saved[9], saved[10:]
+        operands, learn_scores, masked, lists, taken = saved[:8], saved[8], saved[9], saved[10:13], saved[13:]
         *scales, through_magnitude, _, block_size = ctx.constants
         needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
         learns = any(needs_factors)
@@ -210,13 +227,16 @@ class _PSTLinear(torch.autograd.Function):
                     *tensors, block_size, learn_scores, through_magnitude, needs_input, learns
                 )  # fmt: skip
             else:
-                dx, *factors = ops.linear_backward(*tensors, through_magnitude, needs_input and masked is None, learns)
+                made = masked is not None or lists[0] is not None
+                dx, *factors = ops.linear_backward(*tensors, through_magnitude, needs_input and not made, learns)
                 if masked is not None and needs_input:
                     dx = tensors[0] @ masked
+                elif lists[0] is not None and needs_input:
+                    dx, _ = ops.sparse_backward(*tensors[:2], *lists, operands[0].shape[1], True, False)
         dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
         of_factors = zip(factors, operands[1:7], needs_factors, strict=True)
         gradients = [gradient.to(factor.dtype) if need else None for gradient, factor, need in of_factors]
-        return dx if needs_input else None, dbias, None, *gradients, None, None, None, None, None
+        return dx if needs_input else None, dbias, None, *gradients, *[None] * 8
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

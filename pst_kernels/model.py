@@ -150,8 +150,9 @@ def refresh_masks(model: nn.Module) -> None:
     Forwards, saving and merging do it for what they can notice. Of a model that is sharded over processes every process
     must call this. Raises ValueError when the model has no PST layers.
     """
-    get_config(model)
-    layers = [layer for _, layer in pst_layers(model)]
+    layers = [layer for layer in model.modules() if isinstance(layer, PSTLayer)]
+    if not layers:
+        get_config(model)  # which says what to do
     for layer in layers:
         if not layer.merged:
             layer.mark_stale()

@@ -1,5 +1,6 @@
 """The ops of ops.py for CPUs, and in plain PyTorch for any device that has no Triton."""
 
+from . import lists
 from .block_matmul import block_forward
 from .ops import (
     block_backward,
@@ -14,6 +15,15 @@ from .ops import (
 from .scratch import release as release_scratch
 
 __all__ = [
-    "block_backward", "block_forward", "forward_scratch", "kth_value", "linear_backward", "linear_forward",
-    "masked_weight", "prune_mask", "release_scratch", "scores",
+    "block_backward",
+    "block_forward",
+    "forward_scratch",
+    "kth_value",
+    "linear_backward",
+    "linear_forward",
+    "lists",
+    "masked_weight",
+    "prune_mask",
+    "release_scratch",
+    "scores",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ Kept it costs a number a weight, and makes forward and dx one product of the lib
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,3 +36,21 @@ def keeps(choice: str, weight: Tensor, dtype: torch.dtype) -> bool:
 @functools.cache
 def _memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
+
+
+def takes_lists(choice: str, kernels: Any, weight: Tensor, dtype: torch.dtype, num_pruned: Tensor) -> bool:
+    """Whether a layer in training multiplies with lists of its kept weights.
+
+    Raises RuntimeError where `PSTConfig(products="sparse")` asks for it and it can't be had.
+    """
+    if choice == "dense":
+        return False
+    lists = getattr(kernels, "lists", None)
+    if choice == "sparse":
+        if lists is None or weight.device.type != "cpu" or not lists.serve(weight, dtype):
+            raise RuntimeError(
+                f"products='sparse' needs a float32 or bfloat16 weight on a CPU, and Numba, but the weight is"
+                f" {weight.dtype} on {weight.device} and the product {dtype}; use products='auto'"
+            )
+        return True
+    return lists is not None and weight.device.type == "cpu" and lists.pay(weight, dtype, int(num_pruned))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import PSTConfig, check_sparsity
-from ..functional import Options, check, masked_linear, new_guess, operand_dtype
+from ..functional import NOTHING_MADE, Made, Options, check, masked_linear, new_guess, operand_dtype
 from ..masks import due, patterns
 from ..masks.packing import packed_width, unpack_mask
 from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
 from . import reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
-from .kept import keeps
+from .kept import keeps, takes_lists
 from .recompute import producer_of
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
@@ -32,7 +33,7 @@ class Ready(NamedTuple):
     device: torch.device
     operands: MaskedWeight
     parameters: tuple[Tensor | None, ...]  # of the layer, in the order of its `NAMES`
-    masked: Tensor | None  # M * W' (out, in)
+    made: Made  # M * W' for the product
     options: Options
     look: int  # of the watch, after which it was made
 
@@ -137,7 +138,12 @@ class PSTLayer(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        return Factors(self.pst_U, self.pst_V, self.pst_A, self.pst_B, self.pst_R, self.pst_C)
+        held = self._parameters
+        try:
+            found = [held[name] for name in FACTORS]
+        except KeyError:  # a parametrised factor is no parameter of the layer
+            found = [getattr(self, name) for name in FACTORS]
+        return Factors(*found)  # type: ignore[arg-type]
 
     @property
     def sparsity(self) -> float:
@@ -293,11 +299,11 @@ class PSTLayer(nn.Module):
         learn_scores = None
         if ready.options.block_size is not None:
             learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
-        if ready.masked is not None and not ready.options.kept:  # it lies in a buffer that the next layer overwrites
-            self._ready = ready._replace(masked=None)
+        if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
+            self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
         return masked_linear(
-            x, ready.operands, self.bias, ready.dtype, ready.options, ready.masked, learn_scores, producer
+            x, ready.operands, self.bias, ready.dtype, ready.options, ready.made, learn_scores, producer
         )  # fmt: skip
 
     def _is_ready(self, ready: Ready, x: Tensor) -> bool:
@@ -317,7 +323,7 @@ class PSTLayer(nn.Module):
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and not weight.requires_grad
-            and self.watch.is_as_it_was(self._buffers["pst_num_pruned"], ready.parameters[1:])
+            and self.watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
         )
 
     def _prepare(self, x: Tensor) -> Ready:
@@ -334,13 +340,16 @@ class PSTLayer(nn.Module):
                 "a PST layer does not run under the transforms of torch.func (grad, vmap, jvp, ...), which would need"
                 " their own rules; use torch.autograd, or merge the layer first"
             )
-        keep = not compiling and self.pattern.with_masked_weight and keeps(config.masked_weight, weight, dtype)
-        options = Options(config.through_magnitude, keep, self.pattern.block_size)
+        options = Options(config.through_magnitude, False, self.pattern.block_size)
         if compiling or type(weight) not in PLAIN:
             self.refresh_mask()
-            return Ready(dtype, x.device, operands, (), None, options, -1)
+            return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, -1)
         reads.notice_rewritten(self)
         kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
+        any_mask = self.pattern.with_masked_weight
+        keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
+        by_lists = any_mask and not keep and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
+        options = options._replace(kept=keep)
 
         def room() -> Tensor | None:
             if keep:
@@ -351,10 +360,12 @@ class PSTLayer(nn.Module):
         inference = torch.is_inference_mode_enabled() and self.pst_mask.is_inference()
         with torch.inference_mode(inference), torch.no_grad(), ops.without_autocast(weight.device.type):
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
-            if keep and masked is None:
-                masked = self._room_to_keep(dtype).copy_(ops.masked_weight(*operands.flat, dtype))
+            if masked is None and (keep or by_lists):
+                masked = ops.masked_weight(*operands.flat, dtype)
+                masked = self._room_to_keep(dtype).copy_(masked) if keep else masked
+            made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
         parameters = tuple(self._parameters.get(name) for name in NAMES)
-        ready = Ready(dtype, x.device, operands, parameters, masked, options, self.watch.looks)
+        ready = Ready(dtype, x.device, operands, parameters, made, options, self.watch.looks)
         # Under autocast x and the product differ in their dtype, and a parametrised factor is no parameter of the
         # layer: every forward looks at all of it again.
         self._ready = ready if x.dtype == dtype and None not in parameters[1:] else None
@@ -368,42 +379,26 @@ class PSTLayer(nn.Module):
         torch.autograd.graph.increment_version(kept)  # a backward that still needs what was there must say so
         return kept
 
-    def grouping_kernels(self) -> Any:
-        """The room that makes this layer's mask together with others', or None."""
-        weight = self.weight
-        plain = type(weight) in PLAIN and type(self.pst_U) in PLAIN and type(self.pst_num_pruned) is Tensor
-        if self.merged or not plain or not self.pattern.with_masked_weight or weight.dtype == torch.float64:
-            return None
-        kernels = ops.kernels_for(weight.device.type)
-        return kernels if hasattr(kernels, "prune_masks") else None
+    def can_be_grouped(self) -> bool:
+        """Whether a grouped pass can make this layer's mask, where its device has one."""
+        held, weight = self._parameters, self.weight
+        plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
+        return not self.merged and plain and self.pattern.with_masked_weight and weight.dtype != torch.float64
 
-    def needs_mask(self) -> bool:
-        """Whether the mask is due; remembers a change after which it is not."""
-        watched = (self.weight, *self.factors)
-        if self.watch.is_fresh(self.pst_num_pruned, watched):
-            return False
-        reads.notice_rewritten(self)
-        if self.watch.is_due(self.pst_num_pruned, self.config.mask_interval):
-            return True
-        self.watch.note(self.pst_num_pruned, watched, made=False)
-        return False
-
-    def grouped_tensors(self, kind: Any) -> Any:
-        """What a grouped pass needs of this layer, M * W' with it where the last forward kept it."""
+    def grouped_tensors(self) -> tuple[Any, ...]:
+        """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""
         ready = self._ready
-        keep = ready is not None and ready.options.kept
-        masked = self._room_to_keep(ready.dtype) if ready is not None and keep else None
+        masked = self._room_to_keep(ready.dtype) if ready is not None and ready.options.kept else None
         guess = self.pst_guess.view(torch.float32)
-        return kind(
-            self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
-        )  # fmt: skip
+        return self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
 
-    def note_grouped_mask(self) -> None:
-        """The mask, and M * W' where there was room for it, were made in a grouped pass."""
-        self.watch.note(self.pst_num_pruned, (self.weight, *self.factors), made=True)
-        if self._ready is not None:
-            kept = self._kept_weight if self._ready.options.kept else None
-            self._ready = self._ready._replace(masked=kept, look=self.watch.looks)
+    def note_grouped_mask(self, watched: Sequence[Tensor]) -> None:
+        """The mask of these tensors, and M * W' where there was room for it, were made in a grouped pass."""
+        self.watch.note(self.pst_num_pruned, watched, made=True)
+        ready = self._ready
+        if ready is not None:
+            made = Made(self._kept_weight) if ready.options.kept else NOTHING_MADE
+            self.__dict__["_ready"] = ready._replace(made=made, look=self.watch.looks)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():

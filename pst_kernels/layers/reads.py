@@ -54,7 +54,7 @@ def _counts(code: CodeType, line: int) -> bool:
 
 def notice_rewritten(layer: Any) -> None:
     """Say once that a frozen weight was written in place since the last look, other than by loading."""
-    weight = layer.weight
+    weight = layer._parameters.get("weight")
     # A process group may write the same numbers anew, when a model is wrapped for instance.
     if type(weight) is not nn.Parameter or weight.is_inference() or _in_process_group():
         return

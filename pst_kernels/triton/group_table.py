@@ -22,6 +22,7 @@ from .sweep import SweepTile, tile_constants
 from .tiles import targets
 from .tiles.targets import Platform
 
+RARE = sweep.RARE._replace(block_j=256, vector=1)  # beside what a program keeps of its layer, more would spill
 BRACKET = ("W_TYPE", "F_TYPE", "ALIGNED", "RANK_W", "RANK_S", "TRANSPOSED", "maxnreg")  # constants of that kernel
 
 
@@ -87,7 +88,7 @@ class Group:
         of_mask = usual._replace(block_j=of_words.block_j)
         self.gather = Launch((sum(usual.counts),), usual.places(self.device), kind.constants(tile, platform))
         self.mask = Launch((sum(of_mask.counts),), of_mask.places(self.device), kind.constants(of_words, platform))
-        self.rare = Launch((programs,), None, kind.constants(sweep.RARE, platform))
+        self.rare = Launch((programs,), None, kind.constants(RARE, platform))
         self.bracket_constants = {"num_warps": 4} | {
             name: value for name, value in self.gather.constants.items() if name in BRACKET
         }

@@ -54,6 +54,7 @@ print(json.dumps({"zeros": int((merged[0].weight == 0).sum()), "callback": callb
 """
 
 
+@pytest.mark.slow
 def test_works_without_triton_and_transformers():
     found = run(BLOCKED)
     assert found["zeros"] == 32
@@ -109,6 +110,7 @@ SIGNATURES = {
         "through_magnitude=True", "warmup=0.1", "cooldown=0.3", "target_modules=all-linear", "exclude_modules=None",
         "modules_to_save=None", "train_bias=False", "adapter_dtype=torch.float32", "pattern=unstructured",
         "mask_interval=1", "recompute_input=True", "masked_weight=auto",
+        "products=auto",
     ]),
     "replace_linear": (pst.replace_linear, ["model", "config=None"]),
     "refresh_masks": (pst.refresh_masks, ["model"]),

@@ -32,6 +32,7 @@ EMULATED = (  # each kernel on both targets that the emulator has, except where 
     f"{TESTS}/test_select_compiled.py::test_other_layouts",
     f"{TESTS}/test_select_compiled.py::test_mask_and_masked_weight_in_one_pass",
     f"{TESTS}/test_select_compiled.py::test_routes_in_any_order_of_blocks",
+    f"{TESTS}/test_group_emulated.py::test_layouts",
 )  # fmt: skip
 
 

@@ -30,7 +30,10 @@ PATH = Path(__file__).with_name("machine_code.json")
 NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
 PRODUCTS, BLOCKS = ("matmul", "gradients"), ("block_lists", "block_matmul", "block_gradients")
 SWEEPS, SELECTION = ("score", "select", "mask"), ("select", "mask")
-ASKED_FOR = [*((target, files) for target in NVIDIA for files in (PRODUCTS, BLOCKS, SWEEPS)), ("gfx942", SELECTION)]
+ASKED_FOR = [
+    *((target, files) for target in NVIDIA for files in (PRODUCTS, BLOCKS, SWEEPS, ("group_mask",))),
+    ("gfx942", SELECTION),
+]
 NOT_KEPT = ("seconds", "file")  # of a row
 READING = ("_row", "_blocks", "_read_cubin", "_read_amdgcn", "_main_loop", "_multiply_adds", "_opcode")
 

@@ -119,7 +119,8 @@ def test_every_kernel_stays_inside(
         run_linear(*shape, transposed=transposed)
         run_linear(*shape, transposed=transposed, rank=9)
         run_blocks(*shape, 16, transposed=transposed)
-    every = {binary.kernel.__name__ for binary in shipping.shipped(f"sm_{architecture}", shipping.KERNEL_FILES)}
+    files = tuple(name for name in shipping.KERNEL_FILES if name != "group_mask")  # it is in test_group_emulated.py
+    every = {binary.kernel.__name__ for binary in shipping.shipped(f"sm_{architecture}", files)}
     assert set(session.stats) == every - ({"radix_histogram_kernel"} if shape == (1, 1) else set())
     assert {*SELECTION, *LINEAR, *BLOCKS, "bracket_kernel", "refine_kernel"} == every
 

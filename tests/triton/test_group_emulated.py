@@ -139,17 +139,42 @@ def test_layouts(emulator, small: None, kind: str) -> None:
         assert_same(layer, other)
 
 
-@pytest.mark.parametrize("fault", ["N_I", "N_J", "FIRST_CANDIDATE"])
+@pytest.mark.parametrize("fault", ["N_I", "N_J", "CAPACITY"])
 def test_one_more_is_noticed(emulator, small: None, fault: str) -> None:
-    """What lies behind a table lies between red zones."""
-    layer = layer_of(problem(97, 33, 1), 1100, torch.tensor([9.0, 0.1, 0.5, 0.01]))
-    table = MaskTable([layer])
+    """What lies behind a table lies between red zones. A guess that is too wide fills the room for candidates."""
+    table = MaskTable([layer_of(problem(97, 33, 1), 1100, torch.tensor([0.5, 1e3, 1100 / 3201, 0.01]))])
     table.groups[0].rows[0, getattr(group_row, fault).value] += 1
-    with (
-        emulated(emulator, table, 80),
-        pytest.raises(emulator.MemoryFault, match=r"outside (every tensor|memory) in group_"),
-    ):
+    outside = r"outside (every tensor|memory) in group_gather_kernel"
+    with emulated(emulator, table, 80), pytest.raises(emulator.MemoryFault, match=outside):
         prune_masks(table)
+
+
+def bytes_of(session: Session) -> int:
+    return sum(stats.load_bytes + stats.store_bytes for stats in session.stats.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("programs", [1, 16])
+def test_bytes_per_weight(emulator, monkeypatch: pytest.MonkeyPatch, programs: int) -> None:
+    """Of bf16 weights with fp32 factors of rank 8 + 8, every lane's load counted: no more than a layer at a time."""
+    monkeypatch.setattr(sweep, "programs_wanted", lambda device: programs)
+    layers, numel = [], 2 * 256 * 1024
+    for _ in range(2):
+        tensors = problem(256, 1024, 8)
+        tensors[0] = (torch.randn(256, 1024) * 0.05).bfloat16()
+        guess = guess_at(exact_scores(tensors), 131072, 0.001)
+        layers.append(layer_of(tensors, 131072, guess, masked=torch.bfloat16))
+    with emulator.emulate(90) as session:
+        want = [alone(layer) for layer in layers]
+    a_layer_at_a_time = bytes_of(session) / numel
+    table = MaskTable(layers)
+    with emulated(emulator, table, 90) as session:
+        prune_masks(table)
+    print(programs, "programs wanted:", bytes_of(session) / numel, "B a weight; a layer at a time", a_layer_at_a_time)
+    assert [route for _, route in routes(table)] == ["guess"] * 2
+    assert bytes_of(session) / numel <= a_layer_at_a_time
+    for layer, other in zip(layers, want, strict=True):
+        assert_same(layer, other)
 
 
 @pytest.mark.parametrize("layers", [24, 96])

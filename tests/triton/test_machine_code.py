@@ -130,6 +130,17 @@ def test_selection_and_masks_spill_nothing(target: str) -> None:
 
 
 @pytest.mark.compiled
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_for_a_table_spill_nothing(target: str) -> None:
+    rows = recorded.report(target, files=("group_mask",))
+    assert {row.case: row.problems for row in rows if row.problems} == {}
+    assert {row.kernel for row in rows} == {
+        "group_bracket_kernel", "group_gather_kernel", "group_radix_kernel", "group_collect_kernel",
+        "group_mask_kernel",
+    }  # fmt: skip
+
+
+@pytest.mark.compiled
 @pytest.mark.parametrize("rank", [10, 24, 32])
 def test_ranks_that_once_spilled_on_sm_100(rank: int) -> None:
     """Sampling did at 10, the sweeps did at 24 and 32, where the compiler unrolled all ranks."""
