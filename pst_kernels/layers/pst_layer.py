@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +16,14 @@ from ..masks import due, patterns
 from ..masks.packing import packed_width, unpack_mask
 from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
+from . import reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
 from .kept import keeps, takes_lists
 from .recompute import producer_of
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = NAMES[2:]
+FROZEN = "pst_weight"  # in a checkpoint whose `weight` is M * W' (whole_model.py): W itself
 
 
 class Ready(NamedTuple):
@@ -47,7 +50,6 @@ class PSTLayer(nn.Module):
     `refresh_mask(force=True)` after one.
     """
 
-    weight: Any  # a Parameter
     bias: Any  # a Parameter or None
     pst_U: nn.Parameter
     pst_V: nn.Parameter
@@ -58,6 +60,12 @@ class PSTLayer(nn.Module):
     pst_mask: Tensor
     pst_num_pruned: Tensor
     pst_guess: Tensor
+
+    full_name = ""  # in the model, for messages
+    called = False  # whether its forward has run outside of a compiled graph
+    read_by = ""  # the method of another module that has computed with the weight before the layer was called
+    rewritten = False  # whether it was said that the weight was written in place
+    seen_weight: tuple[int, int, int] | None = None  # which parameter, its address and version, at the last look
 
     def _add_factors(self, config: PSTConfig | None) -> None:
         config = PSTConfig() if config is None else config
@@ -100,6 +108,23 @@ class PSTLayer(nn.Module):
             for name in FACTORS:
                 factor = getattr(self, name)
                 factor.normal_() if name in ("pst_U", "pst_A") else factor.zero_()
+
+    @property
+    def weight(self) -> Any:
+        """The frozen Parameter. Who reads it past the layer is noted (see reads.py)."""
+        if not torch.compiler.is_compiling():
+            reads.note(self, sys._getframe(1))
+        # `__dict__` is where wrappers that take parameters apart (FSDP1, DataParallel) put a plain tensor
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = self.__dict__.get("weight")
+        if weight is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+        return weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.__dict__["weight"] = value
 
     @property
     def oriented_weight(self) -> Tensor:
@@ -207,6 +232,7 @@ class PSTLayer(nn.Module):
 
     def after_load(self, with_mask: bool) -> None:
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
+        self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
         if with_mask:
@@ -257,7 +283,7 @@ class PSTLayer(nn.Module):
             return
         with torch.no_grad():
             self.weight.copy_(self._unmerged_weight)
-        self._unmerged_weight, self.merged = None, False
+        self._unmerged_weight, self.merged, self.seen_weight = None, False, None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -265,8 +291,11 @@ class PSTLayer(nn.Module):
         ready = self._ready
         if ready is None or torch.compiler.is_compiling() or not self._is_ready(ready, x):
             if (shards := self._tensor_parallel()) is not None:
+                self.called = True
                 return shards.forward(self, x)
             ready = self._prepare(x)
+            if not torch.compiler.is_compiling():
+                self.called = True
         learn_scores = None
         if ready.options.block_size is not None:
             learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
@@ -315,6 +344,7 @@ class PSTLayer(nn.Module):
         if compiling or type(weight) not in PLAIN:
             self.refresh_mask()
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, -1)
+        reads.notice_rewritten(self)
         kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
         any_mask = self.pattern.with_masked_weight
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
@@ -387,6 +417,8 @@ class PSTLayer(nn.Module):
         if self.merged and f"{prefix}weight" in state_dict:
             errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
             return
+        if f"{prefix}{FROZEN}" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}{FROZEN}")
         if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
             state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
