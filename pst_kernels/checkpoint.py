@@ -8,7 +8,9 @@ step, so a process killed while saving leaves the previous checkpoint usable.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from .masks.patterns import Pattern, parse
 from .model import get_config, modules_to_save, pst_layers, replace_linear
 from .targets import find_targets
 
+logger = logging.getLogger("pst_kernels")
 ADAPTER_NAME = "pst_adapter.safetensors"
 FORMAT, VERSION = "pst_kernels", "1"
 RELEASED_NAMES = {
@@ -51,6 +54,8 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
         refuse_meta(name, state[name])
     tensors = {name: whole(state[name]).detach().contiguous().cpu().clone() for name in sorted(names)}
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict())}
+    if base := _fingerprint({name: state[f"{name}.weight" if name else "weight"] for name in layers}):
+        metadata["base"] = base
     with replacing(Path(directory) / ADAPTER_NAME) as temporary:
         save_file(tensors, temporary, metadata)
     config.save_pretrained(directory)
@@ -79,12 +84,41 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
     layers: dict[str, Any] = converted or _without_duplicates(find_targets(model, config))
     _check_settings(converted, config, path)
     _check_fit(model, layers, config, tensors, path)
+    _compare_base(layers, path)
     if not converted:
         model = replace_linear(model, config)
     _fill(model, tensors)
     for _, layer in pst_layers(model):
         layer.after_load(with_mask=True)
     return model
+
+
+def _fingerprint(weights: dict[str, Tensor]) -> str:
+    """Dtypes and checksum of the frozen weights; "" where a look at them would cost much, or they are not here."""
+    if any(weight.is_meta or hasattr(weight, "full_tensor") for weight in weights.values()):
+        return ""
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        whole_numbers = weight.detach().contiguous().view(bits[weight.element_size()])
+        digest.update(f"{name} {int(whole_numbers.sum(dtype=torch.int64))};".encode())
+    dtypes = sorted({str(weight.dtype) for weight in weights.values()})
+    return " ".join((*dtypes, digest.hexdigest()[:16]))
+
+
+def _compare_base(layers: dict[str, Any], path: Path) -> None:
+    """Warn when an adapter meets other base weights than it was trained on; the same ones in another dtype pass."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        saved = (file.metadata() or {}).get("base")
+    here = _fingerprint({name: layer.weight for name, layer in layers.items()}) if saved else ""
+    if saved and here and saved != here and saved.split()[:-1] == here.split()[:-1]:
+        logger.warning(
+            "%s was trained over other base weights than this model's, which fit in shape alone; load the adapter into"
+            " the base it was made for",
+            path,
+        )
 
 
 def _saved_config(model: nn.Module) -> PSTConfig:
@@ -298,5 +332,10 @@ def _read_released(directory: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} is damaged ({error}); save the checkpoint again") from error
         if any(key.rpartition(".")[2] in RELEASED_NAMES for key in state):
             return state
+        if any(key.endswith(".pst_U") for key in state):
+            raise ValueError(
+                f"{path} holds a whole model under PST, as the model's save_pretrained and Trainer write it, and no"
+                " adapter; from_pretrained loads it pruned, load_state_dict into a converted model to go on training"
+            )
         raise ValueError(f"{path} holds no PST factors; pass a directory written by save_pretrained")
     raise FileNotFoundError(f"{directory} has no {ADAPTER_NAME}; pass a directory written by save_pretrained")

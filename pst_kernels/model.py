@@ -17,10 +17,14 @@ from .export import formats
 from .layers.checks import check_finite, is_conv1d, refuse_meta
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.pst_layer import PSTLayer
+from .layers.reads import refuse_bypassed
 from .layers.together import refresh_layers
-from .targets import find_targets, head_modules, parameter_uses
+from .refusals import shortened
+from .targets import find_targets, head_modules, parameter_uses, weight_key, weights_in_no_linear
+from .whole_model import give_back_saving, take_over_saving
 
 logger = logging.getLogger("pst_kernels")
+LITTLE = 0.02  # share of the blocks' weights outside of linear layers that goes without saying
 
 
 def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Module:
@@ -54,9 +58,12 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
         if id(module) not in converted:
             cls: Any = PSTConv1D if is_conv1d(module) else PSTLinear
             converted[id(module)] = cls.from_linear(module, config)
+            converted[id(module)].full_name = name
         model = _set_submodule(model, name, converted[id(module)])
     _freeze(model, config, saved)
     _keep_buffers_out_of_ddp(model)
+    _warn_of_other_weights(model)
+    take_over_saving(model)
     return model
 
 
@@ -89,6 +96,17 @@ def _warn_of_other_settings(model: nn.Module, config: PSTConfig) -> None:
         if differ:
             logger.warning("%s is under PST already and keeps its settings: %s", name, "; ".join(differ))
             return
+
+
+def _warn_of_other_weights(model: nn.Module) -> None:
+    """Say what share of the blocks the method does not reach, as where a mixture's experts are one 3-d parameter."""
+    others, total = weights_in_no_linear(model)
+    if sum(others.values()) > LITTLE * total:
+        logger.warning(
+            "%.1f %% of the weights of the blocks are in no linear layer, and stay dense: %s",
+            100 * sum(others.values()) / total,
+            shortened(others),
+        )
 
 
 def _set_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
@@ -132,8 +150,9 @@ def refresh_masks(model: nn.Module) -> None:
     Forwards, saving and merging do it for what they can notice. Of a model that is sharded over processes every process
     must call this. Raises ValueError when the model has no PST layers.
     """
-    get_config(model)
-    layers = [layer for _, layer in pst_layers(model)]
+    layers = [layer for layer in model.modules() if isinstance(layer, PSTLayer)]
+    if not layers:
+        get_config(model)  # which says what to do
     for layer in layers:
         if not layer.merged:
             layer.mark_stale()
@@ -166,6 +185,8 @@ class TrainableSummary:
     prunable: int
     sparsity: float
     target_sparsity: float
+    not_linear: dict[str, int] = dataclasses.field(default_factory=dict)  # weights of blocks that no linear layer holds
+    in_blocks: int = 0
 
     @property
     def percent(self) -> float:
@@ -177,6 +198,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     prunable = sum(layer.weight.numel() for layer in layers)
     pruned = sum(layer.weights_pruned for layer in layers)
     target = sum(layer.config.sparsity * layer.weight.numel() for layer in layers)
+    not_linear, in_blocks = weights_in_no_linear(model)
     return TrainableSummary(
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
@@ -184,15 +206,20 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         prunable=prunable,
         sparsity=pruned / max(1, prunable),
         target_sparsity=target / max(1, prunable),
+        not_linear=not_linear,
+        in_blocks=in_blocks,
     )
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print PEFT's line, and the sparsity of the converted matrices now and in the end."""
     s = trainable_summary(model)
+    left = sum(s.not_linear.values())
+    dense = f" || {100 * left / s.in_blocks:.1f} % of the blocks' weights are in no linear layer, and dense"
     print(
         f"trainable params: {s.trainable:,} || all params: {s.total:,} || trainable%: {s.percent:.4f}"
         f" || sparsity of {s.prunable:,} prunable weights: {s.sparsity:.4f} (target {s.target_sparsity:.4f})"
+        f"{f'{dense}: {shortened(s.not_linear)}' if left > LITTLE * s.in_blocks else ''}"
     )
 
 
@@ -236,9 +263,10 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     """
     formats.check_name(format)
     get_config(model)
+    refuse_bypassed([(name, layer) for name, layer in pst_layers(model) if not layer.merged])
     uses = parameter_uses(model)
     for name, layer in pst_layers(model):
-        if uses[id(layer.weight)] > 1:
+        if uses[weight_key(layer.weight)] > 1:
             raise RuntimeError(
                 f"the weight of {name} is shared with another module, which merging would change;"
                 " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
@@ -253,4 +281,5 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, PSTLayer):
             model = _set_submodule(model, name, plain[id(module)])
+    give_back_saving(model)
     return model

@@ -104,7 +104,7 @@ class SparsitySchedule:
         if step_count % self.config.mask_interval == 0 or step_count >= self.total_steps:
             for layer in self.layers:
                 layer.mark_stale()
-        refresh_layers(layer for layer in self.layers if layer.grouping_kernels() is not None)
+        refresh_layers(self.layers, only_grouped=True)
 
     def _read_pruned(self) -> None:
         self._pruned = [int(layer.pst_num_pruned) for layer in self.layers]  # on the host: stepping never waits

@@ -1,8 +1,8 @@
 """`python -m bench sparse`: products that skip unstructured zeros, beside dense ones and other sparse loops, on a CPU.
 
 Every case is checked against float64 before it is timed. Runs are interleaved; ratios are medians over rounds of this
-contestant's time over the dense one's in the same round, and the lowest time over the lowest dense time beside them:
-on a machine that others use too the second is the steadier.
+contestant's time over the dense one's in the same round, and the lowest time over the lowest dense time beside them.
+On a machine that others use, `--own-time` measures with one thread what it computed itself, not how long it waited.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from pst_kernels.masks.packing import pack_mask
 
 from ..baselines.sparse_loops import SparseProp, multiply_adds
 from ..tables.report import Report, measured_on
-from .measure import Timing, interleaved, timer
+from .measure import Timing, interleaved
 from .modes import minilm
 
 SHAPES = ((768, 3072), (3072, 768))  # in -> out
@@ -37,6 +38,7 @@ INSTRUCTIONS = {16: "AVX-512", 8: "AVX2"}[LANES]
 # of the kept weight's loop with 64 tokens: the value, and x once a vector; the offset is an integer's load
 LOADS = {16: 5 / 4, 8: 9 / 8}[LANES]
 Runs = dict[str, Callable[[], Any]]
+Clock = Callable[[], float]
 DENSE, OURS, CSR, PROP = "dense", "ours", "torch CSR", "SparseProp's loop"
 
 
@@ -55,6 +57,7 @@ class Row:
     prop: float | None = None  # SparseProp's loop over dense
     of_peak: float | None = None  # kept multiply-adds a second over those a register loop reaches, lowest times
     instructions: str = INSTRUCTIONS
+    own_time: bool = False  # processor time of one thread, not time on the wall
 
 
 def _cells(row: Row) -> list[str]:
@@ -80,22 +83,27 @@ REPORT = Report(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
+    parser.add_argument("--own-time", action="store_true", help="one thread, and its processor time alone")
     REPORT.add_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
-    REPORT.run(options, lambda: [*_product_rows(options.seconds), *_model_rows(options.seconds)])
+    if options.own_time:
+        torch.set_num_threads(1)
+    clock = time.thread_time if options.own_time else time.perf_counter
+    REPORT.run(options, lambda: [*_product_rows(options.seconds, clock), *_model_rows(options.seconds, clock)])
     return 0
 
 
-def _product_rows(seconds: float) -> Iterator[Row]:
-    peak = _peak_rate()
+def _product_rows(seconds: float, clock: Clock) -> Iterator[Row]:
+    peak = _peak_rate(clock)
     for columns, out in SHAPES:
         for sparsity in SPARSITIES:
-            yield from _of_shape(columns, out, sparsity, seconds, peak)
+            yield from _of_shape((columns, out), sparsity, seconds, peak, clock)
 
 
-def _of_shape(columns: int, out: int, sparsity: float, seconds: float, peak: float) -> Iterator[Row]:
+def _of_shape(shape: tuple[int, int], sparsity: float, seconds: float, peak: float, clock: Clock) -> Iterator[Row]:
+    columns, out = shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out, columns, generator=generator)
     kept = torch.rand(out, columns, generator=generator) >= sparsity
@@ -121,11 +129,11 @@ def _of_shape(columns: int, out: int, sparsity: float, seconds: float, peak: flo
         if what != "lists, over y" and "W^T, over" not in what:
             _check(what, contestants, lists)
         work = None if "over" in what else len(lists.values) * TOKENS / peak
-        yield _row(f"{columns} -> {out}, T = {TOKENS}", what, sparsity, contestants, seconds, work)
+        yield _row(f"{columns} -> {out}, T = {TOKENS}", what, sparsity, contestants, (seconds, clock), work)
     for tokens in FEW:
         few = x[:tokens].clone()
         few_runs: Runs = {DENSE: partial(torch.mm, few, masked.T), OURS: partial(multiply, few, lists)}
-        yield _row(f"{columns} -> {out}, T = {tokens}", "y = x W^T", sparsity, few_runs, seconds / 4, None)
+        yield _row(f"{columns} -> {out}, T = {tokens}", "y = x W^T", sparsity, few_runs, (seconds / 4, clock), None)
 
 
 def _check(what: str, contestants: Runs, lists: SparseRows) -> None:
@@ -141,11 +149,12 @@ def _check(what: str, contestants: Runs, lists: SparseRows) -> None:
 
 
 def _row(
-    case: str, what: str, sparsity: float, contestants: Runs, seconds: float,
+    case: str, what: str, sparsity: float, contestants: Runs, budget: tuple[float, Clock],
     ideal_seconds: float | None,
 ) -> Row:  # fmt: skip
-    timers = {name: timer(run, None, "cpu") for name, run in contestants.items()}
-    timings = interleaved(timers, seconds, reference=DENSE, min_rounds=5, max_rounds=400)
+    seconds, clock = budget
+    timers: dict[str, Clock] = {name: partial(_timed, run, clock) for name, run in contestants.items()}
+    timings = interleaved(timers, seconds, reference=DENSE, min_rounds=3, max_rounds=400)
 
     def ratio(name: str) -> float | None:
         return timings[name].ratio_to(timings[DENSE]).median if name in timings else None
@@ -154,7 +163,7 @@ def _row(
     return Row(
         case, what, sparsity, 1e3 * timings[OURS].quantiles.median, 1e3 * timings[DENSE].quantiles.median,
         ratio(OURS) or 0.0, lowest / _lowest(timings[DENSE]), ratio(CSR), ratio(PROP),
-        None if ideal_seconds is None else ideal_seconds / lowest,
+        None if ideal_seconds is None else ideal_seconds / lowest, own_time=clock is time.thread_time,
     )  # fmt: skip
 
 
@@ -162,15 +171,20 @@ def _lowest(timing: Timing) -> float:
     return min(s for s in timing.seconds if s == s)
 
 
-def _peak_rate() -> float:
+def _peak_rate(clock: Clock) -> float:
     """Fused multiply-adds a second of as many cores as PyTorch uses, from one core's."""
     count = 20_000_000
     done = multiply_adds(count)
-    run = timer(lambda: multiply_adds(count), None, "cpu")
-    return torch.get_num_threads() * done / min(run() for _ in range(200))
+    return torch.get_num_threads() * done / min(_timed(lambda: multiply_adds(count), clock) for _ in range(200))
 
 
-def _model_rows(seconds: float) -> Iterator[Row]:
+def _timed(run: Callable[[], Any], clock: Clock) -> float:
+    start = clock()
+    run()
+    return clock() - start
+
+
+def _model_rows(seconds: float, clock: Clock) -> Iterator[Row]:
     dense: Any = minilm("cpu").eval()
     for layer in dense.bert.encoder.modules():
         if isinstance(layer, nn.Linear):
@@ -190,7 +204,7 @@ def _model_rows(seconds: float) -> Iterator[Row]:
 
         torch.testing.assert_close(forward(sparse), forward(dense), rtol=1e-3, atol=1e-4)
         contestants: Runs = {DENSE: partial(forward, dense), OURS: partial(forward, sparse)}
-        yield _row(f"MiniLM-L6, {batch} x {length}", "forward", MODEL_SPARSITY, contestants, 2 * seconds, None)
+        yield _row(f"MiniLM-L6, {batch} x {length}", "forward", MODEL_SPARSITY, contestants, (2 * seconds, clock), None)
 
 
 def _pruned(weight: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 from ..files import replacing
+from ..operands import FLOATING
 
 FORMAT = "pst_kernels compressed"
 PARTS = ("kept", "values", "negative")
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)  # torch compares and writes these as bits alone; 0x80 is -0.0
 
 
 def save_compressed(state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -31,12 +33,14 @@ def save_compressed(state: Mapping[str, Tensor], path: str | Path) -> None:
     shapes: dict[str, list[int]] = {}
     for name, tensor in state.items():
         flat = tensor.detach().cpu().contiguous().flatten()
-        kept = flat != 0 if flat.is_floating_point() else None  # NaN is not zero
+        kept = _kept(flat)
         if kept is None or 2 * int(kept.sum()) > kept.numel() or not kept.numel():
             tensors[name] = flat.clone().view(tensor.shape)
             continue
         shapes[name] = list(tensor.shape)
-        parts = (_packed(kept), flat[kept], _packed(torch.signbit(flat[~kept])))
+        bits = flat.view(torch.uint8) if flat.dtype in FLOAT8 else flat
+        negative = bits[~kept] != 0 if flat.dtype in FLOAT8 else torch.signbit(flat[~kept])
+        parts = (_packed(kept), bits[kept].view(flat.dtype), _packed(negative))
         tensors |= {f"{name}:{part}": tensor for part, tensor in zip(PARTS, parts, strict=True)}
     with replacing(Path(path)) as temporary:
         save_file(tensors, temporary, {"format": FORMAT, "shapes": json.dumps(shapes)})
@@ -65,15 +69,23 @@ def load_compressed(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _kept(flat: Tensor) -> Tensor | None:
+    """Where a tensor is not zero (NaN is not); None for one that is stored as it is."""
+    if flat.dtype in FLOAT8:
+        return flat.view(torch.uint8) & 0x7F != 0
+    return flat != 0 if flat.dtype in FLOATING else None
+
+
 def _dense(name: str, numel: int, kept: Tensor, values: Tensor, negative: Tensor) -> Tensor:
     places = _unpacked(kept, numel)
     zeros = numel - len(values)
     if len(kept) != -(-numel // 8) or int(places.sum()) != len(values) or len(negative) != -(-zeros // 8):
         raise ValueError(f"{name} has {len(values)} values for {int(places.sum())} places")
-    dense = torch.zeros(numel, dtype=values.dtype)
-    dense[places] = values
-    dense[torch.nonzero(~places)[_unpacked(negative, zeros)]] = -0.0
-    return dense
+    eight = values.dtype in FLOAT8
+    dense = torch.zeros(numel, dtype=torch.uint8 if eight else values.dtype)
+    dense[places] = values.view(dense.dtype)
+    dense[torch.nonzero(~places)[_unpacked(negative, zeros)]] = 0x80 if eight else -0.0
+    return dense.view(values.dtype)
 
 
 def _packed(flags: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..layers.block_sparse_linear import BlockSparseLinear
+from ..layers.hooks import carry_over
 from ..layers.linear import PSTConv1D
 from ..layers.pst_layer import PSTLayer
 from ..layers.sparse_linear import SparseLinear
@@ -80,6 +81,7 @@ def _dense(layer: PSTLayer) -> nn.Module:
     else:
         plain = _empty_linear(layer)
     plain.weight, plain.bias = layer.weight, layer.bias
+    carry_over(layer, plain)
     return plain
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import PSTConfig
 from .checks import is_conv1d
+from .hooks import carry_over
 from .pst_layer import PSTLayer
 
 
@@ -81,7 +82,5 @@ class PSTConv1D(PSTLayer):
 def _take_over(layer: Any, base: Any, config: PSTConfig | None) -> Any:
     layer.weight, layer.bias = base.weight, base.bias
     layer._add_factors(config)
-    # a hook that a user put on the layer goes on being called
-    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(layer, hooks).update(getattr(base, hooks))
+    carry_over(base, layer)
     return layer.train(base.training)

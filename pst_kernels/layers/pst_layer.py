@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +16,14 @@ from ..masks import due, patterns
 from ..masks.packing import packed_width, unpack_mask
 from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
+from . import reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
 from .kept import keeps, takes_lists
 from .recompute import producer_of
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = NAMES[2:]
+FROZEN = "pst_weight"  # in a checkpoint whose `weight` is M * W' (whole_model.py): W itself
 
 
 class Ready(NamedTuple):
@@ -46,7 +50,6 @@ class PSTLayer(nn.Module):
     `refresh_mask(force=True)` after one.
     """
 
-    weight: Any  # a Parameter
     bias: Any  # a Parameter or None
     pst_U: nn.Parameter
     pst_V: nn.Parameter
@@ -57,6 +60,12 @@ class PSTLayer(nn.Module):
     pst_mask: Tensor
     pst_num_pruned: Tensor
     pst_guess: Tensor
+
+    full_name = ""  # in the model, for messages
+    called = False  # whether its forward has run outside of a compiled graph
+    read_by = ""  # the method of another module that has computed with the weight before the layer was called
+    rewritten = False  # whether it was said that the weight was written in place
+    seen_weight: tuple[int, int, int] | None = None  # which parameter, its address and version, at the last look
 
     def _add_factors(self, config: PSTConfig | None) -> None:
         config = PSTConfig() if config is None else config
@@ -101,6 +110,23 @@ class PSTLayer(nn.Module):
                 factor.normal_() if name in ("pst_U", "pst_A") else factor.zero_()
 
     @property
+    def weight(self) -> Any:
+        """The frozen Parameter. Who reads it past the layer is noted (see reads.py)."""
+        if not torch.compiler.is_compiling():
+            reads.note(self, sys._getframe(1))
+        # `__dict__` is where wrappers that take parameters apart (FSDP1, DataParallel) put a plain tensor
+        weight = self._parameters.get("weight")
+        if weight is None:
+            weight = self.__dict__.get("weight")
+        if weight is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute 'weight'")
+        return weight
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        self.__dict__["weight"] = value
+
+    @property
     def oriented_weight(self) -> Tensor:
         """The weight as (out, in), a view."""
         raise NotImplementedError
@@ -112,7 +138,12 @@ class PSTLayer(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        return Factors(self.pst_U, self.pst_V, self.pst_A, self.pst_B, self.pst_R, self.pst_C)
+        held = self._parameters
+        try:
+            found = [held[name] for name in FACTORS]
+        except KeyError:  # a parametrised factor is no parameter of the layer
+            found = [getattr(self, name) for name in FACTORS]
+        return Factors(*found)  # type: ignore[arg-type]
 
     @property
     def sparsity(self) -> float:
@@ -201,6 +232,7 @@ class PSTLayer(nn.Module):
 
     def after_load(self, with_mask: bool) -> None:
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
+        self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
         if with_mask:
@@ -251,7 +283,7 @@ class PSTLayer(nn.Module):
             return
         with torch.no_grad():
             self.weight.copy_(self._unmerged_weight)
-        self._unmerged_weight, self.merged = None, False
+        self._unmerged_weight, self.merged, self.seen_weight = None, False, None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
@@ -259,8 +291,11 @@ class PSTLayer(nn.Module):
         ready = self._ready
         if ready is None or torch.compiler.is_compiling() or not self._is_ready(ready, x):
             if (shards := self._tensor_parallel()) is not None:
+                self.called = True
                 return shards.forward(self, x)
             ready = self._prepare(x)
+            if not torch.compiler.is_compiling():
+                self.called = True
         learn_scores = None
         if ready.options.block_size is not None:
             learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
@@ -288,7 +323,7 @@ class PSTLayer(nn.Module):
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and not weight.requires_grad
-            and self.watch.is_as_it_was(self._buffers["pst_num_pruned"], ready.parameters[1:])
+            and self.watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
         )
 
     def _prepare(self, x: Tensor) -> Ready:
@@ -309,6 +344,7 @@ class PSTLayer(nn.Module):
         if compiling or type(weight) not in PLAIN:
             self.refresh_mask()
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, -1)
+        reads.notice_rewritten(self)
         kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
         any_mask = self.pattern.with_masked_weight
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
@@ -343,41 +379,26 @@ class PSTLayer(nn.Module):
         torch.autograd.graph.increment_version(kept)  # a backward that still needs what was there must say so
         return kept
 
-    def grouping_kernels(self) -> Any:
-        """The room that makes this layer's mask together with others', or None."""
-        weight = self.weight
-        plain = type(weight) in PLAIN and type(self.pst_U) in PLAIN and type(self.pst_num_pruned) is Tensor
-        if self.merged or not plain or not self.pattern.with_masked_weight or weight.dtype == torch.float64:
-            return None
-        kernels = ops.kernels_for(weight.device.type)
-        return kernels if hasattr(kernels, "prune_masks") else None
+    def can_be_grouped(self) -> bool:
+        """Whether a grouped pass can make this layer's mask, where its device has one."""
+        held, weight = self._parameters, self.weight
+        plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
+        return not self.merged and plain and self.pattern.with_masked_weight and weight.dtype != torch.float64
 
-    def needs_mask(self) -> bool:
-        """Whether the mask is due; remembers a change after which it is not."""
-        watched = (self.weight, *self.factors)
-        if self.watch.is_fresh(self.pst_num_pruned, watched):
-            return False
-        if self.watch.is_due(self.pst_num_pruned, self.config.mask_interval):
-            return True
-        self.watch.note(self.pst_num_pruned, watched, made=False)
-        return False
-
-    def grouped_tensors(self, kind: Any) -> Any:
-        """What a grouped pass needs of this layer, M * W' with it where the last forward kept it."""
+    def grouped_tensors(self) -> tuple[Any, ...]:
+        """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""
         ready = self._ready
-        keep = ready is not None and ready.options.kept
-        masked = self._room_to_keep(ready.dtype) if ready is not None and keep else None
+        masked = self._room_to_keep(ready.dtype) if ready is not None and ready.options.kept else None
         guess = self.pst_guess.view(torch.float32)
-        return kind(
-            self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
-        )  # fmt: skip
+        return self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
 
-    def note_grouped_mask(self) -> None:
-        """The mask, and M * W' where there was room for it, were made in a grouped pass."""
-        self.watch.note(self.pst_num_pruned, (self.weight, *self.factors), made=True)
-        if self._ready is not None:
-            kept = self._kept_weight if self._ready.options.kept else None
-            self._ready = self._ready._replace(made=Made(kept), look=self.watch.looks)
+    def note_grouped_mask(self, watched: Sequence[Tensor]) -> None:
+        """The mask of these tensors, and M * W' where there was room for it, were made in a grouped pass."""
+        self.watch.note(self.pst_num_pruned, watched, made=True)
+        ready = self._ready
+        if ready is not None:
+            made = Made(self._kept_weight) if ready.options.kept else NOTHING_MADE
+            self.__dict__["_ready"] = ready._replace(made=made, look=self.watch.looks)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -396,6 +417,8 @@ class PSTLayer(nn.Module):
         if self.merged and f"{prefix}weight" in state_dict:
             errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
             return
+        if f"{prefix}{FROZEN}" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}{FROZEN}")
         if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
             state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -3,53 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .. import ops
 from ..masks import due
-from .pst_layer import PSTLayer
+from .pst_layer import FACTORS, PSTLayer
 
-TABLES_KEPT = 8
-_tables: dict[tuple[int, ...], Any] = {}  # by the ids of their layers; each says whether it still fits
+GROUPS_KEPT = 8
+WATCHED = ("weight", *FACTORS)
+HELD = ("pst_num_pruned", "pst_guess", "pst_mask")
+_groups: dict[tuple[int, ...], Group] = {}  # by the ids of their layers
 
 
-def refresh_layers(layers: Iterable[PSTLayer]) -> None:
-    """Bring the masks that are due up to date, on the current stream; nothing waits for the device."""
-    grouped: dict[tuple[torch.device, Any], list[PSTLayer]] = {}
+class Group:
+    """Layers whose masks are made in one pass, and the table of their tensors, as long as none of these moves."""
+
+    def __init__(self, kernels: ModuleType, layers: Sequence[PSTLayer]):
+        self.kernels, self.layers = kernels, layers
+        self.table = kernels.MaskTable([kernels.LayerTensors(*layer.grouped_tensors()) for layer in layers])
+        self.addresses = [_addresses(layer) for layer in layers]
+
+    def fits(self) -> bool:
+        return self.addresses == [_addresses(layer) for layer in self.layers]
+
+    def refresh(self) -> None:
+        for layer in self.layers:
+            if layer._kept_weight is not None:  # a backward that still needs what was there must say so
+                torch.autograd.graph.increment_version(layer._kept_weight)
+        self.kernels.prune_masks(self.table)
+        for layer in self.layers:
+            layer.note_grouped_mask(_watched(layer))
+
+
+def _watched(layer: PSTLayer) -> list[Tensor]:
+    held = layer._parameters
+    return [held[name] for name in WATCHED]  # type: ignore[misc]
+
+
+def _addresses(layer: PSTLayer) -> list[Any]:
+    """What a table holds of a layer: the addresses of its tensors, and M * W' if it is kept."""
+    parameters, buffers, ready = layer._parameters, layer._buffers, layer._ready
+    keeps = ready is not None and ready.options.kept
+    return [
+        *(parameters[name].data_ptr() for name in WATCHED), *(buffers[name].data_ptr() for name in HELD),  # type: ignore[union-attr]
+        id(layer._kept_weight) if keeps else None,
+    ]  # fmt: skip
+
+
+def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> None:
+    """Bring the masks that are due up to date, on the current stream; nothing waits for the device.
+
+    `only_grouped`: those alone that a grouped pass makes; the others' next forward does it.
+    """
+    rooms: dict[str, Any] = {}
+    grouped: dict[torch.device, list[PSTLayer]] = {}
     for layer in layers:
-        kernels = layer.grouping_kernels()
-        if kernels is None:
-            layer.refresh_mask()
-        elif layer.needs_mask():
-            grouped.setdefault((layer.weight.device, kernels), []).append(layer)
-    for (_, kernels), members in grouped.items():
-        _refresh_grouped(kernels, members)
+        device = layer._parameters["weight"].device  # type: ignore[union-attr]
+        if device.type not in rooms:
+            kernels = ops.kernels_for(device.type)
+            rooms[device.type] = kernels if hasattr(kernels, "prune_masks") else None
+        if rooms[device.type] is None or not layer.can_be_grouped():
+            if not only_grouped:
+                layer.refresh_mask()
+        elif _is_due(layer):
+            grouped.setdefault(device, []).append(layer)
+    for device, members in grouped.items():
+        _refresh_grouped(rooms[device.type], members)
+
+
+def _is_due(layer: PSTLayer) -> bool:
+    """Whether a mask is to be made; remembers a change after which it is not."""
+    watch, count, watched = layer.watch, layer._buffers["pst_num_pruned"], _watched(layer)
+    if watch.is_fresh(count, watched):
+        return False
+    if watch.is_due(count, layer.config.mask_interval):  # type: ignore[arg-type]
+        return True
+    watch.note(count, watched, made=False)  # type: ignore[arg-type]
+    return False
 
 
 @torch.no_grad()
-def _refresh_grouped(kernels: Any, layers: Sequence[PSTLayer]) -> None:
-    tensors = [layer.grouped_tensors(kernels.LayerTensors) for layer in layers]
+def _refresh_grouped(kernels: ModuleType, layers: Sequence[PSTLayer]) -> None:
     key = tuple(map(id, layers))
-    table = _tables.get(key)
-    if table is None or not table.matches(tensors):
-        _tables.pop(key, None)
-        while len(_tables) >= TABLES_KEPT:
-            _tables.pop(next(iter(_tables)))
-        table = _tables[key] = kernels.MaskTable(tensors)
-    kernels.prune_masks(table)
-    for layer in layers:
-        layer.note_grouped_mask()
+    group = _groups.get(key)
+    if group is None or not group.fits():
+        _groups.pop(key, None)
+        while len(_groups) >= GROUPS_KEPT:
+            _groups.pop(next(iter(_groups)))
+        group = _groups[key] = Group(kernels, layers)
+    group.refresh()
 
 
-def release_tables() -> None:
+def release_groups() -> None:
     """Free what the grouped passes keep on the devices; the next one makes it again."""
-    _tables.clear()
+    _groups.clear()
 
 
 def _after_step(layers: Sequence[PSTLayer]) -> None:
     """After an optimizer step, for layers that no schedule takes care of."""
-    refresh_layers(layer for layer in layers if not layer.scheduled and layer.grouping_kernels() is not None)
+    refresh_layers((layer for layer in layers if not layer.scheduled), only_grouped=True)
 
 
 due.after_steps.append(_after_step)

@@ -23,34 +23,20 @@ class Watch:
 
     def __init__(self, made: bool = False, changes: int = 0):
         self.made = made  # whether there is a mask at all
-        self.changes = changes  # of the factors since it was made: looks that found some
+        self.changes = changes  # of the factors since it was made
         self.looks = 0  # at which something had changed: what was made after one belongs to its number
-        self.total = 0  # of all versions, which only grow, and addresses
         self.stepped = False  # whether an optimizer has stepped since the last look
         self.count: Any = None
-        self.state: list[int] = []
+        self.total = NOTHING
         # Held, so that no other tensor can get the address of one of these.
         self.tensors: tuple[Tensor, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Watch, (self.made, self.changes)  # a copy's tensors are others: its next look sees one change
 
-    def is_fresh(self, num_pruned: Tensor, tensors: Sequence[Tensor]) -> bool:
+    def is_fresh(self, num_pruned: Any, tensors: Sequence[Any]) -> bool:
         """Whether nothing has changed since the last look."""
-        return not self.stepped and self.state == _state(tensors) and self.count == _count(num_pruned)
-
-    def is_as_it_was(self, num_pruned: Any, tensors: Sequence[Any]) -> bool:
-        """`is_fresh` at the price of a few comparisons, for the very same tensors; may be wrong in saying no."""
-        weight, U, V, A, B, R, C = tensors
-        try:
-            total = (
-                weight._version + U._version + V._version + A._version + B._version + R._version + C._version
-                + weight.data_ptr() + U.data_ptr() + V.data_ptr() + A.data_ptr() + B.data_ptr() + R.data_ptr()
-                + C.data_ptr()
-            )  # fmt: skip
-        except RuntimeError:  # inference tensors have none
-            return False
-        return total == self.total and not self.stepped and self.count == _count(num_pruned)
+        return not self.stepped and self.total == total_of(tensors) and self.count == _count(num_pruned)
 
     def is_due(self, num_pruned: Tensor, interval: int) -> bool:
         """Whether to make the mask now that something has changed: a changed sparsity is due at once, changed factors
@@ -64,31 +50,38 @@ class Watch:
         self.changes = 0 if made else self.changes + 1
         self.made, self.stepped = True, False
         self.looks += 1
-        self.count, self.state, self.tensors = _count(num_pruned), _state(tensors), tuple(tensors)
-        self.total = sum(self.state)
+        self.count, self.total, self.tensors = _count(num_pruned), total_of(tensors), tuple(tensors)
 
     def mark_stale(self) -> None:
         """Make the mask before the next use, whatever the counters say."""
-        self.made, self.state, self.tensors, self.total = False, [], (), -1
+        self.made, self.tensors, self.total = False, (), NOTHING
 
     def is_last_before_refresh(self, interval: int) -> bool:
         """Whether the next change makes the mask due, so that a gradient of the scores is worth its cost now."""
         return self.changes + 1 >= interval
 
 
+NOTHING = -1  # no sum of versions and addresses
+
+
+def total_of(tensors: Sequence[Tensor]) -> int:
+    """One number that differs after a write, which moves a tensor's version, and after a tensor was replaced by
+    another, whose address tells it from its predecessor. Inference tensors have no version.
+    """
+    total = 0
+    try:
+        for tensor in tensors:
+            total += tensor._version + tensor.data_ptr()
+    except RuntimeError:
+        return sum((0 if t.is_inference() else t._version) + t.data_ptr() for t in tensors)
+    return total
+
+
 def _count(num_pruned: Tensor) -> Any:
     # A process group may write the same count anew in every forward, so it is compared by value where reading is free.
-    if num_pruned.device.type == "cpu":
+    if num_pruned.is_cpu:
         return int(num_pruned)
     return num_pruned._version, num_pruned.data_ptr()
-
-
-def _state(tensors: Sequence[Tensor]) -> list[int]:
-    # The address tells a replaced tensor from its predecessor. Inference tensors have no version: changes go unnoticed.
-    try:
-        return [number for tensor in tensors for number in (tensor._version, tensor.data_ptr())]
-    except RuntimeError:
-        return [n for t in tensors for n in (0 if t.is_inference() else t._version, t.data_ptr())]
 
 
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()  # each has `factors` and `watch`
@@ -119,8 +112,20 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
         act(layers)
 
 
+_owned: weakref.WeakKeyDictionary[Any, tuple[Any, weakref.WeakSet[Any]]] = weakref.WeakKeyDictionary()
+
+
 def owned_layers(optimizer: torch.optim.Optimizer) -> list[Any]:
     """The layers of which an optimizer owns a factor."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    layers = len(_layers)
+    known = _owned.get(optimizer)
+    if known is None or known[0] != (sizes, layers):  # looked up once, until either has more or fewer
+        known = _owned[optimizer] = (sizes, layers), weakref.WeakSet(_look_up(optimizer))
+    return list(known[1])
+
+
+def _look_up(optimizer: torch.optim.Optimizer) -> list[Any]:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     owned = set(map(id, parameters))
     sharded = any(hasattr(p, "full_tensor") for p in parameters)

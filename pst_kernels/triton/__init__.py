@@ -7,6 +7,9 @@ from .tiles import versions  # noqa: F401 (first: where Triton is too old it say
 from .block_gradients import block_backward
 from .block_matmul import block_forward
 from .gradients import linear_backward
+from .group_layer import LayerTensors
+from .group_mask import prune_masks
+from .group_table import MaskTable
 from .mask import masked_weight, prune_mask
 from .matmul import forward_scratch, linear_forward
 from .score import scores
@@ -14,6 +17,17 @@ from .scratch import release as release_scratch
 from .select import kth_value
 
 __all__ = [
-    "block_backward", "block_forward", "forward_scratch", "kth_value", "linear_backward", "linear_forward",
-    "masked_weight", "prune_mask", "release_scratch", "scores",
+    "LayerTensors",
+    "MaskTable",
+    "block_backward",
+    "block_forward",
+    "forward_scratch",
+    "kth_value",
+    "linear_backward",
+    "linear_forward",
+    "masked_weight",
+    "prune_mask",
+    "prune_masks",
+    "release_scratch",
+    "scores",
 ]  # fmt: skip

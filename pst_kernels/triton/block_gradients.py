@@ -27,6 +27,7 @@ from .matmul import one_stride
 from .ptx import split
 from .score import checked_operands
 from .tiles import choice, targets
+from .tiles.targets import cdiv
 
 RANKS = tl.constexpr(16)  # reduced at a time, as tensor cores take them
 
@@ -164,11 +165,11 @@ def block_factor_gradients(
     ragged = rows % size != 0 or columns % size != 0
     tile = choice.block_gradients(platform.architecture, x.dtype, size, rank, ragged)
     down, across = grid_of(weight.shape, size)
-    parts = triton.cdiv(across * size, tile.columns)
+    parts = cdiv(across * size, tile.columns)
     # How many blocks are kept is not known here; a tenth is assumed, of the sparsity of 0.9 that blocks are for.
     kept_tiles = max(1, down * parts // 10)
     tokens_per_split = choice.tokens_per_split(platform.architecture, kept_tiles, tokens, tile.depth)
-    split_k = triton.cdiv(tokens, tokens_per_split)
+    split_k = cdiv(tokens, tokens_per_split)
     row_sums = torch.empty((split_k, parts, rows, rank), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((split_k, down, rank, columns), dtype=torch.float32, device=x.device)
     block_gradients_kernel[parts, down, split_k](
@@ -180,7 +181,7 @@ def block_factor_gradients(
         num_warps=tile.warps, num_stages=tile.stages, **platform.all_registers,
     )  # fmt: skip
     block = 256
-    add_block_partials_kernel[down + across, triton.cdiv(size * rank, block)](
+    add_block_partials_kernel[down + across, cdiv(size * rank, block)](
         row_sums, column_sums, dU, dV, by_rows.counts, by_columns.indices, by_columns.counts,
         split_k, parts, tile.columns, rows, columns, down, size, rank, beta, BLOCK=block, num_warps=4,
     )  # fmt: skip

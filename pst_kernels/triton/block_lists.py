@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks.packing import WORD
+from .tiles.targets import cdiv
 
 BITS = tl.constexpr(WORD)
 CHUNK = 128  # blocks looked at together, one a thread
@@ -74,7 +75,7 @@ def strip(p_indices, first, count, SIZE: tl.constexpr, LENGTH: tl.constexpr):
 
 def grid_of(shape: torch.Size, size: int) -> tuple[int, int]:
     """Rows and columns of blocks."""
-    return triton.cdiv(shape[0], size), triton.cdiv(shape[1], size)
+    return cdiv(shape[0], size), cdiv(shape[1], size)
 
 
 def list_blocks(mask: Tensor, shape: torch.Size, size: int, of_columns: bool) -> BlockLists:

@@ -22,6 +22,7 @@ from .matmul import one_stride, split_factors, store_result
 from .ptx import ROUNDING, rounded, used
 from .score import checked_operands
 from .tiles import choice, tables, targets
+from .tiles.targets import cdiv
 
 ROWS, COLUMNS = False, True  # what a list of blocks is of
 
@@ -106,7 +107,7 @@ def block_matmul_kernel(
                 b_updated = add_product(b_updated, b_part, p_right + part, o_right, m_inner, WEIGHT_ALONG_ROWS, MASKED)
         if WEIGHT_ALONG_ROWS:
             if WAIT:  # as in matmul.py: Triton 3.6 fails on a product that is used under a branch alone
-                b_updated = tl.inline_asm_elementwise("", "=f,0", [b_updated], dtype=tl.float32, is_pure=True, pack=1)
+                b_updated = used(b_updated)
             b_kept = tl.zeros((BLOCK_DEPTH, BLOCK_ROWS), b_x.dtype)
             if tokens > 0:  # always true, as in matmul.py: or both warpgroups would make the same rows of W'
                 b_kept = rounded(b_updated, b_weight, b_x, ASSEMBLY, CONSTRAINTS)
@@ -143,7 +144,7 @@ def block_matmul(
     assembly, constraints = "", ""
     if x.dtype != torch.float32 and platform.assembly:
         assembly, constraints = ROUNDING[x.dtype, weight.dtype == torch.float32]
-    block_matmul_kernel[triton.cdiv(tokens, tile.columns), triton.cdiv(rows, size)](
+    block_matmul_kernel[cdiv(tokens, tile.columns), cdiv(rows, size)](
         x, weight, left, right, y if bias is None else bias, y, *kept, tokens, rows, depth, stride,
         kept.indices.shape[1], int(bias is not None),
         WIDTH=width, PART=min(width, tables.FACTOR_PART[choice.dtype_key(x.dtype, weight.dtype)]),

@@ -40,6 +40,7 @@ from .matmul import input_gradient, one_stride
 from .ptx import split
 from .score import checked_operands
 from .tiles import choice, targets
+from .tiles.targets import cdiv
 
 
 @triton.jit
@@ -274,7 +275,7 @@ def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magn
             *tensors, tokens, plan.tokens_per_split, *sizes, WIDTH=16, **constants, **registers
         )
     block = 256
-    add_partials_kernel[(triton.cdiv(rows * ranks, block) + triton.cdiv(columns * ranks, block),)](
+    add_partials_kernel[(cdiv(rows * ranks, block) + cdiv(columns * ranks, block),)](
         row_sums, column_sums, *found, split_k * sweeps, split_k * down, rows, columns, *scales,
         RANK_W=rank_w, RANK_S=rank_s, BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..masks.packing import WORD
@@ -13,6 +12,7 @@ from . import group_row as row
 from . import sweep
 from .sweep import SweepTile
 from .tiles import versions
+from .tiles.targets import cdiv
 
 Shape = tuple[int, int]  # n_i and n_j of a layer: see sweep.py
 
@@ -23,7 +23,7 @@ ROUNDS = 2  # of programs over the whole device, at least: the last one is seldo
 def best_tile(ranks: int, shapes: list[Shape]) -> SweepTile:
     """Of those for so many ranks, the one that computes the least beside the weights."""
     tiles = [sweep.tile_of(ranks, n_j) for n_j in (1024, 512)]
-    return min(tiles, key=lambda tile: sum(n_i * triton.cdiv(n_j, tile.block_j) * tile.block_j for n_i, n_j in shapes))
+    return min(tiles, key=lambda tile: sum(n_i * cdiv(n_j, tile.block_j) * tile.block_j for n_i, n_j in shapes))
 
 
 def tile_for_words(tile: SweepTile, transposed: bool) -> SweepTile:
@@ -44,8 +44,7 @@ class Cut(NamedTuple):
     def counts(self) -> list[int]:
         """Tiles of each layer."""
         return [
-            triton.cdiv(n_i, rows) * triton.cdiv(n_j, self.block_j)
-            for (n_i, n_j), rows in zip(self.shapes, self.rows, strict=True)
+            cdiv(n_i, rows) * cdiv(n_j, self.block_j) for (n_i, n_j), rows in zip(self.shapes, self.rows, strict=True)
         ]
 
     def places(self, device: torch.device) -> Tensor:
@@ -53,8 +52,8 @@ class Cut(NamedTuple):
         places = [
             layer + row.LAYERS.value * (strip + row.STRIPS.value * block)
             for layer, ((n_i, n_j), rows) in enumerate(zip(self.shapes, self.rows, strict=True))
-            for strip in range(triton.cdiv(n_i, rows))
-            for block in range(triton.cdiv(n_j, self.block_j))
+            for strip in range(cdiv(n_i, rows))
+            for block in range(cdiv(n_j, self.block_j))
         ]
         return torch.tensor(places, dtype=torch.int64, device=device)
 
@@ -63,8 +62,8 @@ def cut(shapes: list[Shape], tile: SweepTile, programs: int) -> Cut:
     """Rows that are equal within a layer and whole words, as many as leave enough programs in all."""
     most = sweep.MOST_ROWS
     while True:
-        strips = [triton.cdiv(n_i, most) for n_i, _ in shapes]
-        rows = [triton.cdiv(triton.cdiv(n_i, n), WORD) * WORD for (n_i, _), n in zip(shapes, strips, strict=True)]
+        strips = [cdiv(n_i, most) for n_i, _ in shapes]
+        rows = [cdiv(cdiv(n_i, n), WORD) * WORD for (n_i, _), n in zip(shapes, strips, strict=True)]
         found = Cut(shapes, rows, tile.block_j)
         if most <= FEWEST_ROWS or sum(found.counts) >= ROUNDS * programs:
             return found

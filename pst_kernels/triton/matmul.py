@@ -27,7 +27,7 @@ from .ptx import MASKING, keep, used, widen
 from .score import checked_operands
 from .tiles import choice, targets
 from .tiles.tables import Tile
-from .tiles.targets import Platform
+from .tiles.targets import Platform, cdiv
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def masked_matmul_kernel(
         if WEIGHT_ALONG_ROWS:
             b_updated = tl.dot(b_right, b_left, b_updated, input_precision="ieee")
             if WAIT:  # used under the branch alone, the small product would be waited for there: Triton 3.6 fails on it
-                b_updated = tl.inline_asm_elementwise("", "=f,0", [b_updated], dtype=tl.float32, is_pure=True, pack=1)
+                b_updated = used(b_updated)
             b_kept = tl.zeros((OUTER, INNER), b_x.dtype)
             # Always true, and LLVM is told so (tl.assume): to Triton the branch ends the chain from one product to the
             # next, or it would give both warpgroups all of `outer`, the same 64 rows twice.
@@ -211,7 +211,7 @@ def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tenso
     left = torch.empty((rows, width), dtype=dtype, device=U.device)
     right = torch.empty((columns, width), dtype=dtype, device=U.device)
     block = 32 if width <= 128 else 16
-    grid = (triton.cdiv(rows, block) + triton.cdiv(columns, block),)
+    grid = (cdiv(rows, block) + cdiv(columns, block),)
     split_factors_kernel[grid](
         U, V, left, right, rows, columns, rank, beta, SPLIT=split, WIDTH=width, BLOCK=block, num_warps=4
     )  # fmt: skip
@@ -237,7 +237,7 @@ def masked_matmul(
     assembly, constraints = "", ""
     if x.dtype != torch.float32 and platform.assembly:
         assembly, constraints = MASKING[x.dtype, transposed != along_rows, weight.dtype == torch.float32]
-    grid = (triton.cdiv(tokens, tile.columns), triton.cdiv(rows, tile.rows))
+    grid = (cdiv(tokens, tile.columns), cdiv(rows, tile.rows))
     masked_matmul_kernel[grid](
         x, weight, left, right, y if bias is None else bias, mask, y,
         tokens, rows, depth, stride, mask.shape[1], int(bias is not None),

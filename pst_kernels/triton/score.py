@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import Factors, MaskedWeight, Scales
+from .tiles.targets import cdiv
 
 UNROLL = tl.constexpr(16)  # ranks up to here are unrolled; above, code size and compile time would grow with them
 
@@ -136,7 +137,7 @@ def scores(weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
     factors = checked(weight, factors)
     out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     rows, columns = weight.shape
-    grid = (triton.cdiv(rows, TILE["BLOCK_ROWS"]) * triton.cdiv(columns, TILE["BLOCK_COLUMNS"]),)
+    grid = (cdiv(rows, TILE["BLOCK_ROWS"]) * cdiv(columns, TILE["BLOCK_COLUMNS"]),)
     if weight.numel():
         scores_kernel[grid](
             weight, *factors, out, rows, columns, *weight.stride(), *scales,

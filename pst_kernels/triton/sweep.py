@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .score import low_rank_step, not_unrolled, score_from, updated_from
 from .tiles import versions
-from .tiles.targets import Platform
+from .tiles.targets import Platform, cdiv
 
 MOST_ROWS = 512  # of a program; more save little: it reads 64 bytes of factors for each j, at ranks 8 + 8
 AT_ONCE = tl.constexpr(4)  # ranks whose vectors are loaded together where they are not held
@@ -237,16 +237,16 @@ def sweep_weight(
         "RANK_W": ranks[0], **({"RANK_S": ranks[1]} if len(ranks) > 1 else {}), "UNIT": stride_j == 1 or n_j == 1,
         "TRANSPOSED": transposed, **tile_constants(tile, platform),
     }  # fmt: skip
-    grid = (triton.cdiv(n_i, rows_per_program) * triton.cdiv(n_j, tile.block_j),)
+    grid = (cdiv(n_i, rows_per_program) * cdiv(n_j, tile.block_j),)
     return Sweep(grid, operands, (n_i, n_j, stride_i, stride_j, rows_per_program), constants)
 
 
 def sweep_scores(scores: Tensor, platform: Platform, tile: SweepTile | None = None) -> Sweep:
     """Over a contiguous vector of fp32 scores, as rows of WIDTH."""
-    rows, tile = triton.cdiv(scores.numel(), WIDTH), tile or tile_of(0, WIDTH)
+    rows, tile = cdiv(scores.numel(), WIDTH), tile or tile_of(0, WIDTH)
     rows_per_program = rows_to_sweep(rows, WIDTH, tile, scores.device)
     constants = {"RANK_W": 0, "RANK_S": 0, "UNIT": True, "TRANSPOSED": False, **tile_constants(tile, platform)}
-    grid = (triton.cdiv(rows, rows_per_program) * triton.cdiv(WIDTH, tile.block_j),)
+    grid = (cdiv(rows, rows_per_program) * cdiv(WIDTH, tile.block_j),)
     return Sweep(grid, (scores, *[None] * 6), (rows, WIDTH, WIDTH, 1, rows_per_program), constants)
 
 

@@ -168,6 +168,7 @@ def test_a_broken_provider_is_told(what):
     assert check.check_layer(provider, SMALL, torch.float32, "cpu").startswith(message)
 
 
+@pytest.mark.slow
 def test_a_broken_provider_gets_no_ratio():
     said = []
     provider = BROKEN["output"][0]
@@ -236,6 +237,7 @@ def test_rounds_are_interleaved_and_the_order_rotates():
     assert all(timing.seconds == [0.0, 0.0, 0.0] for timing in timings.values())
 
 
+@pytest.mark.slow
 def test_a_slow_contestant_rests_but_the_reference_does_not():
     timers = {"slow": lambda: 10.0, "fast": lambda: 0.1}
     timings = measure.interleaved(timers, 1.0, min_rounds=4, max_rounds=4, warmup=0)
@@ -300,6 +302,7 @@ def test_quick_is_part_of_the_full_grid():
     assert {case.mode for case in cases.quick()} == set(cases.MODES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["forward", "backward", "step", "mask", "threshold"])
 def test_rows_of_a_case(mode):
     case = cases.Case(mode, SMALL, 0 if mode in ("mask", "threshold") else 12, torch.float32)

@@ -27,6 +27,7 @@ REPORTS = {"blocks": blocks.REPORT, "export": export.REPORT}
 # The files of the real MiniLM
 
 
+@pytest.mark.slow
 @needs_minilm
 def test_the_compressed_minilm_at_90_percent(tmp_path):
     """At most a quarter of the dense file's pruned part, and every bit comes back; measured without the job's code."""
@@ -90,6 +91,7 @@ def small(monkeypatch):
     monkeypatch.setattr(modes, "model_task", functools.partial(modes.model_task, batch=2, length=8))
 
 
+@pytest.mark.slow
 def test_blocks_writes_a_row_a_pattern(small, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text("a\n<!-- blocks:begin -->\nold\n<!-- blocks:end -->\nb\n")

@@ -87,6 +87,7 @@ def test_the_benchmark_runs_without_rich_and_matplotlib(tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == [rows.CSV_NAME]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_device_it_says_what_to_do():
     with pytest.raises(OSError, match=r"finds no CUDA device .* `make gpu PYTHON=...`, .* ARGS=--dry-run"):

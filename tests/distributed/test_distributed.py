@@ -63,6 +63,7 @@ def assert_state(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.slow
 def test_ddp_trains_as_one_process_with_the_same_mask_on_every_rank(results, single):
     assert single.made == 3 * worker.STEPS  # three layers, one mask a step each
     for found in results:
@@ -72,6 +73,7 @@ def test_ddp_trains_as_one_process_with_the_same_mask_on_every_rank(results, sin
     assert_state(results[0]["ddp"][1], single.state())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("engine", SHARDED)
 def test_a_sharded_model_trains_as_one_process(results, single, engine, ranks):

@@ -9,6 +9,7 @@ from places import CUDA, Place
 import pst_kernels as pst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_compiles_as_one_graph(gpu: Place, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

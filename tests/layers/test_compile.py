@@ -62,7 +62,8 @@ def assert_same_training(compiled, eager, forward, **kwargs):
     assert [layer.sparsity for layer in pst.get_layer_status(compiled)] == [int(2048 * 0.8) / 2048] * 4
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_one_graph_over_a_schedule_and_changing_batches(backend):
     torch.compiler.reset()
     counters.clear()
@@ -72,6 +73,7 @@ def test_one_graph_over_a_schedule_and_changing_batches(backend):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_autocast_gives_the_same_dtypes_compiled():
     torch.compiler.reset()
     compiled, eager = build(), build()
@@ -85,6 +87,7 @@ def test_activation_checkpointing_in_eager_mode(recompute):
     assert_same_training(checkpointed, plain, checkpointed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recompute", "dynamic"), [("reentrant", True), ("non-reentrant", True), ("non-reentrant", None)]
 )

@@ -119,6 +119,7 @@ def test_evaluation_reuses_the_mask(tmp_path, monkeypatch):
     assert not toys.differences(toys.snapshot(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"mask_interval": 3}, {"train_bias": True, "modules_to_save": ["classifier", "LayerNorm"]}],

@@ -209,3 +209,15 @@ def test_released_state_needs_a_converted_model(tmp_path):
     with pytest.raises(ValueError, match=r"authors' release.*call replace_linear"):
         pst.load_pretrained(model, tmp_path)
     assert not toys.differences(toys.snapshot(model), before)
+
+
+def test_an_adapter_over_another_base_is_said(tmp_path, caplog):
+    pst.save_pretrained(toys.trained(), tmp_path)
+    pst.load_pretrained(toys.seeded(), tmp_path)
+    pst.load_pretrained(toys.seeded().to(torch.bfloat16), tmp_path)
+    assert caplog.text == ""
+    other = toys.seeded()
+    with torch.no_grad():
+        other.bert.encoder.layer[1].output.dense.weight.add_(0.01)
+    pst.load_pretrained(other, tmp_path)
+    assert "was trained over other base weights than this model's" in caplog.text

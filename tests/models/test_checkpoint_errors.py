@@ -238,6 +238,7 @@ pst.save_pretrained(model, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["half the adapter", "before the rename", "before the config"])
 def test_a_process_killed_at_any_moment_of_saving(moment, tmp_path):
     dense = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
@@ -271,6 +272,7 @@ for i in itertools.count():
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path):
     dense = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 256), nn.Linear(256, 2))
     command = [sys.executable, "-c", SAVER, str(tmp_path)]

@@ -39,6 +39,19 @@ def test_odd_values_and_shapes(dtype, tmp_path):
     assert not differences(load_compressed(tmp_path / "file"), state)
 
 
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_comes_back_bit_for_bit(dtype, tmp_path):
+    bits = torch.zeros(16, 33, dtype=torch.uint8)
+    bits[0] = 0x80  # -0.0, or NaN
+    bits[1] = torch.arange(33) * 7
+    state = {"sparse": bits.view(dtype), "dense": torch.arange(256).to(torch.uint8).view(dtype)}
+    save_compressed(state, tmp_path / "file")
+    assert not differences(load_compressed(tmp_path / "file"), state)
+
+
 def test_what_is_no_such_file_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="pass a file written by save_compressed"):
         load_compressed(tmp_path / "none")

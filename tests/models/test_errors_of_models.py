@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -66,38 +67,48 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
 
 
+def falcon() -> nn.Module:
+    """Every linear of its blocks is a class of its own."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"hidden_size": toys.WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": toys.VOCABULARY}
+    return FalconForCausalLM(FalconConfig(**sizes))
+
+
 INT8 = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
 FLOAT8 = nn.Parameter(torch.zeros(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
+NAMED = {"target_modules": ["0", "1"]}  # what "all-linear" leaves dense is refused if it is asked for
 MODELS = {
     "subclass": (
-        lambda: with_layer(Quantised(8, 8)), {}, TypeError,
+        lambda: with_layer(Quantised(8, 8)), NAMED, TypeError,
         (r"^1 is a .*Quantised", r"exclude_modules=\['1'\]"),
     ),
     "foreign layer": (
-        lambda: with_layer(Foreign()), {"target_modules": ["0", "1"]}, TypeError,
+        lambda: with_layer(Foreign()), NAMED, TypeError,
         (r"^1 is a .*Foreign", "only nn.Linear"),
     ),
     "int8": (
-        lambda: with_weight(INT8), {}, TypeError,
+        lambda: with_weight(INT8), NAMED, TypeError,
         ("^1 has a weight", "torch.int8", "quantised", "load the model in"),
     ),
     "float8": (
-        lambda: with_weight(FLOAT8), {}, TypeError,
+        lambda: with_weight(FLOAT8), NAMED, TypeError,
         ("^1 has a weight", "torch.float8_e4m3fn", "load the model"),
     ),
     "special parameter": (
-        lambda: with_weight(Special(torch.ones(8, 8))), {}, TypeError,
+        lambda: with_weight(Special(torch.ones(8, 8))), NAMED, TypeError,
         ("^1 has a weight of type Special",),
     ),
     "parametrised": (
-        lambda: with_layer(parametrizations.weight_norm(nn.Linear(8, 8))), {}, TypeError,
+        lambda: with_layer(parametrizations.weight_norm(nn.Linear(8, 8))), NAMED, TypeError,
         ("^1 is ", r"exclude_modules=\['1'\]"),
     ),
     "encoder layer": (
-        encoder, {}, TypeError, (r"^layers\.0\.", "fast path reads the weight without calling", "exclude_modules="),
+        encoder, {"target_modules": ["linear1"]}, TypeError,
+        (r"^layers\.0\.", "fast path reads the weight without calling", "exclude_modules="),
     ),
     "attention": (
-        lambda: with_layer(nn.MultiheadAttention(8, 2)), {}, TypeError,
+        lambda: with_layer(nn.MultiheadAttention(8, 2)), {"target_modules": ["out_proj"]}, TypeError,
         (r"^1\.out_proj sits in a MultiheadAttention", r"exclude_modules=\['1.out"),
     ),
     "accelerate hook": (
@@ -120,6 +131,29 @@ MODELS = {
     "near miss": (
         toys.bert, {"target_modules": ["querry"]}, ValueError,
         (r"target_modules=\['querry'\] matches no linear layer", "did you mean 'query'"),
+    ),
+    "near miss beside a match": (
+        toys.bert, {"target_modules": ["query", "vlaue"]}, ValueError,
+        ("target_modules names 'vlaue', which matches no linear layer", "did you mean 'value'"),
+    ),
+    "near miss of what to exclude": (
+        toys.bert, {"exclude_modules": ["key", "qurey"]}, ValueError,
+        ("exclude_modules names 'qurey', which matches nothing", "did you mean .*'query'"),
+    ),
+    "a regex that excludes nothing": (
+        toys.bert, {"exclude_modules": "qurey"}, ValueError,
+        ("exclude_modules names 'qurey', which matches nothing", "did you mean .*'query'"),
+    ),
+    "a container to exclude": (
+        toys.bert, {"exclude_modules": ["attention"]}, ValueError,
+        ("exclude_modules names 'attention', which holds linear layers but is none", "give a regular expression"),
+    ),
+    "nothing that can be converted": (
+        encoder, {}, ValueError,
+        ("target_modules='all-linear' finds no layer that PST can convert", r"layers\.0\.linear1, ", "fast path"),
+    ),
+    "Falcon": (
+        falcon, {}, ValueError, ("finds no layer that PST can convert: transformer", "FalconLinear"),
     ),
     "near miss of a regex": (
         toys.bert, {"target_modules": "query"}, ValueError,
@@ -158,12 +192,12 @@ def test_a_model_that_cannot_be_converted_stays_as_it_was(build, settings, error
     assert not any(isinstance(module, PSTLayer) for module in model.modules())
 
 
-@pytest.mark.parametrize("exclude", [["1"], r"1(\..*)?"])
+@pytest.mark.parametrize("exclude", ["suffixes", r"1(\..*)?"])
 def test_what_the_message_says_helps(exclude):
-    for layer in (Quantised(8, 8), nn.MultiheadAttention(8, 2)):
+    for layer, name in ((Quantised(8, 8), "1"), (nn.MultiheadAttention(8, 2), "out_proj")):
         model = with_layer(layer)
-        excluded = ["1", "out_proj"] if isinstance(exclude, list) else exclude
-        pst.replace_linear(model, pst.PSTConfig(exclude_modules=excluded))
+        excluded = [name] if exclude == "suffixes" else exclude
+        pst.replace_linear(model, pst.PSTConfig(target_modules=".*[01].*", exclude_modules=excluded))
         assert isinstance(model[0], pst.PSTLinear)
         assert model[1] is layer
 
@@ -181,3 +215,34 @@ def test_wrong_arguments_of_replace_linear(arguments, says):
         pst.replace_linear(*arguments)
     for pattern in says:
         caught.match(pattern)
+
+
+LEFT_DENSE = {
+    "subclass": (lambda: with_layer(Quantised(8, 8)), "1 (each is a .*Quantised, which PST cannot convert"),
+    "foreign layer": (lambda: with_layer(Foreign()), "1 (each is a .*Foreign, which PST cannot convert"),
+    "int8": (lambda: with_weight(INT8), "1 (each has a weight .*torch.int8"),
+    "parametrised": (lambda: with_layer(parametrizations.weight_norm(nn.Linear(8, 8))), "1 (each is parametrised"),
+    "attention": (lambda: with_layer(nn.MultiheadAttention(8, 2)), "1.out_proj (each sits in a MultiheadAttention"),
+}
+
+
+@pytest.mark.parametrize(("build", "says"), LEFT_DENSE.values(), ids=LEFT_DENSE)
+def test_what_cannot_be_converted_among_others_stays_dense_and_is_said(build, says, caplog):
+    model = build()
+    layer = model[1]
+    pst.replace_linear(model)
+    assert isinstance(model[0], pst.PSTLinear)
+    assert model[1] is layer
+    (record,) = caplog.records
+    assert record.name == "pst_kernels"
+    assert re.search("^left dense, because PST cannot convert them: " + says.replace("(", r"\("), record.message)
+
+
+def test_partly_quantised_blocks_are_said(caplog):
+    model = toys.bert()
+    for layer in model.bert.encoder.layer:
+        layer.attention.self = torch.ao.quantization.quantize_dynamic(layer.attention.self, {nn.Linear})
+    pst.replace_linear(model)
+    assert len(pst.get_layer_status(model)) == 6
+    assert "bert.encoder.layer.0.attention.self.query" in caplog.text
+    assert "quantized.dynamic" in caplog.text

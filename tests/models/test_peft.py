@@ -45,7 +45,22 @@ def test_a_merged_model_takes_another_adapter():
         assert zero.sum() == int(zero.numel() * 0.9)
 
 
-def test_a_model_of_peft_is_refused_by_name():
+@pytest.mark.parametrize("settings", [{}, {"target_modules": ["key"]}])
+def test_a_model_of_peft_is_refused_by_name(settings):
     model = peft.get_peft_model(toys.seeded(), peft.LoraConfig(target_modules=["query"], r=2))
-    with pytest.raises(TypeError, match=r"query is a peft\.tuners\.lora\.layer\.Linear, which PST cannot convert"):
-        pst.replace_linear(model, pst.PSTConfig(target_modules=["query"]))
+    says = r"holds the adapter 'default' of PEFT \(2 tuner layers.*query, a peft\.tuners\.lora\.layer\.Linear\).* first"
+    with pytest.raises(TypeError, match=says):
+        pst.replace_linear(model, pst.PSTConfig(**settings))
+
+
+def test_an_adapter_over_pst_is_not_merged_into_frozen_weights():
+    model = peft.get_peft_model(toys.trained(), peft.LoraConfig(target_modules=["query"], r=2)).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p)
+    expected = toys.logits(model)
+    with pytest.raises(RuntimeError, match=r"PEFT would merge an adapter into the frozen weight of bert.*query"):
+        model.merge_and_unload()
+    assert torch.equal(toys.logits(model), expected)
+    merged = pst.merge_and_unload(model).merge_and_unload()
+    torch.testing.assert_close(toys.logits(merged), expected, rtol=1e-5, atol=1e-5)

@@ -25,8 +25,10 @@ ALLOWED = {
     "functional": {"operands", "masks", "ops"},
     "config": {"files", "masks"},
     "layers": {"operands", "masks", "ops", "functional", "config", "env", "cpu"},
-    "targets": {"operands", "config", "layers"},
-    "export": {"files", "masks", "layers"},
+    "bypass": set(),
+    "refusals": {"operands", "layers", "bypass"},
+    "targets": {"config", "layers", "bypass", "refusals"},
+    "export": {"files", "masks", "layers", "operands"},
 }
 # Files that measure or compare, and so look at what they serve.
 TOOLS = {"triton": {"cpu", "files"}}

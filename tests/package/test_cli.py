@@ -118,6 +118,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         cli.main(["env"])
 
 
+@pytest.mark.slow
 def test_as_a_process():
     command = [sys.executable, "-m", "pst_kernels.cli", "env", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -54,6 +54,7 @@ print(json.dumps({"zeros": int((merged[0].weight == 0).sum()), "callback": callb
 """
 
 
+@pytest.mark.slow
 def test_works_without_triton_and_transformers():
     found = run(BLOCKED)
     assert found["zeros"] == 32

@@ -15,7 +15,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 def layer(dtype: torch.dtype = torch.bfloat16, **settings) -> pst.PSTLinear:
     torch.manual_seed(0)
-    config = pst.PSTConfig(sparsity=0.7, weight_rank=3, score_rank=2, **settings)
+    # a small layer on a CPU would keep M * W', and leave its products to the library
+    config = pst.PSTConfig(sparsity=0.7, weight_rank=3, score_rank=2, masked_weight="remake", **settings)
     made = pst.PSTLinear(70, 40, dtype=dtype, config=config)
     with torch.no_grad():
         made.weight.copy_(grid(40, 70, unit=256, reach=200))
@@ -64,8 +65,9 @@ def test_two_steps_equal_those_of_the_cpu(emulator, monkeypatch, arch: int) -> N
 def test_mask_and_masked_weight_come_from_one_pass_for_many_tokens(emulator, monkeypatch, arch: int) -> None:
     """Where the library multiplies, the forward after a due mask reads W once; the backward makes M * W' anew."""
     matmul = pytest.importorskip("pst_kernels.triton.matmul")
+    tables = pytest.importorskip("pst_kernels.triton.tiles.tables")
     ours, plain = layer(torch.float32), layer(torch.float32)
-    x = torch.randn(matmul.tables.FLOAT_TOKENS + 6, 70)
+    x = torch.randn(tables.FLOAT_TOKENS + 6, 70)
     expected, first_mask = step(plain, x), plain.pst_mask.clone()
     made_again, masked_in_scratch = [], matmul.masked_in_scratch
     monkeypatch.setattr(matmul, "masked_in_scratch", lambda *args: made_again.append(1) or masked_in_scratch(*args))

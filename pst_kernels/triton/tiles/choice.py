@@ -10,7 +10,7 @@ import triton
 
 from . import tables, versions
 from .tables import Tile
-from .targets import TARGETS, Platform, interpreted
+from .targets import TARGETS, Platform, cdiv, interpreted
 from .tuning_file import tuned
 
 
@@ -107,8 +107,8 @@ def sweep_length(architecture: str, tile: Tile, across: int, down: int, tokens: 
     a_sweep = 3 * 4 * ranks * tile.rows * down  # bytes: strips read, sums stored, sums read
 
     def time(steps: int) -> float:
-        sweeps = triton.cdiv(across, steps)
-        rounds = triton.cdiv(sweeps * down, resident)
+        sweeps = cdiv(across, steps)
+        rounds = cdiv(sweeps * down, resident)
         return rounds * steps * a_tile * target.multiprocessors / target.rate + sweeps * a_sweep / target.bandwidth
 
     return min(range(1, across + 1), key=time)
@@ -117,7 +117,7 @@ def sweep_length(architecture: str, tile: Tile, across: int, down: int, tokens: 
 def tokens_per_split(architecture: str, number: int, tokens: int, depth: int) -> int:
     """How many tokens a program sums over, in whole loop steps: not all where the tiles of G leave processors idle."""
     split_k = max(1, min(TARGETS[architecture].multiprocessors // number, tokens // tables.SPLIT_K_TOKENS))
-    return triton.cdiv(triton.cdiv(tokens, split_k), depth) * depth
+    return cdiv(cdiv(tokens, split_k), depth) * depth
 
 
 class GradientPlan(NamedTuple):
@@ -145,14 +145,14 @@ def gradient_plan(
     g_stored = tokens >= tables.G_STORED_TOKENS[dtype_key(x, weight)]
     if g_stored:
         tile = tile._replace(columns=min(tile.columns, versions.G_STORED_COLUMNS))
-    across, down = triton.cdiv(columns, tile.columns), triton.cdiv(rows, tile.rows)
+    across, down = cdiv(columns, tile.columns), cdiv(rows, tile.rows)
     a_split = tokens if g_stored else tokens_per_split(architecture, across * down, tokens, tile.depth)
-    split_k = triton.cdiv(tokens, a_split)
+    split_k = cdiv(tokens, a_split)
     length, multiplied = 1, 0 if g_stored else a_split
     if few:
         length = sweep_length(architecture, tile, across, down * split_k, multiplied, rank_w + rank_s + 1)
     return GradientPlan(
-        tile, few, g_stored, length, triton.cdiv(across, length), down, a_split, split_k,
+        tile, few, g_stored, length, cdiv(across, length), down, a_split, split_k,
         gradient_parts(architecture, tile.columns, g_stored), mask_at_once(architecture, rank_w + rank_s),
     )  # fmt: skip
 

@@ -102,3 +102,8 @@ def _architecture_of(device: torch.device) -> str:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, whose bf16 arithmetic is wrong and which has no inline assembly."""
     return triton.knobs.runtime.interpret
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Rounded up. Triton's own serves kernels too, and takes several times as long here."""
+    return -(-numerator // denominator)

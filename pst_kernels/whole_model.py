@@ -1,0 +1,65 @@
+"""What `save_pretrained` of a transformers model under PST writes: a checkpoint that stock transformers loads right.
+
+Under each converted layer's `weight` lies M * W', so that `from_pretrained` makes the pruned model, and beside it the
+frozen W as `pst_weight`, which a PST layer prefers when it loads: `Trainer` resumes bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .layers.checks import whole
+from .layers.linear import PSTConv1D
+from .layers.pst_layer import FACTORS, FROZEN, PSTLayer
+from .targets import is_transformers_model, parameter_uses, weight_key
+
+logger = logging.getLogger("pst_kernels")
+METHOD = "save_pretrained"
+
+
+def take_over_saving(model: nn.Module) -> None:
+    """Let this very model's `save_pretrained` write the pruned weights."""
+    if is_transformers_model(model) and METHOD not in vars(model):
+        setattr(model, METHOD, functools.partial(_save_pretrained, model))
+
+
+def give_back_saving(model: nn.Module) -> None:
+    vars(model).pop(METHOD, None)
+
+
+def _save_pretrained(
+    model: Any, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, **settings: Any
+) -> Any:
+    state = model.state_dict() if state_dict is None else state_dict
+    state = with_pruned_weights(model, state)
+    return type(model).save_pretrained(
+        model, save_directory, is_main_process=is_main_process, state_dict=state, **settings
+    )
+
+
+def with_pruned_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with M * W' where W was, and W beside it."""
+    found = dict(state)
+    uses = parameter_uses(model)
+    for name, layer in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        needed = [f"{prefix}{entry}" for entry in ("weight", *FACTORS, "pst_mask")]
+        if not isinstance(layer, PSTLayer) or not all(entry in state for entry in needed):
+            continue
+        if uses[weight_key(layer.weight)] > 1:
+            logger.warning("the weight of %s is shared with another module, and saved unpruned", name)
+            continue
+        weight, *rest = (whole(state[entry]) for entry in needed)
+        oriented = weight.t() if isinstance(layer, PSTConv1D) else weight
+        with torch.no_grad():
+            pruned = ops.masked_weight(oriented, *rest, *layer.scales, weight.dtype)
+        found[f"{prefix}weight"] = (pruned.t() if isinstance(layer, PSTConv1D) else pruned).contiguous()
+        found[f"{prefix}{FROZEN}"] = weight
+    return found
