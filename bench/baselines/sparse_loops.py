@@ -6,6 +6,8 @@ loads and a store for each multiply-add.
 
 from __future__ import annotations
 
+import functools
+
 import llvmlite.ir as ir
 import numba
 import numpy as np
@@ -30,11 +32,11 @@ class SparseProp:
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.zeros(self.rows, len(x))
-        _add_rows(*self.parts, x.T.contiguous().numpy(), y.numpy())
+        add_rows = _on_one_thread if torch.get_num_threads() == 1 else _on_all_threads
+        add_rows(*self.parts, x.T.contiguous().numpy(), y.numpy())
         return y.T.contiguous()
 
 
-@numba.njit(parallel=True, fastmath={"contract", "nsz"}, error_model="numpy")
 def _add_rows(values, crow, columns, x, y):
     for tile in numba.prange((x.shape[1] + TILE - 1) // TILE):
         first, last = tile * TILE, min(x.shape[1], (tile + 1) * TILE)
@@ -44,6 +46,10 @@ def _add_rows(values, crow, columns, x, y):
                 value, line = values[entry], x[columns[entry], first:last]
                 for t in range(out.size):
                     out[t] += value * line[t]
+
+
+_compile = functools.partial(numba.njit, fastmath={"contract", "nsz"}, error_model="numpy")
+_on_all_threads, _on_one_thread = _compile(parallel=True)(_add_rows), _compile()(_add_rows)
 
 
 @intrinsic

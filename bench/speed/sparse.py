@@ -2,8 +2,7 @@
 
 Every case is checked against float64 before it is timed. Runs are interleaved; ratios are medians over rounds of this
 contestant's time over the dense one's in the same round, and the lowest time over the lowest dense time beside them.
-On a machine that others use, `--own-time` measures with one thread what the process itself computed, not how long it
-waited: that repeats within a few hundredths where the clock on the wall is off by a factor.
+On a machine that others use, `--own-time` measures with one thread what it computed itself, not how long it waited.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor, nn
 
@@ -92,8 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     if options.own_time:
         torch.set_num_threads(1)
-        numba.set_num_threads(1)
-    clock = time.process_time if options.own_time else time.perf_counter
+    clock = time.thread_time if options.own_time else time.perf_counter
     REPORT.run(options, lambda: [*_product_rows(options.seconds, clock), *_model_rows(options.seconds, clock)])
     return 0
 
@@ -166,7 +163,7 @@ def _row(
     return Row(
         case, what, sparsity, 1e3 * timings[OURS].quantiles.median, 1e3 * timings[DENSE].quantiles.median,
         ratio(OURS) or 0.0, lowest / _lowest(timings[DENSE]), ratio(CSR), ratio(PROP),
-        None if ideal_seconds is None else ideal_seconds / lowest, own_time=clock is time.process_time,
+        None if ideal_seconds is None else ideal_seconds / lowest, own_time=clock is time.thread_time,
     )  # fmt: skip
 
 

@@ -23,16 +23,26 @@ from .settings import METHODS, Settings, from_arguments
 # Below the output folder: what --resume reads, and the trainer's checkpoints while they are needed.
 STATE, RUN = "state", "run.json"
 PRODUCTS = ("results.json", "curves.png", *METHODS, *(f".{method}.tmp" for method in METHODS), STATE)
+REFUSED = 3  # exit status of a training process that could not convert the model
+
+
+class RefusedError(Exception):
+    """A training process ended with REFUSED."""
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the job; 0 when done, 1 when training failed, 130 when interrupted. Raises ValueError for a bad request."""
+    """Run the job; 0 when done, 1 when training failed, 2 when PST cannot convert the model, 130 when interrupted.
+
+    Raises ValueError for a bad request.
+    """
     started = time.monotonic()
     settings = from_arguments(args)
     dataset = _prepare(settings, args.resume, args.overwrite)
     again = "; the same command with --resume goes on from the last checkpoint"
     try:
         results = _train(settings, dataset)
+    except RefusedError:
+        return 2  # the training process has said why
     except RuntimeError as error:
         print(f"pst-kernels finetune: {error}{again}", file=sys.stderr)
         return 1
@@ -79,10 +89,13 @@ def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
         )
     dataset = _load(settings)
     print(dataset.summary())
+    for note in dataset.notes:
+        print(f"note: {note}")
     from . import models
 
     _stay_offline(settings)
-    models.check(settings, dataset.labels)
+    for note in models.check(settings, dataset.labels):
+        print(f"note: {note}")
     run = {"settings": settings.fixed(), "data": dataset.fingerprint()}
     if resume and (folder / STATE / RUN).is_file():
         _check_same(run, read_json(folder / STATE / RUN, "the settings of the run to resume"), folder)
@@ -142,6 +155,8 @@ def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
             finally:
                 process.terminate()
                 process.join()
+            if process.exitcode == REFUSED:
+                raise RefusedError
             if process.exitcode:
                 raise RuntimeError(f"training {method} ended with exit status {process.exitcode}")
             result = read_result(work, method)
@@ -154,9 +169,14 @@ def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
 def _child(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    from . import presets
     from .train import run
 
-    run(method, settings, dataset, work)
+    try:
+        run(method, settings, dataset, work)
+    except presets.ConversionError as error:
+        print(f"pst-kernels finetune: {error}", file=sys.stderr)
+        sys.exit(REFUSED)
 
 
 def _end_with_parent() -> None:

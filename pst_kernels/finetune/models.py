@@ -10,9 +10,13 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from .data import Example, package_folder
+from ..targets import find_targets
+from . import presets
+from .bbc import package_folder
+from .reading import Example
 from .settings import Settings
 
+SINGLE_LABEL = "single_label_classification"  # what transformers calls a problem of one label a text
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -36,18 +40,48 @@ def _where(settings: Settings) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name, "local_files_only": Path(name).is_dir()}
 
 
-def check(settings: Settings, labels: Sequence[str]) -> None:
-    """Raise ValueError now for what would fail in the training process: no such model, or one that cannot classify."""
+def check(settings: Settings, labels: Sequence[str]) -> list[str]:
+    """Raise ValueError now for what would fail in the training process: no such model, or one that cannot classify.
+
+    Returns what to tell about the model.
+    """
+    name = model_name(settings)
     try:
-        config = AutoConfig.from_pretrained(**_where(settings))
+        before = AutoConfig.from_pretrained(**_where(settings))
         tokenizer = load_tokenizer(settings)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model {settings.model} cannot be loaded: {error}") from error
-    if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"--model {settings.model} is a {config.model_type}, which has no sequence classifier")
-    longest = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or settings.max_length)
+        raise ValueError(f"--model {name} cannot be loaded: {error}") from error
+    if type(before) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ValueError(f"--model {name} is a {before.model_type}, which has no sequence classifier")
+    longest = min(tokenizer.model_max_length, getattr(before, "max_position_embeddings", None) or settings.max_length)
     if settings.max_length > longest:
         raise ValueError(f"--max-length {settings.max_length} is more than the {longest} tokens this model reads")
+    # The classifiers of encoder-decoders read the state at the token that ends a text.
+    if before.is_encoder_decoder and before.eos_token_id not in tokenizer("a text")["input_ids"]:
+        raise ValueError(
+            f"--model {name} is a {before.model_type} that looks for token {before.eos_token_id} at the end of a text,"
+            " but its tokenizer writes none; put the tokenizer that belongs to the model into the folder"
+        )
+    with torch.device("meta"):  # the layers without their weights
+        model = AutoModelForSequenceClassification.from_config(_config(settings, labels))
+    try:
+        find_targets(model, presets.config(settings, model))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise presets.refusal(name, error) from error
+    kind = getattr(before, "problem_type", None)
+    if kind in (None, SINGLE_LABEL):
+        return []
+    return [f"--model {name} was for problem_type {kind!r}; here it learns one of {len(labels)} labels for each text"]
+
+
+def _config(settings: Settings, labels: Sequence[str]) -> Any:
+    """The model's own, for a head that gives each text one of `labels`, whatever its head was for."""
+    names = dict(enumerate(labels))
+    config = AutoConfig.from_pretrained(
+        **_where(settings), num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
+    )
+    config.problem_type = SINGLE_LABEL
+    return config
 
 
 def load_tokenizer(settings: Settings) -> Any:
@@ -59,10 +93,7 @@ def load_tokenizer(settings: Settings) -> Any:
 
 def load_model(settings: Settings, labels: Sequence[str]) -> Any:
     """The pretrained body with a new head for `labels`, in fp32, with the dropout that the settings ask for."""
-    names = dict(enumerate(labels))
-    config = AutoConfig.from_pretrained(
-        **_where(settings), num_labels=len(labels), id2label=names, label2id={v: k for k, v in names.items()}
-    )
+    config = _config(settings, labels)
     for name, value in vars(config).items():
         if "drop" in name and isinstance(value, float):  # hidden_dropout_prob, attn_pdrop, ...: each family has its own
             setattr(config, name, settings.dropout)

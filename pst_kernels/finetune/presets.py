@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,12 @@ from ..targets import head_modules
 from .settings import Settings
 
 UPDATE = ("pst_U", "pst_V")
+# The settings of PSTConfig that the command line has.
+OPTIONS = {"sparsity": "--sparsity", "weight_rank": "--rank", "score_rank": "--rank"}
+
+
+class ConversionError(ValueError):
+    """A model that PST cannot convert, or settings that do not fit it, in the words of the command line."""
 
 
 def config(settings: Settings, model: nn.Module) -> PSTConfig:
@@ -52,3 +60,17 @@ def groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, 
         "head": settings.head_learning_rate,
     }  # fmt: skip
     return [{"params": parameters, "lr": rates[role]} for role, parameters in by_rate.items()]
+
+
+def refusal(model: str, error: Exception) -> ConversionError:
+    """What PSTConfig or the conversion of `--model` says, with the options of the command in the place of settings."""
+    text = str(error).replace(
+        "target_modules='all-linear' matches no linear layer", "has no linear layer in its blocks"
+    )
+    text = re.sub(r" \(a list matches suffixes.*\)$", "", text)
+    for name, option in OPTIONS.items():
+        text = re.sub(rf"\b{name}=", f"{option} ", re.sub(rf"^{name}\b(?!=)", option, text))
+    without = [f.name for f in dataclasses.fields(PSTConfig) if re.search(rf"\b{f.name}\b", text) and "_" in f.name]
+    if without:
+        text += f" (this command has no option for {', '.join(without)}; call replace_linear in Python to set it)"
+    return ConversionError(f"--model {model}: {text}")

@@ -63,11 +63,7 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
     transformers.set_seed(settings.seed)
     model = models.load_model(settings, dataset.labels)
     dense_numel = sum(p.numel() for p in model.parameters())
-    config = presets.config(settings, model)
-    targets: dict[str, Any] = find_targets(model, config)
-    layers = {name: layer.weight.numel() for name, layer in targets.items()}
-    if method == "pst":
-        model = replace_linear(model, config)
+    model, layers = _convert(method, settings, model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts = Facts(base_mb, dense_numel, trainable, layers)
 
@@ -81,6 +77,17 @@ def run(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
         _save_and_judge(method, settings, dataset, work, trainer, tokenizer, entries, facts)
         shutil.rmtree(checkpoints, ignore_errors=True)
     processes.wait_for_all()
+
+
+def _convert(method: str, settings: Settings, model: Any) -> tuple[Any, dict[str, int]]:
+    """The model to train, and name -> numel of what PST prunes. Raises ConversionError."""
+    try:
+        config = presets.config(settings, model)
+        targets: dict[str, Any] = find_targets(model, config)
+        layers = {name: layer.weight.numel() for name, layer in targets.items()}
+        return (replace_linear(model, config) if method == "pst" else model), layers
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise presets.refusal(models.model_name(settings), error) from error
 
 
 def _save_and_judge(
@@ -190,6 +197,8 @@ def _trainer(
         eval_dataset=models.encode(dataset.validation, dataset.labels, tokenizer, settings.max_length),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         compute_metrics=_metrics,
+        # An encoder-decoder gives its hidden states after the logits, as long as the longest text of the batch.
+        preprocess_logits_for_metrics=lambda outputs, _: outputs[0] if isinstance(outputs, tuple) else outputs,
         optimizers=(torch.optim.AdamW(presets.groups(method, settings, model), weight_decay=0.0, fused=True), None),
         callbacks=callbacks,
     )

@@ -58,6 +58,7 @@ from .select import (
     RANK,
     SEARCH,
     SLOTS,
+    SMALL,
     STATUS,
     TICKET,
     UPPER,
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
 KEY_TURNS = tl.constexpr(3)  # radix launches over keys; one more over indices
 DIGIT = tl.constexpr(11)
 RARE_ROWS = tl.constexpr(64)  # short strips, for all programs share the layers that are searched
+FEW = tl.constexpr(512)  # candidates that are held where a loop over layers takes registers too
 LOOKED_AT = tl.constexpr(256)  # layers at a time, for one that waits
 
 
@@ -116,11 +118,12 @@ def last_of(p_state, programs):
 
 
 @triton.jit
-def refine_layer(b_row, p_state, p_bins, p_key, p_index):
+def refine_layer(b_row, p_state, p_bins, p_key, p_index, HELD_CANDIDATES: tl.constexpr):
     refine(
         p_state, p_bins, p_key, p_index, pointer_of(b_row, GUESS, tl.float32, False),
         pointer_of(b_row, PRUNED, tl.int64, False), load_state(p_state), row_numel(b_row), field_of(b_row, CAPACITY),
         field_of(b_row, INDEX_BITS).to(tl.int32), True, COPIES * RADIX_BINS,
+        HELD_CANDIDATES,
     )  # fmt: skip
 
 
@@ -164,7 +167,7 @@ def group_gather_kernel(
         )
     tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64))
     if last_of(p_state, field_of(b_row, TILES)):
-        refine_layer(b_row, p_state, p_bins + layer * (COPIES * RADIX_BINS), p_key, p_index)
+        refine_layer(b_row, p_state, p_bins + layer * (COPIES * RADIX_BINS), p_key, p_index, SMALL)
 
 
 @triton.jit
@@ -305,7 +308,7 @@ def group_collect_kernel(
             tl.atomic_add(p_layer + BELOW, tl.sum(b_below, 0).to(tl.int64))
             if last_of(p_layer, tl.num_programs(0)):
                 p_layer_bins = p_bins + tl.full([], layer, tl.int64) * (COPIES * RADIX_BINS)
-                refine_layer(b_row, p_layer, p_layer_bins, p_key + first_candidate, p_index + first_candidate)
+                refine_layer(b_row, p_layer, p_layer_bins, p_key + first_candidate, p_index + first_candidate, FEW)
 
 
 def search(group: Group) -> None:

@@ -275,13 +275,15 @@ def refine_kernel(
     b_state = load_state(p_state)
     if slot_of(b_state, STATUS) != COLLECT:
         return
-    refine(p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits, UPDATE, BINS)
+    refine(
+        p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits, UPDATE, BINS, SMALL
+    )
 
 
 @triton.jit
 def refine(
     p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits,
-    UPDATE: tl.constexpr, RADIX_BINS: tl.constexpr,
+    UPDATE: tl.constexpr, RADIX_BINS: tl.constexpr, HELD_CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """Selects among the candidates if the answer is proven to be one of them, else asks for a search."""
     k = tl.load(p_pruned).to(tl.int64)
@@ -296,7 +298,7 @@ def refine(
         tl.store(p_state + STATUS, one - 1 + SEARCH)
         tl.store(p_bins + tl.arange(0, RADIX_BINS), tl.zeros([RADIX_BINS], tl.int32))
     else:
-        key, index = candidate_of_rank(p_key, p_index, rank, count, index_bits)
+        key, index = candidate_of_rank(p_key, p_index, rank, count, index_bits, HELD_CANDIDATES)
         if UPDATE:
             update_guess(p_guess, b_state, key, count, k, numel)
         tl.store(p_state + KEY, key)
@@ -305,13 +307,13 @@ def refine(
 
 
 @triton.jit
-def candidate_of_rank(p_key, p_index, rank, count, index_bits):
+def candidate_of_rank(p_key, p_index, rank, count, index_bits, HELD: tl.constexpr):
     """The candidate, (key, index), that has `rank` smaller ones."""
     one = tl.full([], 1, tl.int64)
     key = tl.full([], 0, tl.int64)
     index = tl.full([], 0, tl.int64)
-    if count <= SMALL:
-        n = tl.arange(0, SMALL)
+    if count <= HELD:
+        n = tl.arange(0, HELD)
         m_n = n < count
         b_key = tl.load(p_key + n, mask=m_n, other=0)
         b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64)

