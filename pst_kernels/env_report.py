@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import env, ops
+from .cpu.compiled import passes_for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,36 @@ def capability_report() -> dict[str, dict[str, Any]]:
     }
 
 
+# Ops whose passes over W Numba compiles on a CPU, and those that are products with lists of kept weights.
+PASSES = ("scores", "prune_mask", "refresh_mask", "masked_weight", "linear_forward", "linear_backward")
+LISTS = ("sparse_forward", "sparse_backward")
+ELSEWHERE = {  # the same on every device
+    "is_last_before_refresh": "python (a counter on the host)",
+    "kept_blocks_forward": "torch (a product a block on a CPU, else its block-sparse product)",
+    "kept_blocks_backward": "torch (a product a block on a CPU, else its block-sparse product)",
+}
+
+
 def _backends(device: str) -> dict[str, str]:
+    return {op: _how(op, device) for op in ops.NAMES}
+
+
+def _how(op: str, device: str) -> str:
+    """What runs an op for tensors on a device, and why."""
     backend, reason = env.backend_for(device)
-    return dict.fromkeys(ops.NAMES, f"{backend} ({reason})")
+    if op in ELSEWHERE:
+        return ELSEWHERE[op]
+    if op in LISTS and device != "cpu":
+        return "torch (the dense weight first)"
+    if backend == "triton" and op not in LISTS:
+        return f"triton ({reason})"
+    if device == "cpu" and op == "kth_value":
+        return f"numpy ({reason})"
+    if device == "cpu" and op in (*PASSES, *LISTS):
+        passes = passes_for(torch.ones(1, 1))
+        if passes is not None:
+            kept = "lists of kept weights" if op in LISTS else "passes over W; products are torch's"
+            return f"numba ({kept}, in float32 and bfloat16)"
+        asked = "PST_KERNELS_CPU=torch" if env.cpu() == "torch" else "numba is not installed"
+        return f"torch ({asked})"
+    return f"torch ({reason})"

@@ -215,7 +215,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """Print PEFT's line, and the sparsity of the converted matrices now and in the end."""
     s = trainable_summary(model)
     left = sum(s.not_linear.values())
-    dense = f" || {100 * left / s.in_blocks:.1f} % of the blocks' weights are in no linear layer, and dense"
+    dense = f" || {100 * left / max(1, s.in_blocks):.1f} % of the blocks' weights are in no linear layer, and dense"
     print(
         f"trainable params: {s.trainable:,} || all params: {s.total:,} || trainable%: {s.percent:.4f}"
         f" || sparsity of {s.prunable:,} prunable weights: {s.sparsity:.4f} (target {s.target_sparsity:.4f})"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels import checkpoint, files
+from pst_kernels import files
 from pst_kernels.checkpoint import ADAPTER_NAME
 
 ROOT = Path(pst.__file__).parents[1]
@@ -195,7 +195,7 @@ def test_an_exception_while_saving_leaves_the_old_file_and_no_temporary_one(tmp_
         Path(path).write_bytes(b"half a file")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="No space left"):
         pst.save_pretrained(toys.trained(sparsity=0.5), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -214,10 +214,10 @@ def test_replacing_is_all_or_nothing(tmp_path):
 
 
 KILLED = """
-import os, signal, sys, torch
+import os, signal, sys, safetensors.torch, torch
 from torch import nn
 import pst_kernels as pst
-from pst_kernels import checkpoint, files
+from pst_kernels import files
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -227,7 +227,7 @@ def half(tensors, path, metadata):
     die()
 
 if sys.argv[2] == "half the adapter":
-    checkpoint.save_file = half
+    safetensors.torch.save_file = half
 elif sys.argv[2] == "before the rename":
     files.Path.replace = die
 else:

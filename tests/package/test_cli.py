@@ -24,7 +24,24 @@ def test_env_as_text(capsys):
     for section in ("machine", "variables", "backend on cpu"):
         assert section in lines
     assert f"  {'torch':<22} {torch.__version__.split('+')[0]}" in [line.split("+")[0] for line in lines]
-    assert f"  {'linear_forward':<22} torch (no kernels for cpu tensors)" in lines
+    by_numba = "numba (passes over W; products are torch's, in float32 and bfloat16)"
+    assert f"  {'linear_forward':<22} {by_numba}" in lines
+    assert f"  {'block_forward':<22} torch (no kernels for cpu tensors)" in lines
+    assert f"  {'kth_value':<22} numpy (no kernels for cpu tensors)" in lines
+    assert f"  {'sparse_forward':<22} numba (lists of kept weights, in float32 and bfloat16)" in lines
+
+
+def test_env_answers_for_every_op_and_its_variables(capsys, monkeypatch):
+    monkeypatch.setenv("PST_KERNELS_CPU", "torch")
+    assert cli.main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["backend on cpu"]
+    assert found.keys() == set(ops.NAMES)
+    assert found["linear_forward"] == found["sparse_forward"] == "torch (PST_KERNELS_CPU=torch)"
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    assert cli.main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["backend on cpu"]
+    assert found["linear_forward"] == "triton (PST_KERNELS_BACKEND=triton)"
+    assert found["kept_blocks_forward"].startswith("torch")
 
 
 def test_env_as_json(capsys, monkeypatch):
@@ -40,7 +57,7 @@ def test_env_as_json(capsys, monkeypatch):
     assert found["machine"]["cores"] >= 1
     assert found["machine"]["threads"] == torch.get_num_threads()
     assert list(found["backend on cpu"]) == ops.NAMES
-    assert set(found["backend on cpu"].values()) == {"torch (PST_KERNELS_BACKEND=torch)"}
+    assert found["backend on cpu"]["block_forward"] == "torch (PST_KERNELS_BACKEND=torch)"
 
 
 def test_an_absent_package_is_reported(monkeypatch):
