@@ -105,7 +105,7 @@ def test_ties_of_thousands(programs: int, monkeypatch: pytest.MonkeyPatch) -> No
             factor.zero_()
         tensors[0] = torch.randint(1, values + 1, (25, 130)).float() / 64
         layers.append(layer_of(tensors, num_pruned, torch.tensor([1e9, 0.1, 0.5, 0.01])))
-    table = checked(layers, calls=2)  # what a call leaves must not be in the way of the next
+    table = checked(layers, calls=2 if programs > 1 else 1)  # what a call leaves must not be in the way of the next
     assert not table.groups[0].bins.any()
     for layer in layers:
         check_exact(layer)
@@ -132,18 +132,18 @@ def test_the_range_of_a_search_is_that_of_one_layer(monkeypatch: pytest.MonkeyPa
 def test_nan_sorts_last() -> None:
     layers = []
     for share, num_pruned, guess in (
-        (0.1, 20000, no_guess()), (0.9, 36863, torch.tensor([torch.nan, 1.0, 0.5, 0.01])),
+        (0.1, 9000, no_guess()), (0.9, 18495, torch.tensor([torch.nan, 1.0, 0.5, 0.01])),
         (1.0, 1, torch.tensor([0.1, torch.inf, 0.5, 0.01])),
     ):  # fmt: skip
-        tensors = problem(96, 384, 1)
-        tensors[0] = tensors[0].float().masked_fill(torch.rand(96, 384) < share, torch.nan)
+        tensors = problem(64, 289, 1)
+        tensors[0] = tensors[0].float().masked_fill(torch.rand(64, 289) < share, torch.nan)
         layers.append(layer_of(tensors, num_pruned, guess))
     checked(layers)
 
 
 def test_nothing_to_prune_and_nothing_at_all() -> None:
     empty = [layer_of(problem(*shape, 2), 0) for shape in ((0, 5), (5, 0))]
-    none = layer_of(problem(96, 384, 2), 0, torch.tensor([0.1, 1.0, 0.5, 0.01]), masked=torch.float16)
+    none = layer_of(problem(96, 384, 2), 0, torch.tensor([0.1, 1.0, 0.5, 0.01]), masked=torch.float32)
     guess = none.guess.clone()
     table = MaskTable([*empty, none])
     prune_masks(table)
