@@ -75,8 +75,11 @@ def test_2_no_sort_of_a_matrix_and_one_mask_a_step(monkeypatch):
 
 
 def test_2_nothing_of_the_weights_size_is_kept_for_backward():
-    """There three dense copies of W were kept in each layer until backward."""
-    layer = toys.perturb(pst.PSTLinear(512, 768, config=pst.PSTConfig(sparsity=0.9)))
+    """There three dense copies of W were kept in each layer until backward.
+
+    Here the mask's bits are; where products are sparse, lists of 5 bytes a kept weight (tests/layers/test_products.py).
+    """
+    layer = toys.perturb(pst.PSTLinear(512, 768, config=pst.PSTConfig(sparsity=0.9, products="dense")))
     x = torch.randn(4, 512, requires_grad=True)
     kept: dict[int, int] = {}
 
