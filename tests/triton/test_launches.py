@@ -1,0 +1,72 @@
+"""Budgets of launches, counted by a driver that launches nothing: masks of a whole model, and a layer's own step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from silent_driver import silent
+from torch import nn
+
+import pst_kernels as pst
+
+pytest.importorskip("triton", reason="triton is not installed")
+GROUPED = 8  # of all masks of a model, for layers of one kind
+OF_A_STEP = {"keep": 2, "remake": 6}  # of a layer's forward and backward, masks fresh
+
+
+@pytest.fixture
+def sm_90(monkeypatch):
+    monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
+    monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
+
+
+def model_of(layers: int, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    config = pst.PSTConfig(sparsity=0.9, target_modules=r"\d+", modules_to_save=(), **settings)
+    return pst.replace_linear(nn.Sequential(*(nn.Linear(192, 192) for _ in range(layers))), config)
+
+
+def trained(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+
+
+@pytest.mark.parametrize("layers", [2, 24])
+def test_all_masks_of_a_model_take_as_many_launches_as_those_of_two_layers(sm_90, layers):
+    with silent(90) as launches:
+        model = model_of(layers)
+        optimizer, x = trained(model), torch.randn(16, 192)
+        model(x).sum().backward()
+        launches.clear()
+        optimizer.step()
+        assert sum(launches.values()) == GROUPED
+        assert set(launches.values()) == {1, 4}
+        launches.clear()
+        pst.refresh_masks(model)
+        assert sum(launches.values()) == GROUPED
+
+
+def test_a_schedule_makes_the_masks_once_a_step(sm_90):
+    with silent(90) as launches:
+        model = model_of(3)
+        schedule, optimizer, x = pst.SparsitySchedule(model, 10), trained(model), torch.randn(16, 192)
+        for _ in range(3):
+            model(x).sum().backward()
+            launches.clear()
+            optimizer.step()
+            schedule.step()
+            assert sum(launches.values()) == GROUPED
+
+
+@pytest.mark.parametrize("way", OF_A_STEP)
+def test_a_layer_whose_mask_is_fresh_only_multiplies(sm_90, way):
+    with silent(90) as launches:
+        model = model_of(4, masked_weight=way)
+        x = torch.randn(16, 192, requires_grad=True)
+        model(x).sum().backward()
+        launches.clear()
+        model(x).sum().backward()
+        assert sum(launches.values()) == 4 * OF_A_STEP[way]
+        launches.clear()
+        with torch.no_grad():
+            model(x)
+        assert sum(launches.values()) == 4 * (0 if way == "keep" else 2)
