@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -63,7 +64,7 @@ def why_not(model: nn.Module, name: str, module: nn.Module, bypassed: Mapping[st
 
 def check_layer(name: str, module: nn.Module) -> None:
     """Raise for a layer that tells of a model which is not ready: damaged, offloaded, or cut over processes."""
-    weight: object = module.weight
+    weight: Any = module.weight
     if any(hasattr(weight, mark) for mark in ("ds_id", "ds_shape", "ds_status")):
         raise RuntimeError(
             f"the weight of {name} is partitioned by DeepSpeed ZeRO-3 and not here; call replace_linear before"
@@ -79,7 +80,6 @@ def check_layer(name: str, module: nn.Module) -> None:
             f"{name} is managed by an accelerate hook (device_map or CPU offload);"
             " convert the model before dispatching it"
         )
-    assert isinstance(weight, nn.Parameter)
     if not weight.numel():
         raise ValueError(
             f"the weight of {name} is empty, of shape {tuple(weight.shape)}; load the model's weights before"

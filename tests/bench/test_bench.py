@@ -16,7 +16,8 @@ from bench.speed import cases, ceilings, check, compare, measure, modes, rooflin
 from bench.speed.providers import DENSE, RELEASED, Provider, all_providers
 from bench.tables import rows as results
 from bench.tables import table
-from pst_kernels import env, reference
+from pst_kernels import cpu, env, reference
+from pst_kernels.layers import kept as kept_weights
 
 SMALL = cases.Shape("small", 56, 40)
 PROVIDERS = {provider.name: provider for provider in all_providers("cpu")}
@@ -73,6 +74,13 @@ def test_released_pst_has_the_gradients_of_the_formulas():
     assert exact[mask == 0].max() <= exact[mask == 1].min()
 
 
+@pytest.fixture
+def as_if_large(monkeypatch):
+    """A small layer keeps M * W', whose making would take longer than its product."""
+    monkeypatch.setattr(kept_weights, "CPU_WEIGHTS", 0)
+
+
+@pytest.mark.usefixtures("as_if_large")
 def test_released_pst_keeps_three_copies_and_ours_one_bit_a_weight():
     kept = {}
     for name in (RELEASED, OURS):
@@ -265,7 +273,8 @@ def test_peak_bytes_count_what_lives_at_one_time():
     assert measure.peak_bytes(run_, "cpu") == pytest.approx(3 * megabytes, rel=0.02)
 
 
-def test_peak_bytes_count_numpy_and_buffers_that_a_thread_keeps():
+def test_peak_bytes_count_numpy_and_buffers_that_a_thread_keeps(monkeypatch):
+    monkeypatch.setattr(cpu.lists, "LEAST_PRUNED", 2.0)  # products are dense
     task = modes.layer_task(
         PROVIDERS[OURS], cases.Case("forward", cases.BY_NAME["BERT-base attention"], 8, torch.float32), "cpu", "default"
     )
@@ -303,6 +312,7 @@ def test_quick_is_part_of_the_full_grid():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("as_if_large")
 @pytest.mark.parametrize("mode", ["forward", "backward", "step", "mask", "threshold"])
 def test_rows_of_a_case(mode):
     case = cases.Case(mode, SMALL, 0 if mode in ("mask", "threshold") else 12, torch.float32)

@@ -238,10 +238,10 @@ def without_numba(monkeypatch):
 @pytest.mark.usefixtures("without_numba")
 def test_without_numba_it_says_so_once_and_goes_on(monkeypatch, caplog):
     monkeypatch.delenv("PST_KERNELS_CPU")
-    weight, factors = make_problem(20, 30, weight_dtype=torch.float32, factor_dtype=torch.float32)
+    weight, factors = make_problem(100, 90, weight_dtype=torch.float32, factor_dtype=torch.float32)  # not a small one
     with caplog.at_level(logging.WARNING, "pst_kernels"):
         for _ in range(3):
-            assert int((~functional.unpack_mask(functional.prune_mask(weight, *factors, 300), 30)).sum()) == 300
+            assert int((~functional.unpack_mask(functional.prune_mask(weight, *factors, 300), 90)).sum()) == 300
     (record,) = caplog.records
     assert "numba" in record.message
     assert "slower" in record.message
