@@ -104,6 +104,7 @@ def _asked(architecture: str, files: tuple[str, ...], index: int) -> tuple[str, 
 
 def main() -> None:
     """One row a line, in an order that keeps differences short."""
+    before = kept().keys()
     tasks = [(*asked, i) for asked in ASKED_FOR for i in range(len(machine_code.shipped(*asked)))]
     context = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
@@ -113,7 +114,7 @@ def main() -> None:
     written = PATH.with_suffix(".part")
     written.write_text("{\n" + ",\n".join(sorted(lines, key=lambda line: line.split(":", 1)[1])) + "\n}\n")
     written.replace(PATH)
-    print(f"{len(rows)} rows, {len(rows.keys() - kept().keys())} of them new")
+    print(f"{len(rows)} rows, {len(rows.keys() - before)} of them new")
 
 
 if __name__ == "__main__":
