@@ -99,7 +99,7 @@ def factor_gradients_kernel(
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     G_STORED: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PARTS: tl.constexpr,
-    WORDS_AT_ONCE: tl.constexpr,
+    WORDS_AT_ONCE: tl.constexpr, STRAIGHT: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of `sweep_length` tiles side by side; the grid is (sweeps of a row, row tiles, split_k).
 
@@ -112,7 +112,6 @@ def factor_gradients_kernel(
     """
     RANKS: tl.constexpr = RANK_W + RANK_S + 1
     COLUMNS: tl.constexpr = BLOCK_COLUMNS // PARTS
-    STRAIGHT: tl.constexpr = THROUGH or G_STORED  # else Q needs no W', and D has a branch of its own: fewer registers
     EXACT: tl.constexpr = p_v.dtype.element_ty == tl.bfloat16 and p_b.dtype.element_ty == tl.bfloat16
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     r = tl.arange(0, BLOCK_ROWS)
@@ -264,10 +263,12 @@ def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magn
         "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
         **splitting(x.dtype, platform), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
+    # Else Q needs no W', and D has a branch of its own, which takes fewer registers, but not on sm_120.
+    straight = through_magnitude or plan.g_stored or platform.architecture == "sm_120"
     if plan.few_ranks:
         factor_gradients_kernel[sweeps, down, split_k](
             *tensors, tokens, plan.tokens_per_split, plan.sweep_length, *sizes, PARTS=plan.parts,
-            WORDS_AT_ONCE=plan.words_at_once, **constants, **platform.all_registers,
+            WORDS_AT_ONCE=plan.words_at_once, STRAIGHT=straight, **constants, **platform.all_registers,
         )  # fmt: skip
     else:
         registers = platform.all_registers if x.dtype == torch.float32 else {}  # the others take what they need
