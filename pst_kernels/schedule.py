@@ -6,6 +6,7 @@ Source: Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), as used b
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,9 @@ class SparsitySchedule:
         restart: go back to the sparsity of `step_count`, if the model was trained or loaded at a higher one. Without
             it the sparsity stays where it is until the schedule is past it, and a warning says so.
 
+    In the last `freeze` of the steps, and after them, the masks are fixed. A model whose masks are fixed already, by an
+    earlier training, keeps them unless `restart` is True.
+
     With `mask_interval` above 1 the sparsity moves, and masks are made, at every `mask_interval`-th step and the last.
 
     Example:
@@ -57,7 +61,11 @@ class SparsitySchedule:
         self.layers = [layer for _, layer in pst_layers(model)]
         for layer in self.layers:
             layer.scheduled = True
+            if restart:
+                layer.unfreeze_mask()
         self.total_steps = total_steps
+        # rounded: 0.8 of the steps must not begin one late for what a product of floats adds
+        self.freeze_step = math.ceil(round((1.0 - self.config.freeze) * total_steps, 6)) if self.config.freeze else None
         self._read_pruned()
         self.step_count = step_count
         # The sparsity that the layers were trained or loaded at, and their counts; 0 for what was converted only.
@@ -71,6 +79,7 @@ class SparsitySchedule:
                 self.least, self._planned(), step_count, total_steps,
             )  # fmt: skip
         self._set_sparsity()
+        self._follow_freeze()
 
     @property
     def sparsity(self) -> float:
@@ -82,12 +91,27 @@ class SparsitySchedule:
         """Whether the layers are as sparse as they shall be in the end."""
         return self.sparsity >= self.config.sparsity
 
+    @property
+    def freezes(self) -> bool:
+        """Whether the masks are fixed at this step."""
+        return self.freeze_step is not None and self.step_count >= self.freeze_step
+
+    def _follow_freeze(self) -> None:
+        fresh = [layer for layer in self.layers if not layer.frozen] if self.freezes else []
+        for layer in fresh:
+            layer.mark_stale()
+        refresh_layers(fresh)
+        for layer in fresh:
+            layer.freeze_mask()
+        for layer in self.layers:
+            layer.at_step(self.step_count)
+
     def _counted(self) -> list[tuple[PSTLayer, int]]:
         return list(zip(self.layers, self._pruned, strict=True))
 
     def _planned(self) -> float:
         whole_intervals = self.step_count - self.step_count % self.config.mask_interval
-        step = self.step_count if self.step_count >= self.total_steps else whole_intervals
+        step = self.step_count if self.step_count >= self.total_steps or self.freezes else whole_intervals
         return sparsity_at(step, self.total_steps, self.config)
 
     def step(self) -> None:
@@ -103,7 +127,9 @@ class SparsitySchedule:
         self._set_sparsity()
         if step_count % self.config.mask_interval == 0 or step_count >= self.total_steps:
             for layer in self.layers:
-                layer.mark_stale()
+                if not layer.frozen:
+                    layer.mark_stale()
+        self._follow_freeze()
         refresh_layers(self.layers, only_grouped=True)
 
     def _read_pruned(self) -> None:
@@ -113,6 +139,8 @@ class SparsitySchedule:
         sparsity = self.sparsity
         for i, layer in enumerate(self.layers):
             pruned = max(layer.num_pruned_at(sparsity), self._least[i])
+            if layer.frozen:
+                continue
             if pruned != self._pruned[i]:
                 layer.pst_num_pruned.fill_(pruned)
                 self._pruned[i] = pruned
@@ -135,4 +163,7 @@ class SparsitySchedule:
             )
         self._read_pruned()  # the model may have been loaded since: its masks fit these counts
         self.least, self._least = 0.0, [0] * len(self.layers)
+        if self.freeze_step is None or state["step_count"] < self.freeze_step:
+            for layer in self.layers:
+                layer.unfreeze_mask()
         self.go_to(state["step_count"])

@@ -18,11 +18,15 @@ from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
 from . import reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
+from .fixed import FixedMask
 from .kept import keeps, takes_lists
 from .recompute import producer_of
+from .rested import Added, Rest, masked_with, rested_linear
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = NAMES[2:]
+KEPT = "pst_kept"  # the trained kept weights
+NEVER = 1 << 62  # steps from one mask to the next, of a mask that is fixed
 FROZEN = "pst_weight"  # in a checkpoint whose `weight` is M * W' (whole_model.py): W itself
 
 
@@ -36,6 +40,7 @@ class Ready(NamedTuple):
     made: Made  # M * W' for the product
     options: Options
     look: int  # of the watch, after which it was made
+    added: int = due.NOTHING  # version and address of the trained kept weights
 
 
 class PSTLayer(nn.Module):
@@ -48,6 +53,9 @@ class PSTLayer(nn.Module):
     The mask is computed when a factor, the weight or the sparsity has changed since the last forward (every
     `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen; call
     `refresh_mask(force=True)` after one.
+
+    With `PSTConfig(freeze=)` a schedule fixes the mask at last (`freeze_mask`), which the buffer pst_frozen says, and
+    with `train_kept` the parameter pst_kept (kept,) is added to the kept weights from there on.
     """
 
     bias: Any  # a Parameter or None
@@ -60,6 +68,14 @@ class PSTLayer(nn.Module):
     pst_mask: Tensor
     pst_num_pruned: Tensor
     pst_guess: Tensor
+    pst_frozen: Tensor
+    pst_kept: nn.Parameter
+
+    frozen = False  # whether the mask is fixed
+    scores_rest = False  # whether A, B, R and C learn nothing from the next backward
+    steps = 0  # of the optimizer, as far as they are counted: by a schedule, or for `score_interval`
+    _fixed: FixedMask | None = None
+    _fixed_of = due.NOTHING  # versions and addresses of what it was made of
 
     full_name = ""  # in the model, for messages
     called = False  # whether its forward has run outside of a compiled graph
@@ -101,6 +117,13 @@ class PSTLayer(nn.Module):
             self.bias.requires_grad_(config.train_bias)
         self.reset_factors()
         self.sparsity = config.sparsity
+        if config.freeze:
+            self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.bool, device=device))
+        if config.train_kept:
+            pruned = self.pattern.weights_pruned((out, columns), self.num_pruned_at(config.sparsity))
+            kept = out * columns - (pruned or 0)  # the patterns that allow it know how many they prune
+            self.pst_kept = nn.Parameter(torch.zeros(kept, dtype=config.adapter_dtype, device=device))
+        self.at_step(0)
 
     def reset_factors(self) -> None:
         """U, A ~ N(0, 1); V, B, R, C = 0, so that the layer starts as plain magnitude pruning of W."""
@@ -155,7 +178,57 @@ class PSTLayer(nn.Module):
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
+        if self.frozen:
+            raise RuntimeError("the mask of this layer is fixed; call unfreeze_mask() before setting its sparsity")
         self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
+
+    def at_step(self, steps: int) -> None:
+        """So many optimizer steps are done: the scores learn on every `score_interval`-th one, until the freeze."""
+        self.steps = steps
+        interval = self.config.score_interval
+        self.scores_rest = self.frozen or steps % interval != interval - 1
+
+    def freeze_mask(self) -> None:
+        """Fix the mask as it is after a last look; from here on A, B, R and C rest and kept weights may train."""
+        if not self.config.freeze:
+            raise RuntimeError("this layer was converted with freeze=0.0; convert it with PSTConfig(freeze=0.2), say")
+        if self._tensor_parallel() is not None:
+            raise RuntimeError("a mask cannot be fixed under tensor parallelism; use PSTConfig(freeze=0.0)")
+        self.refresh_mask()
+        self.pst_frozen.fill_(True)
+        self._set_frozen(True)
+
+    def unfreeze_mask(self) -> None:
+        """Let the mask follow the factors again. Trained kept weights belong to the fixed one, and go back to zero."""
+        if not self.frozen:
+            return
+        self.pst_frozen.fill_(False)
+        if self.config.train_kept:
+            with torch.no_grad():
+                self.pst_kept.zero_()
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self.frozen = frozen
+        self._ready = self._fixed = None
+        self.at_step(self.steps)
+        if frozen and self.config.train_kept and not self.pst_mask.is_meta:
+            _ = self.added().places  # now, for on a GPU it waits
+
+    def _fixed_mask(self) -> FixedMask:
+        if torch.compiler.is_compiling() and self._fixed is not None:
+            return self._fixed
+        weight = whole(self.oriented_weight)
+        made_of = due.total_of((weight, self.pst_mask))
+        if self._fixed is None or made_of != self._fixed_of:
+            self._fixed, self._fixed_of = FixedMask(weight, self.pst_mask), made_of
+        return self._fixed
+
+    def added(self, kept: Tensor | None = None) -> Added:
+        """The trained kept weights, or `kept` in their place, whole; none before the freeze."""
+        if not (self.frozen and self.config.train_kept):
+            return Added()
+        return Added(whole(self.pst_kept if kept is None else kept), self._fixed_mask().places)
 
     @property
     def weights_pruned(self) -> int:
@@ -208,6 +281,7 @@ class PSTLayer(nn.Module):
             return
         with torch.no_grad():
             ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+            self.added()  # what a compiled forward takes as it is
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The weight (out, in) and the factors, whole."""
@@ -218,7 +292,7 @@ class PSTLayer(nn.Module):
         guess = self.pst_guess.view(torch.float32)
         config = self.config
         return MaskState(
-            self.pst_num_pruned, self.pst_mask, guess, config.mask_interval, config.pattern
+            self.pst_num_pruned, self.pst_mask, guess, NEVER if self.frozen else config.mask_interval, config.pattern
         )  # fmt: skip
 
     @property
@@ -227,20 +301,25 @@ class PSTLayer(nn.Module):
         return Scales(*map(float.fromhex, self._scales_as_text)) if torch.compiler.is_compiling() else self._scales
 
     def mark_stale(self) -> None:
-        """Let the next forward compute the mask anew."""
-        self.watch.mark_stale()
+        """Let the next forward compute the mask anew, or of a fixed mask M * W' alone."""
+        if self.frozen:
+            self._ready, self._fixed_of = None, due.NOTHING
+        else:
+            self.watch.mark_stale()
 
     def after_load(self, with_mask: bool) -> None:
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
         self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
+        if self.config.freeze and not self.pst_frozen.is_meta:
+            self._set_frozen(bool(self.pst_frozen))
         if with_mask:
             self.has_learned_mask = True
             self._ready = None
             self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True)
         else:
-            self.mark_stale()
+            self.watch.mark_stale()
 
     def masked_weight(self) -> Tensor:
         """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
@@ -249,8 +328,10 @@ class PSTLayer(nn.Module):
         if self._tensor_parallel() is not None:
             self._refuse_sharded()
         self.refresh_mask()
+        weight, *factors = self._weights()
+        operands = MaskedWeight(weight, Factors(*factors), self.pst_mask, self.scales)
         with torch.no_grad():
-            return ops.masked_weight(*self._weights(), self.pst_mask, *self.scales, self.weight.dtype)
+            return masked_with(operands, self.added(), self.weight.dtype)
 
     def _refuse_sharded(self) -> None:
         raise RuntimeError(
@@ -297,14 +378,28 @@ class PSTLayer(nn.Module):
             if not torch.compiler.is_compiling():
                 self.called = True
         learn_scores = None
+        if self.scores_rest and ready.options.block_size is None:
+            return self._rested_forward(x, ready)
         if ready.options.block_size is not None:
-            learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
+            if self.frozen:
+                learn_scores = torch.zeros((), dtype=torch.bool)
+            else:
+                learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
         return masked_linear(
             x, ready.operands, self.bias, ready.dtype, ready.options, ready.made, learn_scores, producer
         )  # fmt: skip
+
+    def _rested_forward(self, x: Tensor, ready: Ready) -> Tensor:
+        added, options = self.added(), ready.options
+        if ready.made.masked is not None and not options.kept:  # in a buffer, or of kept weights that are about to move
+            self._ready = None
+        rest = Rest(self.frozen, options.through_magnitude, options.kept)
+        producer = producer_of(x) if self.config.recompute_input else None
+        x = x if x.dtype == ready.dtype else x.to(ready.dtype)
+        return rested_linear(x, ready.operands, self.bias, ready.made, rest, added, producer)
 
     def _is_ready(self, ready: Ready, x: Tensor) -> bool:
         """Whether a forward of x needs nothing but its product: nothing has changed that a look can tell."""
@@ -323,6 +418,7 @@ class PSTLayer(nn.Module):
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and not weight.requires_grad
+            and (ready.added == due.NOTHING or ready.added == due.total_of((self.pst_kept,)))
             and self.watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
         )
 
@@ -340,13 +436,19 @@ class PSTLayer(nn.Module):
                 "a PST layer does not run under the transforms of torch.func (grad, vmap, jvp, ...), which would need"
                 " their own rules; use torch.autograd, or merge the layer first"
             )
-        options = Options(config.through_magnitude, False, self.pattern.block_size)
+        # with a fixed mask no gradient passes by way of a score
+        options = Options(config.through_magnitude and not self.frozen, False, self.pattern.block_size)
+        added = self.added()
         if compiling or type(weight) not in PLAIN:
             self.refresh_mask()
-            return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, -1)
+            made = NOTHING_MADE
+            if added.weights is not None:
+                with torch.no_grad(), ops.without_autocast(weight.device.type):
+                    made = Made(masked_with(operands, added, dtype))
+            return Ready(dtype, x.device, operands, (), made, options, -1)
         reads.notice_rewritten(self)
         kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
-        any_mask = self.pattern.with_masked_weight
+        any_mask = self.pattern.with_masked_weight or (self.frozen and options.block_size is None)
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
         by_lists = any_mask and not keep and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
         options = options._replace(kept=keep)
@@ -360,16 +462,26 @@ class PSTLayer(nn.Module):
         inference = torch.is_inference_mode_enabled() and self.pst_mask.is_inference()
         with torch.inference_mode(inference), torch.no_grad(), ops.without_autocast(weight.device.type):
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
-            if masked is None and (keep or by_lists):
-                masked = ops.masked_weight(*operands.flat, dtype)
-                masked = self._room_to_keep(dtype).copy_(masked) if keep else masked
-            made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
+            if self.frozen and by_lists:
+                made = self._fixed_lists(factors, dtype)
+            else:
+                if masked is None and (keep or by_lists or added.weights is not None):
+                    masked = masked_with(operands, added, dtype)
+                    masked = self._room_to_keep(dtype).copy_(masked) if keep else masked
+                made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
         parameters = tuple(self._parameters.get(name) for name in NAMES)
-        ready = Ready(dtype, x.device, operands, parameters, made, options, self.watch.looks)
+        version = due.NOTHING if added.weights is None else due.total_of((added.weights,))
+        ready = Ready(dtype, x.device, operands, parameters, made, options, self.watch.looks, version)
         # Under autocast x and the product differ in their dtype, and a parametrised factor is no parameter of the
         # layer: every forward looks at all of it again.
         self._ready = ready if x.dtype == dtype and None not in parameters[1:] else None
         return ready
+
+    def _fixed_lists(self, factors: Factors, dtype: torch.dtype) -> Made:
+        """Made at the kept places alone: after the freeze no pass over W is left."""
+        fixed, added = self._fixed_mask(), self.added().weights
+        values = fixed.values(factors, self._scales.beta, added).to(dtype)
+        return Made(None, values, fixed.lists.offsets, fixed.lists.pointers)
 
     def _room_to_keep(self, dtype: torch.dtype) -> Tensor:
         """Where M * W' is kept: the same place from step to step, which a captured graph reads."""
@@ -383,7 +495,7 @@ class PSTLayer(nn.Module):
         """Whether a grouped pass can make this layer's mask, where its device has one."""
         held, weight = self._parameters, self.weight
         plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
-        return not self.merged and plain and self.pattern.with_masked_weight and weight.dtype != torch.float64
+        return not self.merged and not self.frozen and plain and self.pattern.with_masked_weight and weight.dtype != torch.float64
 
     def grouped_tensors(self) -> tuple[Any, ...]:
         """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""
