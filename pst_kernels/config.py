@@ -166,8 +166,8 @@ class PSTConfig:
         of_blocks = patterns.parse(self.pattern).block_size is not None
         if self.score_interval > 1 and of_blocks:
             raise ValueError(
-                f"score_interval={self.score_interval} is not for pattern={self.pattern!r}, whose scores learn on the last"
-                " step before each mask; set mask_interval instead"
+                f"score_interval={self.score_interval} is not for pattern={self.pattern!r}, whose scores learn on the"
+                " last step before each mask; set mask_interval instead"
             )
         if self.train_kept and of_blocks:
             raise ValueError(
@@ -175,8 +175,8 @@ class PSTConfig:
             )
         if self.freeze > self.cooldown:
             raise ValueError(
-                f"freeze={self.freeze} is above cooldown={self.cooldown}, but a mask can be fixed only once the sparsity"
-                " has reached its end; raise cooldown or lower freeze"
+                f"freeze={self.freeze} is above cooldown={self.cooldown}, but a mask can be fixed only once the"
+                " sparsity has reached its end; raise cooldown or lower freeze"
             )
         if self.train_kept and self.freeze == 0.0:
             raise ValueError("train_kept=True needs steps with a fixed mask, got freeze=0.0; set freeze=0.2, say")

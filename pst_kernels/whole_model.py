@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .layers.checks import whole
 from .layers.linear import PSTConv1D
-from .layers.pst_layer import FACTORS, FROZEN, KEPT, PSTLayer
+from .layers.pst_layer import FACTORS, FROZEN, PSTLayer
 from .layers.rested import masked_with
+from .layers.resting import KEPT
 from .operands import MaskedWeight
 from .targets import is_transformers_model, parameter_uses, weight_key
 

@@ -33,13 +33,11 @@ class FixedMask:
         base, offsets, pointers, _, columns = self.lists
         U, V = (factor.to(compute_dtype(base.dtype)) for factor in factors[:2])
         # U V where kept is a product of two tall matrices, as G is
-        _, update = ops.sparse_backward(U.t().contiguous(), V.contiguous(), base, offsets, pointers, columns, False, True)
+        _, update = ops.sparse_backward(
+            U.t().contiguous(), V.contiguous(), base, offsets, pointers, columns, False, True
+        )
         values = torch.add(base, update, alpha=beta)
         return values if added is None else values + added
-
-    def add(self, masked: Tensor, added: Tensor) -> Tensor:
-        """Add the trained kept weights to M * W' (out, in), contiguous, in place."""
-        return add_at(masked, self.places, added)
 
 
 def add_at(masked: Tensor, places: Tensor, added: Tensor) -> Tensor:

@@ -18,14 +18,13 @@ from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
 from . import reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
-from .fixed import FixedMask
 from .kept import keeps, takes_lists
 from .recompute import producer_of
-from .rested import Added, Rest, masked_with, rested_linear
+from .rested import masked_with
+from .resting import Resting
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = NAMES[2:]
-KEPT = "pst_kept"  # the trained kept weights
 NEVER = 1 << 62  # steps from one mask to the next, of a mask that is fixed
 FROZEN = "pst_weight"  # in a checkpoint whose `weight` is M * W' (whole_model.py): W itself
 
@@ -43,7 +42,7 @@ class Ready(NamedTuple):
     added: int = due.NOTHING  # version and address of the trained kept weights
 
 
-class PSTLayer(nn.Module):
+class PSTLayer(Resting, nn.Module):
     """What PSTLinear and PSTConv1D share; they differ in how the weight lies.
 
     Parameters pst_U (out, weight_rank), pst_V (weight_rank, in), pst_A (out, score_rank), pst_B (score_rank, in),
@@ -68,14 +67,6 @@ class PSTLayer(nn.Module):
     pst_mask: Tensor
     pst_num_pruned: Tensor
     pst_guess: Tensor
-    pst_frozen: Tensor
-    pst_kept: nn.Parameter
-
-    frozen = False  # whether the mask is fixed
-    scores_rest = False  # whether A, B, R and C learn nothing from the next backward
-    steps = 0  # of the optimizer, as far as they are counted: by a schedule, or for `score_interval`
-    _fixed: FixedMask | None = None
-    _fixed_of = due.NOTHING  # versions and addresses of what it was made of
 
     full_name = ""  # in the model, for messages
     called = False  # whether its forward has run outside of a compiled graph
@@ -117,13 +108,7 @@ class PSTLayer(nn.Module):
             self.bias.requires_grad_(config.train_bias)
         self.reset_factors()
         self.sparsity = config.sparsity
-        if config.freeze:
-            self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.bool, device=device))
-        if config.train_kept:
-            pruned = self.pattern.weights_pruned((out, columns), self.num_pruned_at(config.sparsity))
-            kept = out * columns - (pruned or 0)  # the patterns that allow it know how many they prune
-            self.pst_kept = nn.Parameter(torch.zeros(kept, dtype=config.adapter_dtype, device=device))
-        self.at_step(0)
+        self._add_rest((out, columns))
 
     def reset_factors(self) -> None:
         """U, A ~ N(0, 1); V, B, R, C = 0, so that the layer starts as plain magnitude pruning of W."""
@@ -181,54 +166,6 @@ class PSTLayer(nn.Module):
         if self.frozen:
             raise RuntimeError("the mask of this layer is fixed; call unfreeze_mask() before setting its sparsity")
         self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
-
-    def at_step(self, steps: int) -> None:
-        """So many optimizer steps are done: the scores learn on every `score_interval`-th one, until the freeze."""
-        self.steps = steps
-        interval = self.config.score_interval
-        self.scores_rest = self.frozen or steps % interval != interval - 1
-
-    def freeze_mask(self) -> None:
-        """Fix the mask as it is after a last look; from here on A, B, R and C rest and kept weights may train."""
-        if not self.config.freeze:
-            raise RuntimeError("this layer was converted with freeze=0.0; convert it with PSTConfig(freeze=0.2), say")
-        if self._tensor_parallel() is not None:
-            raise RuntimeError("a mask cannot be fixed under tensor parallelism; use PSTConfig(freeze=0.0)")
-        self.refresh_mask()
-        self.pst_frozen.fill_(True)
-        self._set_frozen(True)
-
-    def unfreeze_mask(self) -> None:
-        """Let the mask follow the factors again. Trained kept weights belong to the fixed one, and go back to zero."""
-        if not self.frozen:
-            return
-        self.pst_frozen.fill_(False)
-        if self.config.train_kept:
-            with torch.no_grad():
-                self.pst_kept.zero_()
-        self._set_frozen(False)
-
-    def _set_frozen(self, frozen: bool) -> None:
-        self.frozen = frozen
-        self._ready = self._fixed = None
-        self.at_step(self.steps)
-        if frozen and self.config.train_kept and not self.pst_mask.is_meta:
-            _ = self.added().places  # now, for on a GPU it waits
-
-    def _fixed_mask(self) -> FixedMask:
-        if torch.compiler.is_compiling() and self._fixed is not None:
-            return self._fixed
-        weight = whole(self.oriented_weight)
-        made_of = due.total_of((weight, self.pst_mask))
-        if self._fixed is None or made_of != self._fixed_of:
-            self._fixed, self._fixed_of = FixedMask(weight, self.pst_mask), made_of
-        return self._fixed
-
-    def added(self, kept: Tensor | None = None) -> Added:
-        """The trained kept weights, or `kept` in their place, whole; none before the freeze."""
-        if not (self.frozen and self.config.train_kept):
-            return Added()
-        return Added(whole(self.pst_kept if kept is None else kept), self._fixed_mask().places)
 
     @property
     def weights_pruned(self) -> int:
@@ -388,18 +325,10 @@ class PSTLayer(nn.Module):
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
+        made = ready.made._replace(waiting=self.pst_kept) if self.config.train_kept else ready.made
         return masked_linear(
-            x, ready.operands, self.bias, ready.dtype, ready.options, ready.made, learn_scores, producer
+            x, ready.operands, self.bias, ready.dtype, ready.options, made, learn_scores, producer
         )  # fmt: skip
-
-    def _rested_forward(self, x: Tensor, ready: Ready) -> Tensor:
-        added, options = self.added(), ready.options
-        if ready.made.masked is not None and not options.kept:  # in a buffer, or of kept weights that are about to move
-            self._ready = None
-        rest = Rest(self.frozen, options.through_magnitude, options.kept)
-        producer = producer_of(x) if self.config.recompute_input else None
-        x = x if x.dtype == ready.dtype else x.to(ready.dtype)
-        return rested_linear(x, ready.operands, self.bias, ready.made, rest, added, producer)
 
     def _is_ready(self, ready: Ready, x: Tensor) -> bool:
         """Whether a forward of x needs nothing but its product: nothing has changed that a look can tell."""
@@ -477,12 +406,6 @@ class PSTLayer(nn.Module):
         self._ready = ready if x.dtype == dtype and None not in parameters[1:] else None
         return ready
 
-    def _fixed_lists(self, factors: Factors, dtype: torch.dtype) -> Made:
-        """Made at the kept places alone: after the freeze no pass over W is left."""
-        fixed, added = self._fixed_mask(), self.added().weights
-        values = fixed.values(factors, self._scales.beta, added).to(dtype)
-        return Made(None, values, fixed.lists.offsets, fixed.lists.pointers)
-
     def _room_to_keep(self, dtype: torch.dtype) -> Tensor:
         """Where M * W' is kept: the same place from step to step, which a captured graph reads."""
         weight, kept = self.oriented_weight, self._kept_weight
@@ -495,7 +418,13 @@ class PSTLayer(nn.Module):
         """Whether a grouped pass can make this layer's mask, where its device has one."""
         held, weight = self._parameters, self.weight
         plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
-        return not self.merged and not self.frozen and plain and self.pattern.with_masked_weight and weight.dtype != torch.float64
+        return (
+            not self.merged
+            and not self.frozen
+            and plain
+            and self.pattern.with_masked_weight
+            and weight.dtype != torch.float64
+        )
 
     def grouped_tensors(self) -> tuple[Any, ...]:
         """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""

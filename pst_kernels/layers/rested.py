@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .. import ops
-from ..functional import Made, autocast_enabled, without_autocast
-from ..operands import MaskedWeight, Scales, compute_dtype
+from ..functional import Made, without_autocast
+from ..operands import MaskedWeight, compute_dtype
 from .fixed import add_at
 
 
@@ -57,8 +57,8 @@ class _RestedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, added, places,
-        constants, producer,
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting,
+        added, places, constants, producer,
     ) -> Tensor:  # fmt: skip
         scales, rest = constants
         ctx.constants, ctx.bias_dtype = constants, None if bias is None else bias.dtype
@@ -79,23 +79,25 @@ class _RestedLinear(torch.autograd.Function):
         scales, rest = ctx.constants
         operands = MaskedWeight.of(*flat, *scales)
         needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
-        learns = any(needs_factors[:2]) or ctx.needs_input_grad[14]
+        learns = any(needs_factors[:2]) or ctx.needs_input_grad[15]
         with without_autocast(gy.device.type):
             x = taken[0] if ctx.make is None else ctx.make(*taken).to(gy.dtype).reshape(-1, flat[0].shape[1])
             gradient = _Gradient(gy.contiguous(), x.contiguous(), operands, rest, (needs_input, learns))
             if made.values is not None:
-                dx, dU, dV, d_added = gradient.by_lists(made)
+                dx, dU, dV, d_added = gradient.by_lists(*made[1:4])  # type: ignore[arg-type]
             elif added.weights is not None:
                 dx, dU, dV, d_added = gradient.with_kept_weights(made.masked, added)
             else:
                 dx, dU, dV = gradient.dense(made.masked)
                 d_added = dU  # of none
+        of_added = None
         dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
         zeros = [None if rest.frozen else torch.zeros_like(factor) for factor in operands.factors[2:]]
         pairs = zip((dU, dV, *zeros), operands.factors, needs_factors, strict=True)
         of_factors = [None if d is None or not need else d.to(factor.dtype) for d, factor, need in pairs]
-        d_added = d_added.to(added.weights.dtype) if ctx.needs_input_grad[14] else None
-        return dx if needs_input else None, dbias, None, *of_factors, *[None] * 5, d_added, *[None] * 3
+        if added.weights is not None and ctx.needs_input_grad[15]:
+            of_added = d_added.to(added.weights.dtype)
+        return dx if needs_input else None, dbias, None, *of_factors, *[None] * 6, of_added, *[None] * 3
 
 
 class _Gradient(NamedTuple):
@@ -111,9 +113,8 @@ class _Gradient(NamedTuple):
     def through(self) -> bool:
         return self.rest.through_magnitude and not self.rest.frozen
 
-    def by_lists(self, made: Made) -> tuple[Tensor, ...]:
+    def by_lists(self, values: Tensor, offsets: Tensor, pointers: Tensor) -> tuple[Tensor, ...]:
         (out, columns), (U, V, *_) = self.operands.weight.shape, self.operands.factors
-        values, offsets, pointers = made[1:]
         dx, G = ops.sparse_backward(self.gy, self.x, values, offsets, pointers, columns, *self.needs)
         if not self.needs[1]:
             return dx, G, G, G

@@ -107,8 +107,9 @@ KEPT_ALONE = 2  # the THROUGH of `gate` for steps in which the scores rest
 
 @triton.jit
 def gate(b_updated, b_words, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """M, with THROUGH M + |W'|, and with THROUGH = 2 M (1 + |W'|), in fp32, from the words of the mask (ROWS, COLUMNS //
-    32)."""
+    """M, or with THROUGH M + |W'|, or with THROUGH = 2 M (1 + |W'|), in fp32, from the words of the mask (ROWS,
+    COLUMNS // 32).
+    """
     c = tl.arange(0, COLUMNS)
     b_word = tl.broadcast_to(b_words[:, :, None], (ROWS, COLUMNS // 32, 32))
     b_word = tl.reshape(b_word, (ROWS, COLUMNS))

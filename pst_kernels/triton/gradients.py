@@ -237,7 +237,7 @@ def add_partials_kernel(
 
 
 def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: int) -> Factors:
-    """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`, `through_magnitude` the THROUGH of `gate`."""
+    """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`, `through_magnitude` as `gate` takes it."""
     weight, factors, mask, scales = operands
     (rows, columns), tokens = weight.shape, x.shape[0]
     if not tokens or not weight.numel():
@@ -297,7 +297,7 @@ def linear_backward(
 def rested_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dU and dV with Q = G * M * (1 + |W'|), or G * M: the same kernels, of which the scores' gradients are dropped."""
+    """dx, dU and dV with Q = G * M * (1 + |W'|), or G * M, by the same kernels: the scores' gradients are dropped."""
     operands = checked_operands(operands)
     dx = input_gradient(gy, operands) if needs.input else gy.new_empty(0)
     if not needs.factors:

@@ -356,14 +356,14 @@ def test_blocks_rest_too():
 @pytest.mark.slow
 def test_compiled():
     """One graph for each state, and the same values."""
-    model, plain = (model_of(train_kept=True, score_interval=2, products="dense") for _ in range(2))
+    model, plain = (model_of(train_kept=True, score_interval=2, products="dense")[2:] for _ in range(2))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-3) for m in (model, plain)]
     schedules = [pst.SparsitySchedule(m, 5) for m in (model, plain)]
     for step, (one, schedule, optimizer) in itertools.product(
         range(6), zip((compiled, plain), schedules, optimizers, strict=True)
     ):
-        loss = one(batch(step)).pow(2).mean()
+        loss = one(batch(step)[:, :280]).pow(2).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
