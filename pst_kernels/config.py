@@ -274,6 +274,14 @@ def _check_number(name: str, value: Any, low: float, high: float, allowed: str) 
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """Raise an error that names the argument unless it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number above 0, got {value!r} of type {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+
+
 def _dtype(value: Any) -> torch.dtype:
     dtype: Any = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else value
     if dtype not in DTYPES.values():

@@ -12,10 +12,12 @@ from typing import Any
 from torch import nn
 
 from .config import PSTConfig, check_count
+from .events import Events
 from .layers.pst_layer import PSTLayer
 from .layers.together import refresh_layers
 from .model import get_config, pst_layers
 
+KINDS = ("cubic", "events")
 logger = logging.getLogger("pst_kernels")
 
 
@@ -39,6 +41,9 @@ class SparsitySchedule:
         model: a model converted by `replace_linear`; its layers are set to the sparsity of `step_count` at once.
         total_steps: optimizer steps of the whole training, at least 1.
         step_count: steps already done, when a loop resumes with a model whose state is loaded.
+        kind: "cubic", a little further at each step, or "events", a large first step and few more (see events.py).
+        first: of events, the sparsity that the first one brings.
+        events: how many there are.
         restart: go back to the sparsity of `step_count`, if the model was trained or loaded at a higher one. Without
             it the sparsity stays where it is until the schedule is past it, and a warning says so.
 
@@ -54,9 +59,15 @@ class SparsitySchedule:
             optimizer.step(); optimizer.zero_grad(); schedule.step()
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, step_count: int = 0, *, restart: bool = False):
+    def __init__(
+        self, model: nn.Module, total_steps: int, step_count: int = 0, *, kind: str = "cubic", first: float = 0.7,
+        events: int = 4, restart: bool = False,
+    ):  # fmt: skip
         check_count("total_steps", total_steps, 1)
         check_count("step_count", step_count, 0)
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(KINDS)}")
+        self.kind, self.events = kind, Events(first, events) if kind == "events" else None
         self.config = get_config(model)
         self.layers = [layer for _, layer in pst_layers(model)]
         for layer in self.layers:
@@ -112,6 +123,8 @@ class SparsitySchedule:
     def _planned(self) -> float:
         whole_intervals = self.step_count - self.step_count % self.config.mask_interval
         step = self.step_count if self.step_count >= self.total_steps or self.freezes else whole_intervals
+        if self.events is not None:
+            return self.events.sparsity_at(step, self.total_steps, self.config)
         return sparsity_at(step, self.total_steps, self.config)
 
     def step(self) -> None:
@@ -147,7 +160,7 @@ class SparsitySchedule:
             layer.has_learned_mask = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step_count": self.step_count, "total_steps": self.total_steps}
+        return {"step_count": self.step_count, "total_steps": self.total_steps, "kind": self.kind}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved step; the model's own state may be loaded before or after.
@@ -161,6 +174,8 @@ class SparsitySchedule:
                 f"this schedule has total_steps={self.total_steps}, the saved one {state['total_steps']};"
                 " make it with the same number of steps"
             )
+        if state.get("kind", "cubic") != self.kind:
+            raise ValueError(f"this schedule has kind={self.kind!r}, the saved one {state['kind']!r}; make it as that")
         self._read_pruned()  # the model may have been loaded since: its masks fit these counts
         self.least, self._least = 0.0, [0] * len(self.layers)
         if self.freeze_step is None or state["step_count"] < self.freeze_step:

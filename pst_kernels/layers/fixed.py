@@ -24,9 +24,10 @@ class FixedMask:
 
     @functools.cached_property
     def places(self) -> Tensor:
-        """Flat indices in (out, in), int64 (kept,). Made once: of a GPU's weight that waits for the device."""
+        """Flat indices in (out, in), (kept,). Made once: on a GPU that waits for the device."""
         row, column = self.lists.places()
-        return row * self.shape[1] + column
+        places = row * self.shape[1] + column
+        return places.to(torch.int32) if self.shape.numel() < 1 << 31 else places
 
     def values(self, factors: Factors, beta: float, added: Tensor | None) -> Tensor:
         """W' at the kept places, and `added` to it, in fp32 (float64 for a float64 weight)."""
