@@ -20,6 +20,7 @@ from .masks import patterns
 CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"
 MASKED_WEIGHT = ("auto", "keep", "remake")
+ALLOCATIONS = ("uniform", "global")
 PRODUCTS = ("auto", "dense", "sparse")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -86,6 +87,9 @@ class PSTConfig:
             Blocks have their own rule, see `mask_interval`.
         freeze: fraction of a schedule's steps, at the end, in which the mask is fixed, at most `cooldown`: A, B, R and
             C rest then (no gradient), and every product skips what is pruned. It stays fixed after the schedule's end.
+        allocation: "uniform", the same sparsity in every layer, or "global", one threshold over the scores of all
+            layers, which a schedule applies; each layer keeps at least a quarter of its uniform share. For
+            pattern="unstructured", without `train_kept`.
         train_kept: also train the kept weights themselves from the freeze on, as the parameter `pst_kept` of each
             layer, a number a kept weight. `freeze` is then 0.2 unless given. Give it a learning rate of its own, that
             of dense fine-tuning.
@@ -116,6 +120,7 @@ class PSTConfig:
     score_interval: int = 1
     freeze: float = _DefaultFraction(0.0)
     train_kept: bool = False
+    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -152,6 +157,13 @@ class PSTConfig:
         if self.products == "sparse" and self.masked_weight == "keep":
             raise ValueError("products='sparse' and masked_weight='keep' exclude one another; leave one of them out")
         self._check_rest()
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation={self.allocation!r} is not known; use one of {', '.join(ALLOCATIONS)}")
+        if self.allocation == "global" and (self.pattern != "unstructured" or self.train_kept):
+            raise ValueError(
+                f"allocation='global' is for pattern='unstructured' and train_kept=False, got {self.pattern!r} and"
+                f" {self.train_kept}: how many weights a layer keeps must not be fixed beforehand"
+            )
         self.adapter_dtype = _dtype(self.adapter_dtype)
         self.target_modules = _targets("target_modules", self.target_modules)
         if self.exclude_modules is not None:

@@ -9,14 +9,17 @@ import logging
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import PSTConfig, check_count
 from .events import Events
 from .layers.pst_layer import PSTLayer
 from .layers.together import refresh_layers
+from .masks.allocation import global_counts
 from .model import get_config, pst_layers
 
+LEAST_SHARE = 0.25  # of what a layer would keep at the same sparsity for all: it keeps as much at least
 KINDS = ("cubic", "events")
 logger = logging.getLogger("pst_kernels")
 
@@ -150,6 +153,9 @@ class SparsitySchedule:
 
     def _set_sparsity(self) -> None:
         sparsity = self.sparsity
+        if self.config.allocation == "global":
+            self._allocate(sparsity)
+            return
         for i, layer in enumerate(self.layers):
             pruned = max(layer.num_pruned_at(sparsity), self._least[i])
             if layer.frozen:
@@ -158,6 +164,24 @@ class SparsitySchedule:
                 layer.pst_num_pruned.fill_(pruned)
                 self._pruned[i] = pruned
             layer.has_learned_mask = True
+
+    def _allocate(self, sparsity: float) -> None:
+        """One threshold for all layers; the counts stay on their device."""
+        layers = [layer for layer in self.layers if not layer.frozen]
+        for layer in layers:
+            layer.has_learned_mask = True
+        at_work = (
+            self.step_count % self.config.mask_interval == 0 or self.freezes or self.step_count >= self.total_steps
+        )
+        if not layers or not at_work:
+            return
+        uniform = [layer.num_pruned_at(sparsity) for layer in layers]
+        sizes = [layer.weight.numel() for layer in layers]
+        most = [n - math.ceil(LEAST_SHARE * (n - k)) for n, k in zip(sizes, uniform, strict=True)]
+        with torch.no_grad():
+            counts = global_counts(lambda i: layers[i].scores(), most, sum(uniform))
+        for layer, count in zip(layers, counts, strict=True):
+            layer.pst_num_pruned.copy_(count)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step_count": self.step_count, "total_steps": self.total_steps, "kind": self.kind}

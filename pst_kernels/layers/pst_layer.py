@@ -224,6 +224,10 @@ class PSTLayer(Resting, nn.Module):
         """The weight (out, in) and the factors, whole."""
         return tuple(map(whole, (self.oriented_weight, *self.factors)))
 
+    def scores(self) -> Tensor:
+        """What the mask is decided by, fp32 (out, in)."""
+        return ops.scores(*self._weights(), *self.scales)
+
     def mask_state(self) -> MaskState:
         """What `refresh` takes: the mask, and what says when it is due."""
         guess = self.pst_guess.view(torch.float32)
