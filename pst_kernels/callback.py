@@ -62,7 +62,8 @@ class PSTCallback(TrainerCallback):
         if not args.load_best_model_at_end or best is None:
             return
         layers = [layer for _, layer in pst_layers(model)]
-        if any(int(layer.pst_num_pruned) < layer.num_pruned_at(layer.config.sparsity) for layer in layers):
+        pruned = sum(int(layer.pst_num_pruned) for layer in layers)
+        if pruned < sum(layer.num_pruned_at(layer.config.sparsity) for layer in layers):
             now = trainable_summary(model)
             logger.warning(
                 "the best model, %s, has sparsity %.2f, below the target %.2f: it was saved before the schedule's end;"
