@@ -23,16 +23,18 @@ class PSTCallback(TrainerCallback):
 
     Args:
         restart: as of `SparsitySchedule`: let a model that was trained before fall back to the schedule's start.
+        kind, first, events: as of `SparsitySchedule`.
         rewind: with kind="events", let the trainer's learning rate start anew at each event (see `RewindLR`), whatever
             its `lr_scheduler_type`.
-        schedule: `kind`, `first` and `events` of `SparsitySchedule`.
 
     Example:
         trainer = Trainer(model=replace_linear(model, PSTConfig()), ..., callbacks=[PSTCallback()])
     """
 
-    def __init__(self, restart: bool = False, *, rewind: bool = True, **schedule: Any) -> None:
-        self.settings = {"restart": restart} | schedule
+    def __init__(
+        self, restart: bool = False, *, kind: str = "cubic", first: float = 0.7, events: int = 4, rewind: bool = True
+    ) -> None:
+        self.settings: dict[str, Any] = {"restart": restart, "kind": kind, "first": first, "events": events}
         self.rewind = rewind
         self.schedule: SparsitySchedule | None = None
 
