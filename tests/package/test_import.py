@@ -120,7 +120,9 @@ SIGNATURES = {
     "load_pretrained": (pst.load_pretrained, ["model", "directory"]),
     "print_trainable_parameters": (pst.print_trainable_parameters, ["model"]),
     "get_layer_status": (pst.get_layer_status, ["model"]),
-    "SparsitySchedule": (pst.SparsitySchedule, ["model", "total_steps", "step_count=0", "*", "kind=cubic", "first=0.7", "events=4", "restart=False"]),
+    "SparsitySchedule": (pst.SparsitySchedule, [
+        "model", "total_steps", "step_count=0", "*", "kind=cubic", "first=0.7", "events=4", "restart=False",
+    ]),
     "PSTCallback": (pst.PSTCallback, ["restart=False", "*", "kind=cubic", "first=0.7", "events=4", "rewind=True"]),
     "scores": (functional.scores, [*FACTORS, *SCALES]),
     "kth_value": (functional.kth_value, ["scores", "k"]),
