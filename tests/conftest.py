@@ -53,6 +53,7 @@ SHARED = {"found", "finished", "launched", "trained", "report"}
 COMPILED = {"emulator", "found", "report"}  # what asks for these is no part of `make test-quick`
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
