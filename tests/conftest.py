@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from types import ModuleType
 
@@ -64,3 +65,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.compiled)
         if fixtures & SHARED:
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {given.get('report', '')}"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays to the end: no collection of garbage, and a Trainer asks for some, need go through it."""
+    gc.collect()
+    gc.freeze()

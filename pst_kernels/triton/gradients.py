@@ -150,8 +150,8 @@ def factor_gradients_kernel(
         if WORDS_AT_ONCE:
             b_words = mask_words(p_mask, words, r_in, i_columns, EVEN, BLOCK_COLUMNS)
         for part in tl.static_range(PARTS):
-            # Always true, here and below, for only a matrix of whole tiles has more than one part: a branch keeps the
-            # compiler from holding operands of several products at once.
+            # True, here and below, for only a matrix of whole tiles has more than one part, and one of one row is
+            # STRAIGHT: a branch keeps the compiler from holding operands of several products at once.
             if columns > part:
                 i = i_columns + part * COLUMNS
                 m_columns = i + c < columns
