@@ -9,8 +9,6 @@ which take the operands as named tuples where a schema is flat.
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,9 +22,9 @@ from .masks import due
 from .masks.packing import packed_width
 from .masks.patterns import parse
 from .masks.refresh import MaskState, Weights, refresh
+from .notices import say_once
 from .operands import Factors, MaskedWeight, Needs, Scales, compute_dtype, factor_shapes
 
-logger = logging.getLogger("pst_kernels")
 NAMESPACE = "pst_kernels"
 NAMES: list[str] = []  # of every op, filled by _define
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -40,15 +38,10 @@ def kernels_for(device_type: str) -> ModuleType:
 
         return triton
     if device_type == "cuda" and env.backend() == "auto":
-        _say_once(f"pst_kernels runs in plain PyTorch on the GPU, slowly: {reason}")
+        say_once(f"pst_kernels runs in plain PyTorch on the GPU, slowly: {reason}")
     from . import cpu
 
     return cpu
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 class _Group(NamedTuple):

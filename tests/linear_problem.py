@@ -121,7 +121,7 @@ INTERPRETED = [
         for tokens, rank in ((0, 8), (1, 5), (3, 16), (130, 8))
     ),
     Problem(70, 96, 3, 1), Problem(33, 65, 3, 64), Problem(96, 65, 3, 8, transposed=True),
-    Problem(40, 64, 3, 8, through=False),
+    Problem(40, 64, 3, 8, through=False), Problem(1, 64, 3, 8, through=False),
     Problem(40, 64, 5, 8, "bfloat16", weight="float32"), Problem(40, 64, 5, 8, "float16", factors="float16"),
 ]  # fmt: skip
 

@@ -150,8 +150,8 @@ def factor_gradients_kernel(
         if WORDS_AT_ONCE:
             b_words = mask_words(p_mask, words, r_in, i_columns, EVEN, BLOCK_COLUMNS)
         for part in tl.static_range(PARTS):
-            # Always true, here and below, for only a matrix of whole tiles has more than one part: a branch keeps the
-            # compiler from holding operands of several products at once.
+            # True, here and below, for only a matrix of whole tiles has more than one part, and one of one row is
+            # STRAIGHT: a branch keeps the compiler from holding operands of several products at once.
             if columns > part:
                 i = i_columns + part * COLUMNS
                 m_columns = i + c < columns
@@ -263,8 +263,9 @@ def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magn
         "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
         **splitting(x.dtype, platform), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    # Else Q needs no W', and D has a branch of its own, which takes fewer registers, but not on sm_120.
-    straight = bool(through_magnitude) or plan.g_stored or platform.architecture == "sm_120"
+    # Else Q needs no W', and D has a branch of its own, taken with two rows or more: it needs fewer registers, but not
+    # on sm_120.
+    straight = bool(through_magnitude) or plan.g_stored or platform.architecture == "sm_120" or rows == 1
     if plan.few_ranks:
         factor_gradients_kernel[sweeps, down, split_k](
             *tensors, tokens, plan.tokens_per_split, plan.sweep_length, *sizes, PARTS=plan.parts,
