@@ -28,6 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"modules_to_save": ()},
     "recipe": {"beta": 1 / 16, "train_bias": True},
+    "accurate": {"beta": 1 / 16, "train_bias": True, "freeze": 0.3, "train_kept": True},
+    "fast": {"beta": 1 / 16, "train_bias": True, "freeze": 0.3, "train_kept": True, "score_interval": 4},
 }
 
 
@@ -221,7 +223,9 @@ class PSTConfig:
 
         "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the
         authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
-        LayerNorms among `modules_to_save` beside the head, and the learning rates that the README gives.
+        LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
+        the recipe, with kept weights trained once the sparsity has reached its end. "fast": the same with scores that
+        learn on every fourth step.
 
         Raises ValueError for another name.
         """

@@ -38,6 +38,7 @@ def main(args: argparse.Namespace) -> int:
     started = time.monotonic()
     settings = from_arguments(args)
     dataset = _prepare(settings, args.resume, args.overwrite)
+    settings = settings.with_steps_for(len(dataset.train))
     again = "; the same command with --resume goes on from the last checkpoint"
     try:
         results = _train(settings, dataset)

@@ -10,10 +10,11 @@ from torch import nn
 
 from ..config import PSTConfig
 from ..layers.pst_layer import FACTORS
+from ..layers.resting import KEPT
 from ..targets import head_modules
-from .settings import Settings
+from .settings import OF_RECIPE, Settings
 
-UPDATE = ("pst_U", "pst_V")
+ROLES = dict.fromkeys(FACTORS, "scores") | {"pst_U": "update", "pst_V": "update", KEPT: "kept"}
 # The settings of PSTConfig that the command line has.
 OPTIONS = {"sparsity": "--sparsity", "weight_rank": "--rank", "score_rank": "--rank"}
 
@@ -23,10 +24,10 @@ class ConversionError(ValueError):
 
 
 def config(settings: Settings, model: nn.Module) -> PSTConfig:
-    """ "released" freezes the head as well, "recipe" trains every normalisation too."""
+    """ "released" freezes the head as well; "recipe" and those made of it train every normalisation too."""
     more: dict[str, Any] = {}
     if settings.preset != "released":
-        more["modules_to_save"] = [*trained_in_full(model), *(norms(model) if settings.preset == "recipe" else ())]
+        more["modules_to_save"] = [*trained_in_full(model), *(norms(model) if settings.preset in OF_RECIPE else ())]
     return PSTConfig.preset(
         settings.preset, sparsity=settings.sparsity, weight_rank=settings.rank, score_rank=settings.rank, **more
     )
@@ -49,15 +50,13 @@ def groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, 
     heads = tuple(f"{name}." for name in head_modules(model))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            last = name.rpartition(".")[2]
-            if method != "pst":
-                role = "head" if name.startswith(heads) else "body"
-            else:
-                role = "update" if last in UPDATE else "scores" if last in FACTORS else "head"
+            role = "head" if name.startswith(heads) else "body"
+            if method == "pst":
+                role = ROLES.get(name.rpartition(".")[2], "head")
             by_rate.setdefault(role, []).append(parameter)
     rates = {
         "body": settings.learning_rate, "update": settings.update_rate, "scores": settings.pst_learning_rate,
-        "head": settings.head_learning_rate,
+        "head": settings.head_learning_rate, "kept": settings.kept_rate,
     }  # fmt: skip
     return [{"params": parameters, "lr": rates[role]} for role, parameters in by_rate.items()]
 

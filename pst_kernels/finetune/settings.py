@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import PRESETS
+from ..parameter_groups import KEPT
 
 METHODS = ("dense", "pst")
+OF_RECIPE = ("recipe", "accurate", "fast")
 RECIPE_RATIO = 4.0  # U and V over A, B, R and C, as validation chose in the accuracy study
 # Runs that differ in these may go on from each other.
 FREE_ON_RESUME = ("method", "output")
@@ -29,11 +31,16 @@ class Settings:
     preset: str = "paper"
     sparsity: float = 0.9
     steps: int = 150
+    epochs: int | None = None
+    teacher: str | None = None
+    hardness: float = 0.5
+    temperature: float = 2.0
     batch_size: int = 16
     max_length: int = 96
     learning_rate: float = 1e-4
     pst_learning_rate: float = 5e-4
     update_learning_rate: float | None = None
+    kept_learning_rate: float | None = None
     head_learning_rate: float = 1e-3
     dropout: float = 0.0
     rank: int = 8
@@ -54,12 +61,20 @@ class Settings:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least 1")
         if self.max_length < 8:
             raise ValueError(f"--max-length {self.max_length} must be at least 8 tokens")
-        for name in ("learning_rate", "pst_learning_rate", "update_rate", "head_learning_rate"):
+        for name in ("learning_rate", "pst_learning_rate", "update_rate", "kept_rate", "head_learning_rate"):
             if not 0.0 < getattr(self, name) < 1.0:
-                flag = "--update-learning-rate" if name == "update_rate" else _flag(name)
+                flag = _flag(name.replace("_rate", "_learning_rate") if name in ("update_rate", "kept_rate") else name)
                 raise ValueError(f"{flag} {getattr(self, name)} must lie between 0 and 1, such as 1e-4")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"--dropout {self.dropout} must lie in [0, 1)")
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"--epochs {self.epochs} must be at least 1")
+        if not 0.0 <= self.hardness <= 1.0:
+            raise ValueError(f"--hardness {self.hardness} must lie in [0, 1]; 0 learns from the labels alone")
+        if self.temperature <= 0.0:
+            raise ValueError(f"--temperature {self.temperature} must be above 0")
+        if self.teacher is not None and not (Path(self.teacher) / "config.json").is_file():
+            raise ValueError(f"--teacher {self.teacher} is no folder with a config.json; give that of a trained model")
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -70,7 +85,27 @@ class Settings:
         """Of U and V: as given, else that of the scores, times 4 where U V is a sixteenth as large."""
         if self.update_learning_rate is not None:
             return self.update_learning_rate
-        return self.pst_learning_rate * (RECIPE_RATIO if self.preset == "recipe" else 1.0)
+        return self.pst_learning_rate * (RECIPE_RATIO if self.preset in OF_RECIPE else 1.0)
+
+    @property
+    def kept_rate(self) -> float:
+        """Of kept weights that train: as given, else five times that of dense fine-tuning."""
+        return KEPT * self.learning_rate if self.kept_learning_rate is None else self.kept_learning_rate
+
+    @property
+    def teacher_folder(self) -> Path | None:
+        """Of the model that PST learns from: as given, or the dense one of the same run; none at hardness 0."""
+        if self.hardness == 0.0:
+            return None
+        if self.teacher is not None:
+            return Path(self.teacher)
+        return self.folder / "dense" if "dense" in self.methods else None
+
+    def with_steps_for(self, texts: int) -> Settings:
+        """With the steps that `--epochs` means for so many texts."""
+        if self.epochs is None:
+            return self
+        return dataclasses.replace(self, steps=-(-texts * self.epochs // self.batch_size))
 
     @property
     def folder(self) -> Path:
@@ -93,14 +128,20 @@ HELP = {
     "text_column": "name of the column that holds the text",
     "label_column": "name of the column that holds the label",
     "method": "dense, pst or both",
-    "preset": "of PST: paper, released (the head stays random) or recipe (that of the README's accuracy study)",
+    "preset": "of PST: paper, released (the head stays random) or recipe (that of the accuracy study), or accurate"
+    " or fast, which add trained kept weights to it",
     "sparsity": "share of every linear weight inside the blocks that PST prunes",
     "steps": "optimizer steps of each method",
+    "epochs": "passes over the training texts, in place of --steps",
+    "teacher": "folder of a trained model that PST learns from too (default: the dense model of the same run)",
+    "hardness": "share of the teacher in the loss of PST; 0 learns from the labels alone",
+    "temperature": "by which the logits of both are divided when PST learns from a teacher",
     "batch_size": "texts in a step",
     "max_length": "tokens of a text that are read",
     "learning_rate": "of all weights but the head, in dense fine-tuning",
     "pst_learning_rate": "of the factors, in PST",
     "update_learning_rate": "of U and V alone (default: as the other factors; of the recipe four times as much)",
+    "kept_learning_rate": "of kept weights that train (default: five times that of dense fine-tuning)",
     "head_learning_rate": "of the task head in dense fine-tuning, and of all that PST trains beside its factors",
     "dropout": "of the model while it trains; a run this short needs none, and does without in four fifths of the time",
     "rank": "rank of the weight update and of the learned importance",
@@ -113,7 +154,7 @@ HELP = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(Settings):
-        kind: type = float if field.name == "update_learning_rate" else str
+        kind: type = {"update_learning_rate": float, "kept_learning_rate": float, "epochs": int}.get(field.name, str)
         if field.default is not None:
             kind = type(field.default)
         default = "" if field.default is None else f" (default: {field.default})"

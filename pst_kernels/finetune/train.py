@@ -6,6 +6,7 @@ torchrun the processes share each batch, and the first one writes. A kill at any
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -20,6 +21,7 @@ import torch
 import transformers
 
 from .. import PSTCallback, merge_and_unload, replace_linear, save_pretrained
+from ..distillation_trainer import DistillationTrainer
 from ..files import write_json
 from ..targets import find_targets
 from . import models, presets, processes
@@ -190,7 +192,12 @@ def _trainer(
     callbacks = [*([PSTCallback()] if method == "pst" else []), recorder, StopOnNaN(), MarkComplete()]
     if processes.is_first():
         callbacks.append(Progress(method))
-    trainer = transformers.Trainer(
+    teacher = settings.teacher_folder if method == "pst" else None
+    kind: Any = transformers.Trainer
+    if teacher is not None:
+        learn: Any = {"teacher": teacher, "hardness": settings.hardness, "temperature": settings.temperature}
+        kind = functools.partial(DistillationTrainer, precompute=True, **learn)
+    trainer = kind(
         model=model,
         args=arguments,
         train_dataset=models.encode(dataset.train, dataset.labels, tokenizer, settings.max_length),
