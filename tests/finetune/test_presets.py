@@ -64,10 +64,11 @@ def test_each_parameter_has_the_rate_of_its_role(preset):
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {names[id(p)]: g["lr"] for g in presets.groups("pst", settings, model) for p in g["params"]}
     assert set(rates) == trainable(model)
-    update = 1.2e-3 if preset == "recipe" else 3e-4
+    update = 1.2e-3 if preset in ("recipe", "accurate", "fast") else 3e-4
+    of_role = dict.fromkeys(FACTORS, 3e-4) | dict.fromkeys(FACTORS[:2], update) | {"pst_kept": 5e-4}
     for name, rate in rates.items():
-        last = name.rpartition(".")[2]
-        assert rate == pytest.approx(update if last in FACTORS[:2] else 3e-4 if last in FACTORS else 7e-3), name
+        assert rate == pytest.approx(of_role.get(name.rpartition(".")[2], 7e-3)), name
+    assert any(name.endswith("pst_kept") for name in rates) == (preset in ("accurate", "fast"))
     given = presets.groups("pst", Settings(preset=preset, update_learning_rate=9e-3), model)
     assert {g["lr"] for g in given if names[id(g["params"][0])].endswith(FACTORS[:2])} == {9e-3}
 
@@ -88,6 +89,11 @@ def test_dense_fine_tuning_has_a_rate_of_the_body_and_one_of_the_head():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"teacher": "nowhere"}, "--teacher nowhere is no folder with a config"),
+        ({"hardness": 1.5}, r"--hardness 1\.5 must lie in"),
+        ({"temperature": 0.0}, r"--temperature 0\.0 must be above 0"),
+        ({"epochs": 0}, "--epochs 0 must be at least 1"),
+        ({"kept_learning_rate": 0.0}, "--kept-learning-rate 0.0 must lie between 0 and 1"),
         ({"preset": "best"}, "--preset 'best' is not known; give one of paper, released, recipe"),
         ({"update_learning_rate": 0.0}, "--update-learning-rate 0.0 must lie between 0 and 1"),
     ],
@@ -95,3 +101,16 @@ def test_dense_fine_tuning_has_a_rate_of_the_body_and_one_of_the_head():
 def test_bad_settings_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         Settings(**change)
+
+
+def test_epochs_are_steps_of_these_texts():
+    assert Settings(epochs=3, batch_size=16).with_steps_for(50).steps == 10
+    assert Settings(steps=7).with_steps_for(50).steps == 7
+
+
+def test_pst_learns_from_the_dense_model_of_the_run(tmp_path):
+    assert Settings(output=str(tmp_path)).teacher_folder == tmp_path / "dense"
+    assert Settings(method="pst").teacher_folder is None
+    assert Settings(hardness=0.0).teacher_folder is None
+    (tmp_path / "config.json").write_text("{}")
+    assert Settings(method="pst", teacher=str(tmp_path)).teacher_folder == tmp_path
