@@ -16,6 +16,7 @@ JOBS = {
         "bench.speed.sparse",
         "products that skip unstructured zeros on a CPU beside dense ones and other loops",
     ),
+    "front": ("bench.tables.front", "the README's one table, from the results files that hold its figures"),
     "export": ("bench.speed.export", "how large the files of a sparse model are, and that they load back bit for bit"),
     "profile": ("bench.speed.profile", "where the time of one PST step goes, pass by pass"),
     "accuracy": ("bench.accuracy", "how good the sparse models are: methods x sparsities x seeds, resumable"),

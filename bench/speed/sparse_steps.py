@@ -24,6 +24,7 @@ TOKENS = 1024
 INTERVAL = 4
 BATCH, LENGTH = 16, 128
 OF_MODEL = 0.9
+LORA_STEP = "LoRA's training step"
 EXACT, RESTED = "training step", f"training step, score_interval={INTERVAL}"
 FROZEN, KEPT = "training step, mask fixed", "training step, mask fixed, kept weights trained"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ def layer_rows(budget: Budget) -> Iterator[Row]:
             runs = {name: _layer_run(name, (out, columns), sparsity) for name in (DENSE, LORA, *SETTINGS)}
             case = f"{columns} -> {out}, T = {TOKENS}"
             # LoRA has no zeros: one row of it is enough
-            what = {LORA: "LoRA's training step"} if sparsity == SPARSITIES[0] else {}
+            what = {LORA: LORA_STEP} if sparsity == SPARSITIES[0] else {}
             yield from rows(case, what | {name: name for name in SETTINGS}, sparsity, runs, budget)
 
 

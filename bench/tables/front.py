@@ -1,0 +1,107 @@
+"""`python -m bench front`: the README's one table, from the results files that hold its figures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from ..accuracy import record
+from ..console import Table, console
+from ..speed import sparse, sparse_steps
+from ..speed.providers import RELEASED
+from ..speed.sparse_row import Row
+from . import rows as results
+from .table import replace_between
+
+BEGIN, END = "<!-- front:begin -->", "<!-- front:end -->"
+SPARSITIES = (0.5, 0.8, 0.9)
+CASE = f"768 -> 3072, T = {sparse.TOKENS}"
+HEADS = ("", "accuracy, % at 50 / 80 / 90 %", "training step", "inference", "file", "trained numbers")
+NOTHING = "-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the results files")
+    parser.add_argument("--readme", type=Path, default=None, help="rewrite the table between the markers there")
+
+
+def main(options: argparse.Namespace) -> int:
+    lines, caption = made(options.results)
+    table = Table(title="What one gets")
+    for head in HEADS:
+        table.add_column(head)
+    for line in lines:
+        table.add_row(*line)
+    console().print(table)
+    if options.readme is not None:
+        rule = ["---", *["---:"] * (len(HEADS) - 1)]
+        text = "\n".join([f"| {' | '.join(cells)} |" for cells in (HEADS, rule, *lines)])
+        replace_between(options.readme, BEGIN, END, f"{text}\n\n{caption}")
+    return 0
+
+
+def made(folder: Path) -> tuple[list[list[str]], str]:
+    """The lines, and the conditions under them."""
+    found = _accuracy(folder / "accuracy.csv")
+    speed, under = sparse.REPORT.read(folder / "sparse.json")
+    steps = _of_sparsities(speed, lambda row: row.case == CASE and row.what == sparse_steps.EXACT)
+    fixed = _of_sparsities(speed, lambda row: row.case == CASE and row.what == sparse_steps.KEPT)
+    used = _of_sparsities(speed, lambda row: row.case == CASE and row.what == "y = x W^T")
+    lora = [row.ratio for row in speed if row.case == CASE and row.what == sparse_steps.LORA_STEP]
+    released = [
+        row.ratio for row in results.read_csv(folder / "benchmark.csv")
+        if (row.provider, row.mode, row.in_features, row.out_features) == (RELEASED, "step", 768, 3072)
+    ]  # fmt: skip
+    files = " / ".join(f"{1 / 32 + 1 - s:.2f}" for s in SPARSITIES)  # a bit a weight, and 32 a kept one
+    of_method: dict[str, tuple[str, str, str]] = {
+        "dense": ("1", "1", "1"),
+        "LoRA": (f"{lora[0]:.2f}" if lora else NOTHING, "1", "1"),
+        "magnitude": (NOTHING, used, files),
+        "PST as released": (f"{released[0]:.2f} at 90 %" if released and released[0] else NOTHING, "1", "1"),
+        "PST, our recipe": (f"{steps}; mask fixed {fixed}", used, files),
+        "PST, our recipe, distilled": ("the same, and the teacher's forward", used, files),
+    }
+    lines = [
+        [name, found[name][0], *of_method[name], found[name][1]] for name in of_method if name in found
+    ]  # fmt: skip
+    caption = (
+        "Accuracy: topics of BBC articles, ten labelled texts a class, mean of three seeds, MiniLM"
+        " ([the study](docs/accuracy.md)). Step and inference: one layer 768 -> 3072, T = 1024, fp32, over the dense"
+        f" one's in the same round, at 50 / 80 / 90 % ({sparse.INSTRUCTIONS if not speed else speed[0].instructions},"
+        f" {under['threads']} threads{', processor time' if speed and speed[0].own_time else ''}; "
+        "[all tables](docs/performance.md)). File: of the pruned layers over dense fp32, computed: a bit a weight and"
+        f" the kept ones. Measured on CPU: {under['machine']}, {under['versions']}, {under['date']}, commit"
+        f" {under['commit']}; the release's step and the accuracies are from {_date(folder)}."
+    )
+    return lines, caption
+
+
+def _of_sparsities(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> str:
+    ratios = {row.sparsity: row.ratio for row in rows if wanted(row)}
+    return " / ".join(f"{ratios[s]:.2f}" if s in ratios else NOTHING for s in SPARSITIES)
+
+
+def _accuracy(path: Path) -> dict[str, tuple[str, str]]:
+    """Method -> its accuracies, and how many numbers it trains."""
+    tested: dict[tuple[str, float], list[Any]] = {}
+    for row in record.read(path).values():
+        if row.cell.task == "topic" and row.test is not None:
+            tested.setdefault((row.cell.method, row.cell.sparsity), []).append(row)
+    found = {}
+    for method in dict.fromkeys(name for name, _ in tested):
+        of_method = {s: tested[name, s] for name, s in tested if name == method}
+        everywhere = of_method.get(0.0)  # a method that does not prune has one row for all sparsities
+        means = [mean(r.test for r in of_method.get(s, everywhere or [])) if of_method.get(s, everywhere) else None
+                 for s in SPARSITIES]  # fmt: skip
+        texts = [NOTHING if value is None else f"{100 * value:.1f}" for value in means]
+        same = len(set(texts)) == 1
+        numbers = next(iter(of_method.values()))[0].trainable
+        found[method] = (texts[0] if same else " / ".join(texts), f"{numbers / 1e6:.1f} M")
+    return found
+
+
+def _date(folder: Path) -> str:
+    return ", ".join(sorted({row.date for row in record.read(folder / "accuracy.csv").values()}))
