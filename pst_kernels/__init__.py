@@ -8,12 +8,14 @@ Importing this needs torch and numpy; neither triton nor transformers, and it to
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import functional
 from .checkpoint import load_pretrained, save_pretrained
 from .config import PSTConfig
 from .export.compressed import load_compressed, save_compressed
+from .export.folder import save_sparse
 from .layers.block_sparse_linear import BlockSparseLinear
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.sparse_linear import SparseLinear
@@ -28,6 +30,7 @@ from .schedule import SparsitySchedule
 
 if TYPE_CHECKING:
     from .callback import PSTCallback
+    from .hf import load_sparse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -42,20 +45,25 @@ __all__ = [
     "get_layer_status",
     "load_compressed",
     "load_pretrained",
+    "load_sparse",
     "merge_and_unload",
     "print_trainable_parameters",
     "refresh_masks",
     "replace_linear",
     "save_compressed",
     "save_pretrained",
+    "save_sparse",
 ]
 
 
+# Their files import transformers, which the rest does not need.
+_LAZY = {"PSTCallback": ".callback", "load_sparse": ".hf"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "PSTCallback":  # its base class lives in transformers, which the rest does not need
-        try:
-            from .callback import PSTCallback
-        except ModuleNotFoundError as error:
-            raise ImportError(f"PSTCallback needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
-        return PSTCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error

@@ -1,0 +1,129 @@
+"""Checked files: safetensors that say of every tensor what its bytes add up to, and a digest over all of them.
+
+The metadata of a file holds, as JSON under `pst_kernels`, the shapes of the packed layers (see packed.py) and a CRC-32
+of every tensor; the config of the folder holds the digest, so that a shard of another save is noticed too. All is
+checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .packed import WEIGHT, Shape
+
+KEY = "pst_kernels"  # of the metadata
+METHOD = "pst_kernels.hf"  # transformers names it where it is not known: the module to import
+VERSION = 1
+HINT = "import pst_kernels.hf before from_pretrained, or call pst_kernels.load_sparse(folder)"
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: _checksum(tensor) for name, tensor in tensors.items()}
+
+
+def metadata(
+    layers: Mapping[str, Shape], sums: Mapping[str, str], before: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Of a file; with what it had `before` it was packed.
+
+    One entry: safetensors writes several in any order, and the same model would make files of other bytes.
+    """
+    about = {"layers": {name: list(shape) for name, shape in layers.items()}, "checksums": dict(sums)}
+    if before is not None:
+        about["before"] = dict(before)
+    return {KEY: json.dumps(about, sort_keys=True)}
+
+
+def entry(digest: str) -> dict[str, Any]:
+    """The `quantization_config` of a folder."""
+    return {"quant_method": METHOD, "version": VERSION, "digest": digest, "load_with": HINT}
+
+
+def check_entry(given: Mapping[str, Any], where: str) -> str:
+    """The digest of a `quantization_config`. Raises ValueError for one that is not of this version or damaged."""
+    if given.get("quant_method") != METHOD:
+        raise ValueError(f"{where} was not written by save_sparse; load it with transformers' from_pretrained")
+    version, digest = given.get("version"), given.get("digest")
+    if version != VERSION:
+        raise ValueError(f"{where} has version {version!r}, this pst_kernels reads {VERSION}; update pst_kernels")
+    if not isinstance(digest, str) or set(given) - {"quant_method", "version", "digest", "load_with"}:
+        raise ValueError(f"{where} has a damaged quantization_config; save the folder again with save_sparse")
+    return digest
+
+
+class _Found(NamedTuple):
+    """What the files hold."""
+
+    sums: dict[str, str]
+    sizes: dict[str, tuple[int, ...]]
+    layers: dict[str, Shape]
+    kept: dict[str, int]  # by the bits of each layer
+
+
+def check(files: Iterable[str | Path], digest: str) -> dict[str, tuple[Shape, int]]:
+    """Every packed layer's shape and number of kept weights or blocks.
+
+    Raises ValueError for a file that is damaged, cut, or not part of this folder; nothing has been loaded then.
+    """
+    found = _Found({}, {}, {}, {})
+    for path in files:
+        try:
+            _look(path, found)
+        except Exception as error:  # whatever damaged JSON, shapes and tensors raise
+            reason = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path} is damaged or foreign ({reason}); save the folder again") from error
+    for name, shape in found.layers.items():
+        values = found.sizes.get(f"{name}.{WEIGHT}")
+        if name not in found.kept or values != shape.values(found.kept[name]):
+            raise ValueError(
+                f"{Path(path).parent} is damaged: {name} keeps {found.kept.get(name)} weights or blocks, but has values"
+                f" of shape {values}; save the folder again"
+            )
+    if digest_of(found.sums) != digest:
+        raise ValueError(
+            f"{Path(path).parent} lacks files, or holds some of another save: its tensors are not those that its"
+            " config.json was written for; save the folder again"
+        )
+    return {name: (shape, found.kept[name]) for name, shape in found.layers.items()}
+
+
+def _look(path: str | Path, found: _Found) -> None:
+    from safetensors import safe_open  # needed for files alone, and so not by those who import the package
+
+    with safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {})[KEY])
+        layers = {name: Shape(*fields) for name, fields in about["layers"].items()}
+        bits = {f"{name}.{shape.bits}": name for name, shape in layers.items()}
+        for tensor_name in file.keys():  # noqa: SIM118 (not a dict)
+            tensor = file.get_tensor(tensor_name)
+            total = _checksum(tensor)
+            if total != about["checksums"][tensor_name]:
+                raise ValueError(f"the bytes of {tensor_name} are not those that were saved")
+            if tensor_name in found.sums:
+                raise ValueError(f"it holds {tensor_name}, as another file does")
+            found.sums[tensor_name], found.sizes[tensor_name] = total, tuple(tensor.shape)
+            if tensor_name in bits:
+                name = bits[tensor_name]
+                found.kept[name] = layers[name].count(tensor)
+        found.layers.update(layers)
+
+
+def layers_of(metadata: Mapping[str, str]) -> dict[str, Shape]:
+    """The shapes in a file's metadata."""
+    return {name: Shape(*fields) for name, fields in json.loads(metadata[KEY])["layers"].items()}
+
+
+def _checksum(tensor: Tensor) -> str:
+    content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{zlib.crc32(content, zlib.crc32(f'{tensor.dtype} {list(tensor.shape)}'.encode())):08x}"
+
+
+def digest_of(sums: Mapping[str, str]) -> str:
+    return f"{zlib.crc32(json.dumps(dict(sorted(sums.items()))).encode()):08x}"
