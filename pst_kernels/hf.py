@@ -27,9 +27,8 @@ from .layers.sparse_linear import SparseLinear
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter
 except ModuleNotFoundError as error:
-    raise ImportError(
-        f"pst_kernels.hf needs transformers 5 or newer, got {transformers.__version__}; run: pip install -U transformers"
-    ) from error
+    here = transformers.__version__
+    raise ImportError(f"pst_kernels.hf needs transformers 5, got {here}; run: pip install -U transformers") from error
 
 
 def load_sparse(directory: str | Path, **settings: Any) -> Any:
@@ -55,6 +54,9 @@ def load_sparse(directory: str | Path, **settings: Any) -> Any:
 class SparseConfig(QuantizationConfigMixin):
     """The `quantization_config` of such a folder."""
 
+    quant_method: Any
+    digest: str
+
     def __init__(self, **fields: Any):
         self.set_digest(checked.check_entry(fields, "the folder"))
 
@@ -66,9 +68,10 @@ class SparseConfig(QuantizationConfigMixin):
 class SparseQuantizer(HfQuantizer):
     """What transformers calls while it loads and saves such a folder."""
 
+    quantization_config: SparseConfig
     requires_calibration = True  # it reads what was saved, and does not prune
 
-    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **others: Any) -> None:
         if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
             raise ValueError("a model saved by save_sparse is loaded from its safetensors files; pass their folder")
         if getattr(model.config, "distributed_config", None) is not None:
@@ -81,17 +84,15 @@ class SparseQuantizer(HfQuantizer):
                 continue
             _check_fit(here, modules[here], shape)
             old: Any = modules[here]
-            new = empty(shape, kept, old.bias is not None, old.weight.dtype)
+            new: Any = empty(shape, kept, old.bias is not None, old.weight.dtype)
             parent, _, child = here.rpartition(".")
             setattr(model.get_submodule(parent), child, new.train(old.training))
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        return [
-            WeightConverter([WEIGHT_BITS], ["offsets", "pointers"], [_Lists()]),
-            WeightConverter([BLOCK_BITS], ["crow_indices", "col_indices"], [_Blocks()]),
-        ]
+        made_of = {WEIGHT_BITS: ("offsets", "pointers"), BLOCK_BITS: ("crow_indices", "col_indices")}
+        return [WeightConverter([bits], list(names), [_FromBits(names)]) for bits, names in made_of.items()]
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
         for layer in model.modules():
             if isinstance(layer, (SparseLinear, BlockSparseLinear)):
                 layer.weight.requires_grad_(False)  # as merge_and_unload makes them
@@ -146,28 +147,18 @@ def _check_fit(name: str, module: Any, shape: Shape) -> None:
 class _FromBits(ConversionOps):
     """Two index tensors of a layer, made of its bits."""
 
+    def __init__(self, names: tuple[str, str]):
+        self.names = names
+
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
         (bits,) = (tensor[0] if isinstance(tensor, list) else tensor for tensor in input_dict.values())
         name = about["full_layer_name"].rpartition(".")[0]
-        layer = about["model"].get_submodule(name)
-        made = zip(self.names, self.make(layer, bits), strict=True)
-        return {f"{name}.{index}": tensor for index, tensor in made}
+        layer: Any = about["model"].get_submodule(name)
+        in_blocks = isinstance(layer, BlockSparseLinear)
+        made = blocks(bits, Shape.of(layer).grid[1]) if in_blocks else lists(bits, layer.in_features)
+        return {f"{name}.{index}": tensor for index, tensor in zip(self.names, made, strict=True)}
 
     @property
     def reverse_op(self) -> ConversionOps:
         """Never run: what is saved is packed before transformers asks for reversals."""
         return self
-
-
-class _Lists(_FromBits):
-    names = ("offsets", "pointers")
-
-    def make(self, layer: SparseLinear, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return lists(bits, layer.in_features)
-
-
-class _Blocks(_FromBits):
-    names = ("crow_indices", "col_indices")
-
-    def make(self, layer: BlockSparseLinear, bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return blocks(bits, layer._grid()[1])

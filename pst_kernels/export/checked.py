@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +33,24 @@ def metadata(
 ) -> dict[str, str]:
     """Of a file; with what it had `before` it was packed.
 
-    One entry: safetensors writes several in any order, and the same model would make files of other bytes.
+    One entry, with a sum of its own: safetensors writes several in any order, and a model would make files of other
+    bytes each time.
     """
-    about = {"layers": {name: list(shape) for name, shape in layers.items()}, "checksums": dict(sums)}
+    about: dict[str, Any] = {"layers": {name: list(shape) for name, shape in layers.items()}, "checksums": dict(sums)}
     if before is not None:
         about["before"] = dict(before)
-    return {KEY: json.dumps(about, sort_keys=True)}
+    text = json.dumps(about, sort_keys=True)
+    return {KEY: f"{_sum_of(text)} {text}"}
+
+
+def read_metadata(metadata: Mapping[str, str] | None) -> tuple[dict[str, Shape], dict[str, str], dict[str, str]]:
+    """Layers, checksums, and what the file had before it was packed. Raises ValueError where that is damaged."""
+    total, _, text = (metadata or {}).get(KEY, "").partition(" ")
+    if total != _sum_of(text):
+        raise ValueError("its metadata are not those that were saved")
+    about = json.loads(text)
+    layers = {name: Shape(*fields) for name, fields in about["layers"].items()}
+    return layers, about["checksums"], about.get("before", {"format": "pt"})
 
 
 def entry(digest: str) -> dict[str, Any]:
@@ -67,7 +79,7 @@ class _Found(NamedTuple):
     kept: dict[str, int]  # by the bits of each layer
 
 
-def check(files: Iterable[str | Path], digest: str) -> dict[str, tuple[Shape, int]]:
+def check(files: Sequence[str | Path], digest: str) -> dict[str, tuple[Shape, int]]:
     """Every packed layer's shape and number of kept weights or blocks.
 
     Raises ValueError for a file that is damaged, cut, or not part of this folder; nothing has been loaded then.
@@ -79,18 +91,19 @@ def check(files: Iterable[str | Path], digest: str) -> dict[str, tuple[Shape, in
         except Exception as error:  # whatever damaged JSON, shapes and tensors raise
             reason = f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(f"{path} is damaged or foreign ({reason}); save the folder again") from error
-    for name, shape in found.layers.items():
-        values = found.sizes.get(f"{name}.{WEIGHT}")
-        if name not in found.kept or values != shape.values(found.kept[name]):
-            raise ValueError(
-                f"{Path(path).parent} is damaged: {name} keeps {found.kept.get(name)} weights or blocks, but has values"
-                f" of shape {values}; save the folder again"
-            )
+    where = Path(files[0]).parent
     if digest_of(found.sums) != digest:
         raise ValueError(
-            f"{Path(path).parent} lacks files, or holds some of another save: its tensors are not those that its"
-            " config.json was written for; save the folder again"
+            f"{where} lacks files, or holds some of another save: its tensors are not those that its config.json was"
+            " written for; save the folder again"
         )
+    for name, shape in found.layers.items():
+        values, kept = found.sizes.get(f"{name}.{WEIGHT}"), found.kept.get(name)
+        if kept is None or values != shape.values(kept):
+            raise ValueError(
+                f"{where} is damaged: the bits of {name} keep {kept} weights or blocks, but its values are {values};"
+                " save the folder again"
+            )
     return {name: (shape, found.kept[name]) for name, shape in found.layers.items()}
 
 
@@ -98,13 +111,12 @@ def _look(path: str | Path, found: _Found) -> None:
     from safetensors import safe_open  # needed for files alone, and so not by those who import the package
 
     with safe_open(path, "pt") as file:
-        about = json.loads((file.metadata() or {})[KEY])
-        layers = {name: Shape(*fields) for name, fields in about["layers"].items()}
+        layers, sums, _ = read_metadata(file.metadata())
         bits = {f"{name}.{shape.bits}": name for name, shape in layers.items()}
         for tensor_name in file.keys():  # noqa: SIM118 (not a dict)
             tensor = file.get_tensor(tensor_name)
             total = _checksum(tensor)
-            if total != about["checksums"][tensor_name]:
+            if total != sums[tensor_name]:
                 raise ValueError(f"the bytes of {tensor_name} are not those that were saved")
             if tensor_name in found.sums:
                 raise ValueError(f"it holds {tensor_name}, as another file does")
@@ -115,15 +127,14 @@ def _look(path: str | Path, found: _Found) -> None:
         found.layers.update(layers)
 
 
-def layers_of(metadata: Mapping[str, str]) -> dict[str, Shape]:
-    """The shapes in a file's metadata."""
-    return {name: Shape(*fields) for name, fields in json.loads(metadata[KEY])["layers"].items()}
-
-
 def _checksum(tensor: Tensor) -> str:
-    content = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    content: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
     return f"{zlib.crc32(content, zlib.crc32(f'{tensor.dtype} {list(tensor.shape)}'.encode())):08x}"
 
 
+def _sum_of(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def digest_of(sums: Mapping[str, str]) -> str:
-    return f"{zlib.crc32(json.dumps(dict(sorted(sums.items()))).encode()):08x}"
+    return _sum_of(json.dumps(dict(sorted(sums.items()))))

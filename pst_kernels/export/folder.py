@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from . import checked
 from .packed import WEIGHT, Compact, Shape, pack
 
 logger = logging.getLogger("pst_kernels")
-LEAST_ZEROS = 0.4  # of a dense layer's weight, from which on it is packed: half of them, rounded, or two of four, and more
+LEAST_ZEROS = 0.4  # of a dense layer's weight, from which on it is packed: half of them, rounded, and more
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 KEEP = "as they are"  # a format: layers that store what they keep go on doing so, in the same way
@@ -65,9 +65,10 @@ def save_sparse(
             f"model must be a transformers model, got {type(model).__name__}; save_compressed(model.state_dict(), path)"
             " takes any state dict"
         )
+    it: Any = model
     packed = pack_model(model, format)
-    config = copy.deepcopy(model.config)
-    config.architectures, config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    config = copy.deepcopy(it.config)
+    config.architectures, config.dtype = [type(model).__name__], str(it.dtype).removeprefix("torch.")
     vars(config).pop("quantization_config", None)
     metadata = {"format": "pt"}
     if packed.layers:
@@ -78,8 +79,8 @@ def save_sparse(
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as temporary:
         _write_shards(packed.state, metadata, Path(temporary), max_shard_size)
-        if model.can_generate() and getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(temporary)
+        if it.can_generate() and getattr(it, "generation_config", None) is not None:
+            it.generation_config.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         config.save_pretrained(temporary)
@@ -88,47 +89,53 @@ def save_sparse(
 
 def pack_model(model: Any, format: str) -> Packed:
     """A model's state dict with its sparse weights packed, without the tensors that loading ties, and their shapes."""
-    size = _block_size(format)
-    uses, conv1d = parameter_uses(model), _conv1d_names(model)
+    size, conv1d = block_size(format), _conv1d_names(model)
     state: dict[str, Tensor] = {name: whole(tensor).detach() for name, tensor in model.state_dict().items()}
-    layers: dict[str, Shape] = {}
-    bypassed = weights_read_past_their_layers(model) if format not in ("dense", KEEP) else {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        own = isinstance(module, (PSTLayer, SparseLinear, BlockSparseLinear))
-        if not own and (type(module) is not nn.Linear and not is_conv1d(module) or format in ("dense", KEEP)):
-            continue
-        layer: Any = module
-        refuse_meta(f"the weight of {name}", layer.weight)
-        shared = uses[weight_key(layer.weight)] > 1 and layer.weight.numel() > 0
-        if not own and (layer.weight.dtype not in FLOATING or not _mostly_zero(layer.weight)):
-            continue
-        if isinstance(layer, PSTLayer) and shared:
-            raise RuntimeError(
-                f"the weight of {name} is shared with another module; untie it first: layer.weight ="
-                " nn.Parameter(layer.weight.clone())"
-            )
-        if not own and (shared or name in bypassed):
-            logger.warning("%s stays dense: its weight is %s", name, "tied" if shared else "read past the layer")
-            continue
-        inside = f"{name}."
-        transposed = name in conv1d
+    shapes: dict[str, Shape] = {}
+    for name, layer in _sparse_layers(model, format):
         if format == "dense":
-            parts = {WEIGHT: (_dense(layer).T if transposed else _dense(layer)).contiguous()}
+            dense = dense_weight(layer)
+            parts = {WEIGHT: (dense.T if name in conv1d else dense).contiguous()}
         else:
-            compact = _compact(layer, name, format, size)
-            if compact is None:
+            made = compact(layer, name, format, size)
+            if made is None:
                 continue
-            parts, layers[name] = pack(compact), Shape.of(compact, transposed)
+            parts, shapes[name] = pack(made), Shape.of(made, name in conv1d)
         if layer.bias is not None:
-            parts["bias"] = state[f"{inside}bias"]
+            parts["bias"] = state[f"{name}.bias"]
         state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] != name}
-        state |= {f"{inside}{part}": tensor for part, tensor in parts.items()}
-    if format != "dense" and not layers:
+        state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    if format != "dense" and not shapes:
         raise ValueError(
             f"no layer of the model has zeros to leave out with format={format!r}: a dense one needs"
             f" {LEAST_ZEROS:.0%}; prune it first, or use format='dense'"
         )
-    return Packed(_on_the_cpu(model, state), layers)
+    return Packed(_on_the_cpu(model, state), shapes)
+
+
+def _sparse_layers(model: nn.Module, format: str) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of PST layers and of those that store what they keep; of dense ones with zeros where they count."""
+    uses, zeros_count = parameter_uses(model), format not in ("dense", KEEP)
+    bypassed = weights_read_past_their_layers(model) if zeros_count else {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        layer: Any = module
+        if isinstance(module, (PSTLayer, SparseLinear, BlockSparseLinear)):
+            refuse_meta(f"the weight of {name}", layer.weight)
+            if isinstance(module, PSTLayer) and uses[weight_key(layer.weight)] > 1:
+                raise RuntimeError(
+                    f"the weight of {name} is shared with another module; untie it first: layer.weight ="
+                    " nn.Parameter(layer.weight.clone())"
+                )
+            yield name, layer
+        elif zeros_count and (type(module) is nn.Linear or is_conv1d(module)):
+            refuse_meta(f"the weight of {name}", layer.weight)
+            if not mostly_zero(layer.weight):
+                continue
+            tied = uses[weight_key(layer.weight)] > 1
+            if tied or name in bypassed:
+                logger.warning("%s stays dense: its weight is %s", name, "tied" if tied else "read past the layer")
+            else:
+                yield name, layer
 
 
 def move_in(source: Path, target: Path) -> None:
@@ -153,7 +160,7 @@ def write_index(path: Path, metadata: Mapping[str, Any], weight_map: Mapping[str
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _block_size(format: str) -> int:
+def block_size(format: str) -> int:
     """B of "block:B", else 0. Raises ValueError for a format that is not known."""
     size = format.removeprefix("block:")
     if size != format and size.isascii() and size.isdigit() and int(size) > 0:
@@ -173,11 +180,11 @@ def _conv1d_names(model: Any) -> set[str]:
     return {name for name, module in modules.items() if is_conv1d(module) or isinstance(module, PSTConv1D)}
 
 
-def _mostly_zero(weight: Tensor) -> bool:
-    return weight.numel() > 0 and int((weight == 0).sum()) >= LEAST_ZEROS * weight.numel()
+def mostly_zero(weight: Tensor) -> bool:
+    return weight.dtype in FLOATING and weight.numel() > 0 and int((weight == 0).sum()) >= LEAST_ZEROS * weight.numel()
 
 
-def _dense(layer: Any) -> Tensor:
+def dense_weight(layer: Any) -> Tensor:
     """Of any layer, as (out, in)."""
     if isinstance(layer, PSTLayer):
         return layer.masked_weight()
@@ -186,12 +193,12 @@ def _dense(layer: Any) -> Tensor:
     return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
 
-def _compact(layer: Any, name: str, format: str, size: int) -> Compact | None:
+def compact(layer: Any, name: str, format: str, size: int) -> Compact | None:
     """The layer in a format; None where a dense one has too few blocks without a weight."""
     if format == KEEP and isinstance(layer, (SparseLinear, BlockSparseLinear)):
         return layer
     if format in ("sparse", KEEP):
-        return layer if isinstance(layer, SparseLinear) else SparseLinear.from_dense(_dense(layer), None)
+        return layer if isinstance(layer, SparseLinear) else SparseLinear.from_dense(dense_weight(layer), None)
     if format == "block":
         pattern = layer.pattern if isinstance(layer, PSTLayer) else None
         size = getattr(pattern, "size", 0) if isinstance(pattern, Blocks) else getattr(layer, "block_size", 0)
@@ -199,7 +206,7 @@ def _compact(layer: Any, name: str, format: str, size: int) -> Compact | None:
             raise ValueError(f"format='block' needs a size for {name}, which has no blocks; use 'block:64', say")
     if isinstance(layer, BlockSparseLinear) and layer.block_size == size:
         return layer
-    made = BlockSparseLinear.from_dense(_dense(layer), None, size)
+    made = BlockSparseLinear.from_dense(dense_weight(layer), None, size)
     if made.sparsity < LEAST_ZEROS and not isinstance(layer, (PSTLayer, SparseLinear, BlockSparseLinear)):
         logger.warning("%s stays dense: it has weights in most blocks of %d", name, size)
         return None
