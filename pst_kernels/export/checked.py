@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +22,13 @@ from .packed import WEIGHT, Shape
 KEY = "pst_kernels"  # of the metadata
 METHOD = "pst_kernels.hf"  # transformers names it where it is not known: the module to import
 VERSION = 1
+PIECE = 1 << 20  # bytes read at once
 HINT = "import pst_kernels.hf before from_pretrained, or call pst_kernels.load_sparse(folder)"
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    return {name: _checksum(tensor) for name, tensor in tensors.items()}
+    contents = {name: tensor.detach().contiguous().flatten().view(torch.uint8) for name, tensor in tensors.items()}
+    return {name: _sum(t.dtype, t.shape, [contents[name].numpy()]) for name, t in tensors.items()}
 
 
 def metadata(
@@ -108,28 +111,49 @@ def check(files: Sequence[str | Path], digest: str) -> dict[str, tuple[Shape, in
 
 
 def _look(path: str | Path, found: _Found) -> None:
+    """Check one file, read in pieces: of a mapped file every page that was touched would count as memory in use."""
     from safetensors import safe_open  # needed for files alone, and so not by those who import the package
 
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as file, open(path, "rb") as data:
         layers, sums, _ = read_metadata(file.metadata())
         bits = {f"{name}.{shape.bits}": name for name, shape in layers.items()}
+        start = 8 + int.from_bytes(data.read(8), "little")
+        header = json.loads(data.read(start - 8))
         for tensor_name in file.keys():  # noqa: SIM118 (not a dict)
-            tensor = file.get_tensor(tensor_name)
-            total = _checksum(tensor)
+            empty, shape = _without_data(file, tensor_name), header[tensor_name]["shape"]
+            begin, end = header[tensor_name]["data_offsets"]
+            data.seek(start + begin)
+            name = bits.get(tensor_name)
+            if name is not None:
+                content = np.frombuffer(data.read(end - begin), np.uint8)
+                total = _sum(empty.dtype, shape, [content])
+                found.kept[name] = layers[name].count(torch.from_numpy(content.copy()).view(empty.dtype).view(shape))
+            else:
+                total = _sum(empty.dtype, shape, _pieces(data, end - begin))
             if total != sums[tensor_name]:
                 raise ValueError(f"the bytes of {tensor_name} are not those that were saved")
             if tensor_name in found.sums:
                 raise ValueError(f"it holds {tensor_name}, as another file does")
-            found.sums[tensor_name], found.sizes[tensor_name] = total, tuple(tensor.shape)
-            if tensor_name in bits:
-                name = bits[tensor_name]
-                found.kept[name] = layers[name].count(tensor)
+            found.sums[tensor_name], found.sizes[tensor_name] = total, tuple(shape)
         found.layers.update(layers)
 
 
-def _checksum(tensor: Tensor) -> str:
-    content: Any = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
-    return f"{zlib.crc32(content, zlib.crc32(f'{tensor.dtype} {list(tensor.shape)}'.encode())):08x}"
+def _without_data(file: Any, name: str) -> Tensor:
+    """A tensor of a file's dtype."""
+    piece = file.get_slice(name)
+    return piece[:0] if piece.get_shape() else file.get_tensor(name)
+
+
+def _pieces(data: BinaryIO, size: int) -> Iterator[bytes]:
+    for first in range(0, size, PIECE):
+        yield data.read(min(PIECE, size - first))
+
+
+def _sum(dtype: torch.dtype, shape: Iterable[int], pieces: Iterable[Any]) -> str:
+    total = zlib.crc32(f"{dtype} {list(shape)}".encode())
+    for piece in pieces:
+        total = zlib.crc32(piece, total)
+    return f"{total:08x}"
 
 
 def _sum_of(text: str) -> str:

@@ -22,6 +22,7 @@ from ..masks.chunks import CHUNK, chunks_of, fill_pointers
 
 WEIGHT, WEIGHT_BITS, BLOCK_BITS = "weight", "weight_bits", "block_bits"
 BYTES = CHUNK // 8  # of a row's bits in a chunk
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # in each byte
 Compact = SparseLinear | BlockSparseLinear
 
 
@@ -54,10 +55,10 @@ class Shape(NamedTuple):
         rows, width = self.grid
         if bits.dtype != torch.uint8 or bits.shape != (rows, -(-width // 8)):
             raise ValueError(f"bits of {bits.dtype} {tuple(bits.shape)}, not uint8 {(rows, -(-width // 8))}")
-        kept = np.unpackbits(bits.numpy(), axis=1, bitorder="little")
-        if kept[:, width:].any():
+        packed = bits.numpy()
+        if width % 8 and (packed[:, -1] >> width % 8).any():
             raise ValueError("bits beyond its columns")
-        return int(np.count_nonzero(kept))
+        return int(_count(packed).sum())
 
     def values(self, kept: int) -> tuple[int, ...]:
         """The shape of so many values."""
@@ -92,9 +93,11 @@ def lists(bits: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     for chunk in range(len(counts)):
         width = min(CHUNK, columns - chunk * CHUNK)
         part = packed[:, chunk * BYTES : (chunk + 1) * BYTES]
-        kept = np.unpackbits(part, axis=1, count=width, bitorder="little")
+        kept = np.unpackbits(part, axis=1, count=width, bitorder="little").view(
+            bool
+        )  # NumPy is fast on bool
         offsets.append((np.flatnonzero(kept) % width).astype(np.uint8))
-        counts[chunk] = kept.sum(1)
+        counts[chunk] = _count(part)
     pointers = np.empty(counts.size + 1, np.int32)
     fill_pointers(counts.ravel(), pointers)
     return torch.from_numpy(np.concatenate(offsets)).to(bits.device), torch.from_numpy(pointers).to(bits.device)
@@ -106,6 +109,11 @@ def blocks(bits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     starts = np.append(0, kept.sum(1, dtype=np.int64).cumsum())
     columns = np.nonzero(kept)[1].astype(np.int64)
     return torch.from_numpy(starts).to(bits.device), torch.from_numpy(columns).to(bits.device)
+
+
+def _count(bits: np.ndarray) -> np.ndarray:
+    """How many bits of each row are set."""
+    return _ONES[bits].sum(1, dtype=np.int64)
 
 
 def empty(shape: Shape, kept: int, bias: bool, dtype: torch.dtype) -> Compact:
