@@ -93,9 +93,7 @@ def lists(bits: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     for chunk in range(len(counts)):
         width = min(CHUNK, columns - chunk * CHUNK)
         part = packed[:, chunk * BYTES : (chunk + 1) * BYTES]
-        kept = np.unpackbits(part, axis=1, count=width, bitorder="little").view(
-            bool
-        )  # NumPy is fast on bool
+        kept = np.unpackbits(part, axis=1, count=width, bitorder="little").view(bool)  # NumPy is fast on bool
         offsets.append((np.flatnonzero(kept) % width).astype(np.uint8))
         counts[chunk] = _count(part)
     pointers = np.empty(counts.size + 1, np.int32)
