@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from . import functional
 from .checkpoint import load_pretrained, save_pretrained
 from .config import PSTConfig
+from .distillation import Distillation
+from .events import RewindLR
 from .export.compressed import load_compressed, save_compressed
 from .export.folder import save_sparse
 from .layers.block_sparse_linear import BlockSparseLinear
@@ -26,19 +28,24 @@ from .model import (
     refresh_masks,
     replace_linear,
 )
+from .parameter_groups import parameter_groups
 from .schedule import SparsitySchedule
 
 if TYPE_CHECKING:
     from .callback import PSTCallback
+    from .distillation_trainer import DistillationTrainer
     from .hf import load_sparse
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockSparseLinear",
+    "Distillation",
+    "DistillationTrainer",
     "PSTCallback",
     "PSTConfig",
     "PSTConv1D",
     "PSTLinear",
+    "RewindLR",
     "SparseLinear",
     "SparsitySchedule",
     "functional",
@@ -47,6 +54,7 @@ __all__ = [
     "load_pretrained",
     "load_sparse",
     "merge_and_unload",
+    "parameter_groups",
     "print_trainable_parameters",
     "refresh_masks",
     "replace_linear",
@@ -57,13 +65,13 @@ __all__ = [
 
 
 # Their files import transformers, which the rest does not need.
-_LAZY = {"PSTCallback": ".callback", "load_sparse": ".hf"}
+LAZY = {"PSTCallback": ".callback", "DistillationTrainer": ".distillation_trainer", "load_sparse": ".hf"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        return getattr(importlib.import_module(_LAZY[name], __name__), name)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{name} needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
+    if name in LAZY:
+        try:
+            return getattr(importlib.import_module(LAZY[name], __name__), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{name} needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

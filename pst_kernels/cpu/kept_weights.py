@@ -6,17 +6,14 @@ right, but slower than a dense layer.
 
 from __future__ import annotations
 
-import functools
-import logging
-
 from torch import Tensor
 from torch.nn.functional import linear
+
+from pst_kernels.notices import say_once
 
 from ..operands import compute_dtype
 from . import sparse_products
 from .sparse_rows import SparseRows, compiled_passes
-
-logger = logging.getLogger("pst_kernels")
 
 
 def forward(
@@ -60,12 +57,7 @@ def backward(
 
 def _say_if_slow(x: Tensor, values: Tensor) -> None:
     if x.device.type != "cpu" or x.dtype not in sparse_products.DTYPES or values.dtype not in sparse_products.DTYPES:
-        _say_once(
+        say_once(
             f"a SparseLinear multiplies {x.dtype} on {x.device.type} as a dense layer, slower than one: its product is"
             " for float32 and bfloat16 on a CPU"
         )
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)

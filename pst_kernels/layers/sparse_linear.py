@@ -15,18 +15,17 @@ from ..functional import autocasts, operand_dtype, without_autocast
 from ..masks.chunks import CHUNK, chunks_of
 from ..operands import FLOATING, compute_dtype
 from .checks import is_conv1d
+from .stored import StoredParts
 
-PARTS = ("weight", "offsets", "pointers")
 
-
-class SparseLinear(nn.Module):
+class SparseLinear(StoredParts):
     """y = x W^T + bias with a W (out, in) of which only the kept weights are stored, wherever they lie.
 
     Parameter `weight` (kept,): the kept weights in chunks of 128 columns, in a chunk row by row, in a row by column;
     buffers `offsets`, uint8 (kept,), a weight's column in its chunk, and `pointers`, int32 (chunks * out + 1,): row i's
     part of chunk c is pointers[c * out + i] to pointers[c * out + i + 1]. The order is the same on every device. It
-    holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk, nothing else; a state dict may bring any number
-    of kept weights. On a CPU, in fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x
+    holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk; once it has multiplied one token on a CPU with
+    AVX2, a bit a weight besides, which no state dict has. A state dict may bring any number of kept weights. On a CPU, in fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x
     reaches only outputs that keep a weight for it; elsewhere each product makes the dense weight first.
 
     Args:
@@ -39,6 +38,7 @@ class SparseLinear(nn.Module):
         layer = SparseLinear.from_linear(pruned_linear)
     """
 
+    PARTS = ("weight", "offsets", "pointers")
     weight: nn.Parameter
     offsets: Tensor
     pointers: Tensor
@@ -174,17 +174,6 @@ class SparseLinear(nn.Module):
         if bool(((run * CHUNK + offsets).diff() <= 0).any()):
             return "offsets that do not rise within each row of a chunk"
         return None
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        given = [state_dict.get(f"{prefix}{name}") for name in PARTS]
-        if all(isinstance(tensor, Tensor) for tensor in given):
-            if not any(tensor.is_meta for tensor in given) and (wrong := self._wrong(*given)):
-                errors.append(f"{prefix.rstrip('.') or 'this layer'} was given {wrong}")
-                return
-            own = (self.weight, self.offsets, self.pointers)
-            if given[0].shape != self.weight.shape:  # another mask than this layer's
-                self._take(*(mine.detach().new_empty(new.shape) for mine, new in zip(own, given, strict=True)))
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return (
