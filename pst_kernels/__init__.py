@@ -17,6 +17,7 @@ from .config import PSTConfig
 from .distillation import Distillation
 from .events import RewindLR
 from .export.compressed import load_compressed, save_compressed
+from .export.folder import save_sparse
 from .layers.block_sparse_linear import BlockSparseLinear
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.sparse_linear import SparseLinear
@@ -33,6 +34,7 @@ from .schedule import SparsitySchedule
 if TYPE_CHECKING:
     from .callback import PSTCallback
     from .distillation_trainer import DistillationTrainer
+    from .hf import load_sparse
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "get_layer_status",
     "load_compressed",
     "load_pretrained",
+    "load_sparse",
     "merge_and_unload",
     "parameter_groups",
     "print_trainable_parameters",
@@ -57,11 +60,12 @@ __all__ = [
     "replace_linear",
     "save_compressed",
     "save_pretrained",
+    "save_sparse",
 ]
 
 
-# Their base classes live in transformers, which the rest does not need.
-LAZY = {"PSTCallback": ".callback", "DistillationTrainer": ".distillation_trainer"}
+# Their files import transformers, which the rest does not need.
+LAZY = {"PSTCallback": ".callback", "DistillationTrainer": ".distillation_trainer", "load_sparse": ".hf"}
 
 
 def __getattr__(name: str) -> Any:

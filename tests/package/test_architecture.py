@@ -29,7 +29,7 @@ ALLOWED = {
     "bypass": set(),
     "refusals": {"operands", "layers", "bypass"},
     "targets": {"config", "layers", "bypass", "refusals"},
-    "export": {"files", "masks", "layers", "operands"},
+    "export": {"files", "masks", "layers", "operands", "bypass", "targets"},
 }
 # Files that measure or compare, and so look at what they serve.
 TOOLS = {"triton": {"cpu", "files"}}
