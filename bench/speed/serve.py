@@ -129,8 +129,9 @@ def _rows_of(name: str, options: argparse.Namespace) -> Iterator[Row]:
         for sparsity in options.sparsities:
             for what in (DENSE, INT8) if sparsity == 0 else (SPARSE, BLOCK):
                 kept = _kept(dense, what, sparsity, Path(folder))
+                costs: dict[str, Any] = dict(kept.costs)
                 for batch in options.batches:
-                    row = Row(label, what, sparsity, batch, 0.0, 1.0, own_time=options.own_time, **kept.costs)
+                    row = Row(label, what, sparsity, batch, 0.0, 1.0, own_time=options.own_time, **costs)
                     yield _timed(row, dense, kept.model, options, clock)
         for sparsity in options.sparsities:
             for batch in options.batches:
