@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: finetune test test-quick record lint gpu test-gpu bench bench-quick bench-ops clean
+.PHONY: finetune test test-quick record lint gpu test-gpu docs bench bench-quick bench-ops clean
 
 finetune: $(VENV)/demo.stamp
 	$(RUN) -m pst_kernels.cli finetune --output runs/finetune $(ARGS)
@@ -37,6 +37,10 @@ gpu:
 # The GPU tests alone
 test-gpu: $(VENV)/dev.stamp
 	$(RUN) -m pytest -m gpu $(ARGS)
+
+# The pages of docs/ as a site in runs/site; fails on a broken link, or a name that does not exist
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
 
 bench: $(VENV)/dev.stamp
 	$(RUN) -m bench $(ARGS)

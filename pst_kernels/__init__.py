@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .distillation_trainer import DistillationTrainer
     from .hf import load_sparse
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BlockSparseLinear",
     "Distillation",

@@ -1,4 +1,4 @@
-"""The README's quick starts run, and print what the README says; troubleshooting quotes real messages."""
+"""What README and pages show runs, and prints what they say; troubleshooting quotes real messages."""
 
 from __future__ import annotations
 
@@ -33,21 +33,49 @@ OTHER_LIBRARIES = (
 )
 
 
-def blocks(kind: str) -> list[str]:
-    found = re.findall(r"```(python|text)\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
-    return [text for block, text in found if block == kind]
+PAGES = {path.stem: path for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
+
+
+def blocks(page: str) -> list[tuple[str, str | None]]:
+    """The Python of a page, block by block, and what each is said to print."""
+    found = re.findall(r"```(python|text)\n(.*?)```", PAGES[page].read_text(encoding="utf-8"), re.S)
+    following = [*found[1:], ("", "")][: len(found)]
+    return [
+        (text, then if after == "text" else None)
+        for (kind, text), (after, then) in zip(found, following, strict=True)
+        if kind == "python"
+    ]
+
+
+def printed(code: str, names: dict[str, Any]) -> str:
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(compile(code, "page", "exec"), names)
+    return output.getvalue()
+
+
+# That of a Trainer has a test of its own below, that of the study too.
+SHOWN = {page: blocks(page) for page in PAGES if blocks(page)}
 
 
 @pytest.mark.slow
-def test_plain_loop(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", SHOWN)
+def test_what_a_page_shows_runs_and_prints_what_it_says(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        exec(compile(blocks("python")[0], str(README), "exec"), {})
-    assert output.getvalue() == blocks("text")[0]
-    assert (tmp_path / "runs/adapter/pst_adapter.safetensors").is_file()
-    assert (tmp_path / "runs/merged/model.safetensors").is_file()
+    names: dict[str, Any] = {}
+    if page == "accuracy":
+        size = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+        names = {"torch": torch, "pst": pst, "model": BertForSequenceClassification(BertConfig(**size))}
+    for code, expected in SHOWN[page]:
+        if "Trainer(" in code:
+            continue
+        output = printed(code, names)
+        assert expected is None or output == expected
+
+
+def test_the_readme_fits_on_a_screen_or_two():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 160
 
 
 LAUNCHERS = {
@@ -72,14 +100,16 @@ def test_trainer(launcher, tmp_path):
     may abort the process then (docs/troubleshooting.md).
     """
     pytest.importorskip("accelerate")
-    (tmp_path / "train.py").write_text(blocks("python")[1] + THREADS)
+    code, expected = next(block for block in blocks("training") if "Trainer(" in block[0])
+    (tmp_path / "train.py").write_text(code + THREADS)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *launcher, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
         timeout=150, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith(blocks("text")[1])
+    assert expected
+    assert done.stdout.endswith(expected)
     assert done.stdout.count("trainable params") == 1
     threads = [path.read_text().split("\n") for path in tmp_path.glob("threads.*")]
     assert len(threads) == (2 if launcher else 1)
@@ -90,7 +120,7 @@ def test_the_recipe_is_the_one_that_was_measured():
     size = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     config = BertConfig(**size, vocab_size=50, max_position_embeddings=16)
     shown: dict[str, Any] = {"torch": torch, "pst": pst, "model": BertForSequenceClassification(config)}
-    exec(compile(blocks("python")[2], str(README), "exec"), shown)
+    exec(compile(blocks("accuracy")[0][0], "page", "exec"), shown)
     measured, task = BertForSequenceClassification(config), Topic(Size())
     catalogue.METHODS["PST, our recipe"].convert(measured, methods.Plan(task, 0.9, 0))
     setting = catalogue.FOUND.grid[1]  # the one that validation chose on topics, at 50 and at 90 %
