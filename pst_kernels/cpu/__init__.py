@@ -11,6 +11,7 @@ from .ops import (
     masked_weight,
     prune_mask,
     scores,
+    split_for,
 )
 from .scratch import release as release_scratch
 
@@ -26,4 +27,5 @@ __all__ = [
     "prune_mask",
     "release_scratch",
     "scores",
+    "split_for",
 ]  # fmt: skip

@@ -134,13 +134,17 @@ def masked_weight(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
     return _masked_into(out, operands)
 
 
-def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> Tensor:
+def split_for(x: Tensor, operands: MaskedWeight) -> None:
+    """What both products of a step take beside M * W': nothing."""
+
+
+def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, split: None = None) -> Tensor:
     masked = _masked_into(_masked_buffer(operands.weight, x.dtype), operands)
     return linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
 def linear_backward(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs, split: None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx and the six factor gradients from one pass over G = gy^T x, of which a group of rows exists at a time.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -131,9 +130,11 @@ class PSTLayer(nn.Module):
         """The weight as (out, in), a view."""
         raise NotImplementedError
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ready": None, "_kept_weight": None}  # made again where it is needed
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ready = self._kept_weight = None
         due.register(self)  # a copy has optimizers of its own
 
     @property
@@ -302,8 +303,9 @@ class PSTLayer(nn.Module):
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
+        bias = ready.parameters[0] if ready.parameters else self.bias
         return masked_linear(
-            x, ready.operands, self.bias, ready.dtype, ready.options, ready.made, learn_scores, producer
+            x, ready.operands, bias, ready.dtype, ready.options, ready.made, learn_scores, producer
         )  # fmt: skip
 
     def _is_ready(self, ready: Ready, x: Tensor) -> bool:
@@ -349,7 +351,7 @@ class PSTLayer(nn.Module):
         any_mask = self.pattern.with_masked_weight
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
         by_lists = any_mask and not keep and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
-        options = options._replace(kept=keep)
+        options = options._replace(kept=keep, kernels=kernels)
 
         def room() -> Tensor | None:
             if keep:
@@ -381,9 +383,11 @@ class PSTLayer(nn.Module):
 
     def can_be_grouped(self) -> bool:
         """Whether a grouped pass can make this layer's mask, where its device has one."""
-        held, weight = self._parameters, self.weight
+        held = self._parameters
         plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
-        return not self.merged and plain and self.pattern.with_masked_weight and weight.dtype != torch.float64
+        return (
+            plain and not self.merged and self.pattern.with_masked_weight and held["weight"].dtype != torch.float64  # type: ignore[union-attr]
+        )
 
     def grouped_tensors(self) -> tuple[Any, ...]:
         """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""
@@ -392,13 +396,16 @@ class PSTLayer(nn.Module):
         guess = self.pst_guess.view(torch.float32)
         return self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
 
-    def note_grouped_mask(self, watched: Sequence[Tensor]) -> None:
+    def note_grouped_mask(self, watched: tuple[Tensor, ...], count: Any, total: int) -> None:
         """The mask of these tensors, and M * W' where there was room for it, were made in a grouped pass."""
-        self.watch.note(self.pst_num_pruned, watched, made=True)
-        ready = self._ready
-        if ready is not None:
-            made = Made(self._kept_weight) if ready.options.kept else NOTHING_MADE
-            self.__dict__["_ready"] = ready._replace(made=made, look=self.watch.looks)
+        watch, ready = self.watch, self._ready
+        watch.note_look(count, total, watched, made=True)
+        if ready is None:
+            return
+        masked = self._kept_weight if ready.options.kept else None
+        if ready.look != watch.looks or ready.made.masked is not masked:  # else all of it is where it was
+            # past nn.Module's own __setattr__, which looks for parameters
+            self.__dict__["_ready"] = Ready(*ready[:4], Made(masked), ready.options, watch.looks)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -11,47 +12,67 @@ from torch import Tensor
 
 from .. import ops
 from ..masks import due
+from ..masks.refresh import making
 from .pst_layer import FACTORS, PSTLayer
 
 GROUPS_KEPT = 8
 WATCHED = ("weight", *FACTORS)
 HELD = ("pst_num_pruned", "pst_guess", "pst_mask")
+watched_of, held_of = operator.itemgetter(*WATCHED), operator.itemgetter(*HELD)
 _groups: dict[tuple[int, ...], Group] = {}  # by the ids of their layers
+
+
+Look = tuple[PSTLayer, tuple[Tensor, ...], Any, int]  # a layer, what its mask is made of, and their count and total
+
+
+def looks_at(layers: Sequence[PSTLayer]) -> list[Look]:
+    """What the layers' tensors are now, looked up once a refresh, without a loop of Python's over tensors."""
+    watched = [watched_of(layer._parameters) for layer in layers]
+    counts = [due.count_of(layer._buffers["pst_num_pruned"]) for layer in layers]  # type: ignore[arg-type]
+    return list(zip(layers, watched, counts, due.totals_of(watched), strict=True))
+
+
+def _is_due(layer: PSTLayer, watched: tuple[Tensor, ...], count: Any, total: int) -> bool:
+    """Whether a mask is to be made; remembers a change after which it is not."""
+    watch = layer.watch
+    if watch.is_fresh_at(count, total):
+        return False
+    if watch.is_due_at(count, layer.config.mask_interval):
+        return True
+    watch.note_look(count, total, watched, made=False)
+    watch.looks += 1  # M * W' is no longer that of the factors
+    return False
 
 
 class Group:
     """Layers whose masks are made in one pass, and the table of their tensors, as long as none of these moves."""
 
-    def __init__(self, kernels: ModuleType, layers: Sequence[PSTLayer]):
-        self.kernels, self.layers = kernels, layers
-        self.table = kernels.MaskTable([kernels.LayerTensors(*layer.grouped_tensors()) for layer in layers])
-        self.addresses = [_addresses(layer) for layer in layers]
+    def __init__(self, kernels: ModuleType, looks: Sequence[Look]):
+        self.kernels = kernels
+        self.table = kernels.MaskTable([kernels.LayerTensors(*layer.grouped_tensors()) for layer, *_ in looks])
+        self.addresses = _addresses(looks)
+        self.kept = [layer._kept_weight for layer, *_ in looks if layer._kept_weight is not None]
 
-    def fits(self) -> bool:
-        return self.addresses == [_addresses(layer) for layer in self.layers]
+    def fits(self, looks: Sequence[Look]) -> bool:
+        return self.addresses == _addresses(looks)
 
-    def refresh(self) -> None:
-        for layer in self.layers:
-            if layer._kept_weight is not None:  # a backward that still needs what was there must say so
-                torch.autograd.graph.increment_version(layer._kept_weight)
+    def refresh(self, looks: Sequence[Look]) -> None:
+        torch.autograd.graph.increment_version(self.kept)  # a backward that still needs what was there must say so
         self.kernels.prune_masks(self.table)
-        for layer in self.layers:
-            layer.note_grouped_mask(_watched(layer))
+        for layer, watched, count, total in looks:
+            layer.note_grouped_mask(watched, count, total)
 
 
-def _watched(layer: PSTLayer) -> list[Tensor]:
-    held = layer._parameters
-    return [held[name] for name in WATCHED]  # type: ignore[misc]
-
-
-def _addresses(layer: PSTLayer) -> list[Any]:
-    """What a table holds of a layer: the addresses of its tensors, and M * W' if it is kept."""
-    parameters, buffers, ready = layer._parameters, layer._buffers, layer._ready
-    keeps = ready is not None and ready.options.kept
-    return [
-        *(parameters[name].data_ptr() for name in WATCHED), *(buffers[name].data_ptr() for name in HELD),  # type: ignore[union-attr]
-        id(layer._kept_weight) if keeps else None,
-    ]  # fmt: skip
+def _addresses(looks: Sequence[Look]) -> list[Any]:
+    """What a table holds of its layers: the addresses of their tensors, and M * W' where it is kept."""
+    tensors: list[Any] = []
+    kept: list[Any] = []
+    for layer, watched, _, _ in looks:
+        tensors += watched
+        tensors += held_of(layer._buffers)
+        ready = layer._ready
+        kept.append(id(layer._kept_weight) if ready is not None and ready.options.kept else None)
+    return [*map(due.address_of, tensors), *kept]
 
 
 def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> None:
@@ -66,36 +87,28 @@ def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> No
         if device.type not in rooms:
             kernels = ops.kernels_for(device.type)
             rooms[device.type] = kernels if hasattr(kernels, "prune_masks") else None
-        if rooms[device.type] is None or not layer.can_be_grouped():
-            if not only_grouped:
-                layer.refresh_mask()
-        elif _is_due(layer):
+        if rooms[device.type] is not None and layer.can_be_grouped():
             grouped.setdefault(device, []).append(layer)
+        elif not only_grouped:
+            layer.refresh_mask()
     for device, members in grouped.items():
         _refresh_grouped(rooms[device.type], members)
 
 
-def _is_due(layer: PSTLayer) -> bool:
-    """Whether a mask is to be made; remembers a change after which it is not."""
-    watch, count, watched = layer.watch, layer._buffers["pst_num_pruned"], _watched(layer)
-    if watch.is_fresh(count, watched):
-        return False
-    if watch.is_due(count, layer.config.mask_interval):  # type: ignore[arg-type]
-        return True
-    watch.note(count, watched, made=False)  # type: ignore[arg-type]
-    return False
-
-
 @torch.no_grad()
 def _refresh_grouped(kernels: ModuleType, layers: Sequence[PSTLayer]) -> None:
-    key = tuple(map(id, layers))
-    group = _groups.get(key)
-    if group is None or not group.fits():
-        _groups.pop(key, None)
-        while len(_groups) >= GROUPS_KEPT:
-            _groups.pop(next(iter(_groups)))
-        group = _groups[key] = Group(kernels, layers)
-    group.refresh()
+    with making:  # two threads would search in the same memory
+        looks = [look for look in looks_at(layers) if _is_due(*look)]
+        if not looks:
+            return
+        key = tuple(id(layer) for layer, *_ in looks)
+        group = _groups.get(key)
+        if group is None or not group.fits(looks):
+            _groups.pop(key, None)
+            while len(_groups) >= GROUPS_KEPT:
+                _groups.pop(next(iter(_groups)))
+            group = _groups[key] = Group(kernels, looks)
+        group.refresh(looks)
 
 
 def release_groups() -> None:

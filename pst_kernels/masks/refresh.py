@@ -13,7 +13,7 @@ from ..operands import Factors, Scales
 from .due import Watch
 from .patterns import parse
 
-_making = threading.RLock()  # of two threads at a first forward one makes the mask, and the other waits for it
+making = threading.RLock()  # of two threads at a first forward one makes the mask, and the other waits for it
 
 
 class MaskState(NamedTuple):
@@ -46,7 +46,7 @@ def refresh(
     weight, factors, _ = weights
     watched = sharded or (weight, *factors)
     # Shards are made by all processes at once, and they may be threads of this one.
-    with _making if sharded is None else contextlib.nullcontext():
+    with making if sharded is None else contextlib.nullcontext():
         if watch.is_fresh(state.num_pruned, watched):
             return None
         if not watch.is_due(state.num_pruned, state.interval):

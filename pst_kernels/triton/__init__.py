@@ -11,7 +11,7 @@ from .group_layer import LayerTensors
 from .group_mask import prune_masks
 from .group_table import MaskTable
 from .mask import masked_weight, prune_mask
-from .matmul import forward_scratch, linear_forward
+from .matmul import forward_scratch, linear_forward, split_for
 from .score import scores
 from .scratch import release as release_scratch
 from .select import kth_value
@@ -30,4 +30,5 @@ __all__ = [
     "prune_masks",
     "release_scratch",
     "scores",
+    "split_for",
 ]  # fmt: skip
