@@ -6,7 +6,6 @@ Shapes throughout: weight (out, in), U (out, r1), V (r1, in), A (out, r2), B (r2
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +113,7 @@ class Options(NamedTuple):
     through_magnitude: bool = True
     kept: bool = False  # whether M * W', if it is made already, stays as it is until the backward
     block_size: int | None = None  # of a mask that consists of blocks
-    kernels: ModuleType | None = None  # the room of plain tensors, which is called past PyTorch's dispatch of ops
+    kernels: Any = None  # the room of plain tensors, or the layer's own; called past PyTorch's dispatch of ops
 
 
 class Made(NamedTuple):
@@ -147,7 +146,13 @@ def masked_linear(
         flat = flat.to(dtype)
     given = flat, bias, weight, *factors, mask, *made, learn_scores, scales, options, producer
     if not autocast_enabled(x.device.type):  # entering autocast costs as much as a small layer's forward
-        y = _PSTLinear.apply(*given) if torch.is_grad_enabled() else _PSTLinear.forward(None, *given)
+        if not torch.is_grad_enabled():
+            y = _PSTLinear.forward(None, *given)
+        elif options.kernels is not None:
+            # What Function.apply does first is for the transforms of torch.func, which layers refuse.
+            y = super(torch.autograd.Function, _PSTLinear).apply(*given)
+        else:
+            y = _PSTLinear.apply(*given)
     else:
         with torch.autocast(x.device.type, enabled=False):
             y = _PSTLinear.apply(*given)

@@ -14,10 +14,12 @@ from .ops import (
     split_for,
 )
 from .scratch import release as release_scratch
+from .small_layer import bound_to
 
 __all__ = [
     "block_backward",
     "block_forward",
+    "bound_to",
     "forward_scratch",
     "kth_value",
     "linear_backward",

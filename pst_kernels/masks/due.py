@@ -92,6 +92,11 @@ version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
 address_of: Callable[[Tensor], int] = Tensor.data_ptr
 
 
+def addresses_of(tensors: Sequence[Any]) -> int:
+    """One number that differs after a tensor was replaced by another, or its memory by other memory."""
+    return sum(map(address_of, tensors))
+
+
 def totals_of(tensors: Sequence[Sequence[Tensor]]) -> list[int]:
     """`total_of` each, where all are equally many."""
     every = list(itertools.chain.from_iterable(tensors))
