@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,19 +22,27 @@ watched_of, held_of = operator.itemgetter(*WATCHED), operator.itemgetter(*HELD)
 _groups: dict[tuple[int, ...], Group] = {}  # by the ids of their layers
 
 
-Look = tuple[PSTLayer, tuple[Tensor, ...], Any, int]  # a layer, what its mask is made of, and their count and total
+class Look(NamedTuple):
+    """What a layer's tensors are now, looked up once a refresh."""
+
+    layer: PSTLayer
+    watched: tuple[Tensor, ...]  # what the mask is made of
+    count: Any  # of due.count_of
+    addresses: tuple[int, ...]  # of what is watched
+    versions: int  # their sum
 
 
 def looks_at(layers: Sequence[PSTLayer]) -> list[Look]:
-    """What the layers' tensors are now, looked up once a refresh, without a loop of Python's over tensors."""
+    """Without a loop of Python's over tensors: of these a model has many."""
     watched = [watched_of(layer._parameters) for layer in layers]
     counts = [due.count_of(layer._buffers["pst_num_pruned"]) for layer in layers]  # type: ignore[arg-type]
-    return list(zip(layers, watched, counts, due.totals_of(watched), strict=True))
+    return list(map(Look, layers, watched, counts, *due.addresses_and_versions(watched)))
 
 
-def _is_due(layer: PSTLayer, watched: tuple[Tensor, ...], count: Any, total: int) -> bool:
+def _is_due(look: Look) -> bool:
     """Whether a mask is to be made; remembers a change after which it is not."""
-    watch = layer.watch
+    layer, watched, count, addresses, versions = look
+    watch, total = layer.watch, sum(addresses) + versions
     if watch.is_fresh_at(count, total):
         return False
     if watch.is_due_at(count, layer.config.mask_interval):
@@ -49,30 +57,33 @@ class Group:
 
     def __init__(self, kernels: ModuleType, looks: Sequence[Look]):
         self.kernels = kernels
-        self.table = kernels.MaskTable([kernels.LayerTensors(*layer.grouped_tensors()) for layer, *_ in looks])
-        self.addresses = _addresses(looks)
+        self.table = kernels.MaskTable([kernels.LayerTensors(*look.layer.grouped_tensors()) for look in looks])
+        self.addresses, self.held = [look.addresses for look in looks], _held(looks)
         self.kept = [layer._kept_weight for layer, *_ in looks if layer._kept_weight is not None]
 
     def fits(self, looks: Sequence[Look]) -> bool:
-        return self.addresses == _addresses(looks)
+        held = _held(looks)
+        return (
+            self.addresses == [look.addresses for look in looks]
+            and len(self.held) == len(held)
+            and all(map(operator.is_, self.held, held))
+        )
 
     def refresh(self, looks: Sequence[Look]) -> None:
         torch.autograd.graph.increment_version(self.kept)  # a backward that still needs what was there must say so
         self.kernels.prune_masks(self.table)
-        for layer, watched, count, total in looks:
-            layer.note_grouped_mask(watched, count, total)
+        for layer, watched, count, addresses, versions in looks:
+            layer.note_grouped_mask(watched, count, sum(addresses) + versions)
 
 
-def _addresses(looks: Sequence[Look]) -> list[Any]:
-    """What a table holds of its layers: the addresses of their tensors, and M * W' where it is kept."""
-    tensors: list[Any] = []
-    kept: list[Any] = []
-    for layer, watched, _, _ in looks:
-        tensors += watched
-        tensors += held_of(layer._buffers)
+def _held(looks: Sequence[Look]) -> list[Any]:
+    """What a table holds beside what is watched: the layers' buffers, and M * W' where it is kept."""
+    held: list[Any] = []
+    for layer, *_ in looks:
+        held += held_of(layer._buffers)
         ready = layer._ready
-        kept.append(id(layer._kept_weight) if ready is not None and ready.options.kept else None)
-    return [*map(due.address_of, tensors), *kept]
+        held.append(layer._kept_weight if ready is not None and ready.options.kept else None)
+    return held
 
 
 def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> None:
@@ -98,10 +109,10 @@ def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> No
 @torch.no_grad()
 def _refresh_grouped(kernels: ModuleType, layers: Sequence[PSTLayer]) -> None:
     with making:  # two threads would search in the same memory
-        looks = [look for look in looks_at(layers) if _is_due(*look)]
+        looks = [look for look in looks_at(layers) if _is_due(look)]
         if not looks:
             return
-        key = tuple(id(layer) for layer, *_ in looks)
+        key = tuple(id(look.layer) for look in looks)
         group = _groups.get(key)
         if group is None or not group.fits(looks):
             _groups.pop(key, None)

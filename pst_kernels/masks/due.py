@@ -97,14 +97,15 @@ def addresses_of(tensors: Sequence[Any]) -> int:
     return sum(map(address_of, tensors))
 
 
-def totals_of(tensors: Sequence[Sequence[Tensor]]) -> list[int]:
-    """`total_of` each, where all are equally many."""
-    every = list(itertools.chain.from_iterable(tensors))
+def addresses_and_versions(tensors: Sequence[Sequence[Tensor]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Of every part, which are equally long: the addresses, and the sum of the versions. Together `total_of` each."""
+    every, size = list(itertools.chain.from_iterable(tensors)), len(tensors[0]) if tensors else 1
     try:
-        parts = map(operator.add, map(version_of, every), map(address_of, every))
-        return list(map(sum, zip(*[parts] * len(tensors[0]), strict=True))) if tensors else []
+        versions = list(map(version_of, every))
     except RuntimeError:
-        return list(map(total_of, tensors))
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in every]
+    addresses = zip(*[map(address_of, every)] * size, strict=True)
+    return list(addresses), list(map(sum, zip(*[iter(versions)] * size, strict=True)))
 
 
 def count_of(num_pruned: Tensor) -> Any:

@@ -13,7 +13,6 @@ from .group_table import MaskTable
 from .mask import masked_weight, prune_mask
 from .matmul import forward_scratch, linear_forward, split_for
 from .score import scores
-from .scratch import release as release_scratch
 from .select import kth_value
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "masked_weight",
     "prune_mask",
     "prune_masks",
-    "release_scratch",
     "scores",
     "split_for",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ With D = G * W' and Q = G * (M + |W'|), or G * M, all six are low-rank reduction
     dV = beta U^T Q    dB = alpha1 A^T D    dC = alpha2 D.sum(0)
 
 G stays in the accumulator, a tile of it at a time. For many tokens (tables.G_STORED_TOKENS) the library makes it
-instead, in the shared scratch buffer, and the same kernels read its tiles there.
+instead, and the same kernels read its tiles there.
 
 A program makes (out, in) tiles of G over one of `split_k` parts of the tokens, with few ranks a sweep of several tiles
 along a row. It gates each and reduces it, adds up the sums of its rows, and stores its partial sums in a place of its
@@ -37,7 +37,6 @@ from torch import Tensor
 
 from ..masks.packing import packed_width
 from ..operands import Factors, MaskedWeight, Needs, Scales
-from . import scratch
 from .gradient_products import gate, product_of_pairs, product_tile, splitting
 from .gradient_ranks import many_ranks_kernel
 from .launch import Launch
@@ -299,9 +298,7 @@ def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magn
     dtypes = tuple([t.dtype for t in (x, gy, weight, *factors[:4])])
     problem = Problem(dtypes, (rows, columns), ranks, stride, along_columns, tokens, through_magnitude, scales)
     sums, add = _launches(problem, plan, platform)
-    g = scratch.get((rows, columns), x.dtype, x.device) if plan.g_stored else x
-    if plan.g_stored:
-        torch.mm(gy.T, x, out=g)
+    g = gy.T @ x if plan.g_stored else x
     like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     row_sums = torch.empty((plan.split_k * plan.sweeps, rows, sum(ranks) + 1), **like)
     column_sums = torch.empty((plan.split_k * plan.down, sum(ranks) + 1, columns), **like)

@@ -9,8 +9,9 @@ starts as W, in fp32), one to round the pair to x's dtype, 1.5 to turn two bits 
 Precision. beta U V inside the loop is U_hi V_hi + U_lo V_hi + U_hi V_lo in bf16 (hi + lo holds 16 bits of a factor),
 added to W in fp32, and W' is rounded once, to x's dtype. With fp32 x everything is fp32 multiply-add, no tf32.
 
-For many tokens, and for high ranks, the masked weight is made once, in a scratch buffer shared by all layers, and the
-library multiplies: choice.matmul is the switch.
+For many tokens, and for high ranks, the masked weight is made once and the library multiplies: choice.matmul is the
+switch. It is freed with the product, so that the next layer's lies in the same memory: the allocator gives it out in
+the order of a stream, to whatever thread.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight
-from . import scratch
 from .launch import Launch
 from .mask import fill_masked_weight
 from .ptx import MASKING, keep, used, widen
@@ -305,7 +305,7 @@ def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, split
     bias = None if bias is None else bias.to(x.dtype)
     tile = in_loop_tile(x, operands, platform, transposed=False)
     if tile is None:
-        return torch.nn.functional.linear(x, masked_in_scratch(operands, x.dtype, platform), bias)
+        return torch.nn.functional.linear(x, masked_for_library(operands, x.dtype, platform), bias)
     return masked_matmul(x, operands, bias, tile, platform, False, split)
 
 
@@ -314,7 +314,7 @@ def input_gradient(gy: Tensor, operands: MaskedWeight, split: Split | None = Non
     platform = targets.platform(gy.device)
     tile = in_loop_tile(gy, operands, platform, transposed=True)
     if tile is None:
-        return gy @ masked_in_scratch(operands, gy.dtype, platform)
+        return gy @ masked_for_library(operands, gy.dtype, platform)
     return masked_matmul(gy, operands, None, tile, platform, True, split)
 
 
@@ -325,7 +325,7 @@ def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) 
     architecture = targets.architecture(weight.device)
     if choice.matmul(architecture, dtype, weight.dtype, tokens, weight.shape[1], rank) is not None:
         return None
-    return scratch.get(weight.shape, dtype, weight.device)
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
 def in_loop_tile(x: Tensor, operands: MaskedWeight, platform: Platform, transposed: bool) -> Tile | None:
@@ -348,6 +348,6 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
     return weight, weight.stride(0), True
 
 
-def masked_in_scratch(operands: MaskedWeight, dtype: torch.dtype, platform: Platform) -> Tensor:
-    out = scratch.get(operands.weight.shape, dtype, operands.weight.device)
+def masked_for_library(operands: MaskedWeight, dtype: torch.dtype, platform: Platform) -> Tensor:
+    out = torch.empty(operands.weight.shape, dtype=dtype, device=operands.weight.device)
     return fill_masked_weight(operands, out, platform)
