@@ -32,9 +32,9 @@ def test_launches_are_those_of_a_step(found):
 
 
 def test_layer_lists_are_those_of_the_models():
-    counts = {model: len(host.linears(model)) for model in host.MODELS}
+    counts = {model: len(host.linears(model, 8)) for model in host.MODELS}
     assert counts == {"BERT-base": 72, "GPT-2 medium": 96, "Llama-8B": 224}
-    assert sum(layer.in_features == 4 * host.WIDTH for layer in host.linears("BERT-base")) == 12
+    assert sum(layer.in_features == 32 for layer in host.linears("BERT-base", 8)) == 12
 
 
 def test_it_leaves_the_environment_and_the_driver_as_they_were(found):
