@@ -17,6 +17,10 @@ JOBS = {
         "products that skip unstructured zeros on a CPU beside dense ones and other loops",
     ),
     "host": ("bench.speed.host", "launches and host time of a GPU step, counted and timed without a GPU"),
+    "serve": (
+        "bench.speed.serve",
+        "decoding with a sparse language model on a CPU: tokens/s, disk, load time and memory",
+    ),
     "export": ("bench.speed.export", "how large the files of a sparse model are, and that they load back bit for bit"),
     "profile": ("bench.speed.profile", "where the time of one PST step goes, pass by pass"),
     "accuracy": ("bench.accuracy", "how good the sparse models are: methods x sparsities x seeds, resumable"),

@@ -123,6 +123,7 @@ class Made(NamedTuple):
     values: Tensor | None = None
     offsets: Tensor | None = None
     pointers: Tensor | None = None
+    waiting: Tensor | None = None  # a parameter with no part in y yet: who waits for all gradients must see it pass
 
 
 NOTHING_MADE = Made()
@@ -199,7 +200,7 @@ class _PSTLinear(torch.autograd.Function):
     # not setup_context(), for which torch binds the arguments by inspection at every call
     @staticmethod
     def forward(
-        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, learn_scores,
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting, learn_scores,
         scales, options, producer,
     ) -> Tensor:  # fmt: skip
         split = None, None
@@ -261,7 +262,7 @@ class _PSTLinear(torch.autograd.Function):
             None if not need else gradient if gradient.dtype is factor.dtype else gradient.to(factor.dtype)
             for gradient, factor, need in zip(found, factors, needs_factors, strict=True)
         ]
-        return dx if needs_input else None, dbias, None, *gradients, *[None] * 9
+        return dx if needs_input else None, dbias, None, *gradients, *[None] * 10
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ from .ops import (
     scores,
     split_for,
 )
+from .rested import rested_backward
 from .scratch import release as release_scratch
 from .small_layer import bound_to
 
@@ -28,6 +29,7 @@ __all__ = [
     "masked_weight",
     "prune_mask",
     "release_scratch",
+    "rested_backward",
     "scores",
     "split_for",
 ]  # fmt: skip

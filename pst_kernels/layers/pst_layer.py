@@ -19,9 +19,12 @@ from . import reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
 from .kept import keeps, takes_lists
 from .recompute import producer_of
+from .rested import masked_with
+from .resting import Resting
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = NAMES[2:]
+NEVER = 1 << 62  # steps from one mask to the next, of a mask that is fixed
 FROZEN = "pst_weight"  # in a checkpoint whose `weight` is M * W' (whole_model.py): W itself
 
 
@@ -37,9 +40,10 @@ class Ready(NamedTuple):
     state: MaskState | None  # of the layer
     addresses: int  # of the weight and the factors, summed up
     look: int  # of the watch, after which it was made
+    added: int = due.NOTHING  # version and address of the trained kept weights
 
 
-class PSTLayer(nn.Module):
+class PSTLayer(Resting, nn.Module):
     """What PSTLinear and PSTConv1D share; they differ in how the weight lies.
 
     Parameters pst_U (out, weight_rank), pst_V (weight_rank, in), pst_A (out, score_rank), pst_B (score_rank, in),
@@ -49,6 +53,9 @@ class PSTLayer(nn.Module):
     The mask is computed when a factor, the weight or the sparsity has changed since the last forward (every
     `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen; call
     `refresh_mask(force=True)` after one.
+
+    With `PSTConfig(freeze=)` a schedule fixes the mask at last (`freeze_mask`), which the buffer pst_frozen says, and
+    with `train_kept` the parameter pst_kept (kept,) is added to the kept weights from there on.
     """
 
     bias: Any  # a Parameter or None
@@ -102,6 +109,7 @@ class PSTLayer(nn.Module):
             self.bias.requires_grad_(config.train_bias)
         self.reset_factors()
         self.sparsity = config.sparsity
+        self._add_rest((out, columns))
 
     def reset_factors(self) -> None:
         """U, A ~ N(0, 1); V, B, R, C = 0, so that the layer starts as plain magnitude pruning of W."""
@@ -158,6 +166,8 @@ class PSTLayer(nn.Module):
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
+        if self.frozen:
+            raise RuntimeError("the mask of this layer is fixed; call unfreeze_mask() before setting its sparsity")
         self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
 
     @property
@@ -211,17 +221,22 @@ class PSTLayer(nn.Module):
             return
         with torch.no_grad():
             ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+            self.added()  # what a compiled forward takes as it is
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The weight (out, in) and the factors, whole."""
         return tuple(map(whole, (self.oriented_weight, *self.factors)))
+
+    def scores(self) -> Tensor:
+        """What the mask is decided by, fp32 (out, in)."""
+        return ops.scores(*self._weights(), *self.scales)
 
     def mask_state(self) -> MaskState:
         """What `refresh` takes: the mask, and what says when it is due."""
         guess = self.pst_guess.view(torch.float32)
         config = self.config
         return MaskState(
-            self.pst_num_pruned, self.pst_mask, guess, config.mask_interval, config.pattern
+            self.pst_num_pruned, self.pst_mask, guess, NEVER if self.frozen else config.mask_interval, config.pattern
         )  # fmt: skip
 
     @property
@@ -230,20 +245,25 @@ class PSTLayer(nn.Module):
         return Scales(*map(float.fromhex, self._scales_as_text)) if torch.compiler.is_compiling() else self._scales
 
     def mark_stale(self) -> None:
-        """Let the next forward compute the mask anew."""
-        self.watch.mark_stale()
+        """Let the next forward compute the mask anew, or of a fixed mask M * W' alone."""
+        if self.frozen:
+            self._ready, self._fixed_of = None, due.NOTHING
+        else:
+            self.watch.mark_stale()
 
     def after_load(self, with_mask: bool) -> None:
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
         self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
+        if self.config.freeze and not self.pst_frozen.is_meta:
+            self._set_frozen(bool(self.pst_frozen))
         if with_mask:
             self.has_learned_mask = True
             self._ready = None
             self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True)
         else:
-            self.mark_stale()
+            self.watch.mark_stale()
 
     def masked_weight(self) -> Tensor:
         """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
@@ -252,8 +272,10 @@ class PSTLayer(nn.Module):
         if self._tensor_parallel() is not None:
             self._refuse_sharded()
         self.refresh_mask()
+        weight, *factors = self._weights()
+        operands = MaskedWeight(weight, Factors(*factors), self.pst_mask, self.scales)
         with torch.no_grad():
-            return ops.masked_weight(*self._weights(), self.pst_mask, *self.scales, self.weight.dtype)
+            return masked_with(operands, self.added(), self.weight.dtype)
 
     def _refuse_sharded(self) -> None:
         raise RuntimeError(
@@ -301,14 +323,20 @@ class PSTLayer(nn.Module):
             if not torch.compiler.is_compiling():
                 self.called = True
         learn_scores = None
+        if self.scores_rest and ready.options.block_size is None:
+            return self._rested_forward(x, ready)
         if ready.options.block_size is not None:
-            learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
+            if self.frozen:
+                learn_scores = torch.zeros((), dtype=torch.bool)
+            else:
+                learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
+        made = ready.made._replace(waiting=self.pst_kept) if self.config.train_kept else ready.made
         bias = ready.parameters[0] if ready.parameters else self.bias
         return masked_linear(
-            x, ready.operands, bias, ready.dtype, ready.options, ready.made, learn_scores, producer
+            x, ready.operands, bias, ready.dtype, ready.options, made, learn_scores, producer
         )  # fmt: skip
 
     def _fits(self, ready: Ready, x: Tensor) -> bool:
@@ -332,7 +360,16 @@ class PSTLayer(nn.Module):
     def _is_fresh(self, ready: Ready) -> bool:
         """Whether nothing has changed that a look can tell: a forward needs nothing but its product."""
         watch = self.watch
-        return ready.look == watch.looks and watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
+        return (
+            ready.look == watch.looks
+            and watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
+            and (ready.added == due.NOTHING or ready.added == due.total_of((self.pst_kept,)))
+        )
+
+    @property
+    def _any_mask(self) -> bool:
+        """Whether M * W' may be made before a product: with blocks the product itself skips."""
+        return self.pattern.with_masked_weight or (self.frozen and self.pattern.block_size is None)
 
     def _checked(self, x: Tensor) -> Ready:
         """Check the operands of a forward of x; nothing is made yet."""
@@ -345,14 +382,15 @@ class PSTLayer(nn.Module):
                 "a PST layer does not run under the transforms of torch.func (grad, vmap, jvp, ...), which would need"
                 " their own rules; use torch.autograd, or merge the layer first"
             )
-        options = Options(config.through_magnitude, False, self.pattern.block_size)
+        # with a fixed mask no gradient passes by way of a score
+        options = Options(config.through_magnitude and not self.frozen, False, self.pattern.block_size)
         if compiling or type(weight) not in PLAIN:
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
-        kernels, any_mask = ops.kernels_for(weight.device.type), self.pattern.with_masked_weight
+        kernels, any_mask = ops.kernels_for(weight.device.type), self._any_mask
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
         parameters = tuple(self._parameters.get(name) for name in NAMES)
         addresses = due.NOTHING if None in parameters[1:] else due.addresses_of(parameters[1:])
-        if any_mask and addresses != due.NOTHING and hasattr(kernels, "bound_to"):
+        if self.pattern.with_masked_weight and addresses != due.NOTHING and hasattr(kernels, "bound_to"):
             kernels = kernels.bound_to(operands, dtype) or kernels
         options = options._replace(kept=keep, kernels=kernels)
         return Ready(dtype, x.device, operands, parameters, NOTHING_MADE, options, self.mask_state(), addresses, -1)
@@ -363,16 +401,20 @@ class PSTLayer(nn.Module):
         The pass that makes a mask makes M * W' too. An op does it under a compiler, and for tensors of other kinds.
         """
         kernels, config, dtype, (weight, factors, *_) = ready.options.kernels, self.config, ready.dtype, ready.operands
-        state = ready.state
+        state, added = ready.state, self.added()
         if state is None:
             self.refresh_mask()
-            return ready
+            if added.weights is None:
+                return ready
+            with torch.no_grad(), ops.without_autocast(weight.device.type):
+                made = Made(masked_with(ready.operands, added, dtype))
+            return Ready(dtype, ready.device, ready.operands, (), made, ready.options, None, due.NOTHING, -1)
         if torch.is_inference_mode_enabled() and not self.pst_mask.is_inference():
             with torch.inference_mode(False):  # what is made in an evaluation must serve training too
                 return self._renewed(ready, x)
         reads.notice_rewritten(self)
-        keep, any_mask = ready.options.kept, self.pattern.with_masked_weight
-        by_lists = any_mask and not keep and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
+        keep, lists = ready.options.kept, self._any_mask and not ready.options.kept
+        by_lists = lists and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
 
         def room() -> Tensor | None:
             if keep:
@@ -381,11 +423,15 @@ class PSTLayer(nn.Module):
 
         with torch.no_grad(), ops.without_autocast(weight.device.type):
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
-            if masked is None and (keep or by_lists):
-                masked = ops.masked_weight(*ready.operands.flat, dtype)
-                masked = self._room_to_keep(weight, dtype).copy_(masked) if keep else masked
-            made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
-        ready = Ready(*ready[:4], made, *ready[5:8], self.watch.looks)
+            if self.frozen and by_lists:
+                made = self._fixed_lists(factors, dtype)
+            else:
+                if masked is None and (keep or by_lists or added.weights is not None):
+                    masked = masked_with(ready.operands, added, dtype)
+                    masked = self._room_to_keep(weight, dtype).copy_(masked) if keep else masked
+                made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
+        version = due.NOTHING if added.weights is None else due.total_of((added.weights,))
+        ready = Ready(*ready[:4], made, *ready[5:8], self.watch.looks, version)
         # Under autocast x and the product differ in their dtype, and a parametrised factor is no parameter of the
         # layer: every forward looks at all of it again.
         self.__dict__["_ready"] = ready if x.dtype == dtype and ready.addresses != due.NOTHING else None
@@ -404,7 +450,11 @@ class PSTLayer(nn.Module):
         held = self._parameters
         plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
         return (
-            plain and not self.merged and self.pattern.with_masked_weight and held["weight"].dtype != torch.float64  # type: ignore[union-attr]
+            plain
+            and not self.merged
+            and not self.frozen
+            and self.pattern.with_masked_weight
+            and held["weight"].dtype != torch.float64  # type: ignore[union-attr]
         )
 
     def grouped_tensors(self) -> tuple[Any, ...]:

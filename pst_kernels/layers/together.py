@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ GROUPS_KEPT = 8
 WATCHED = ("weight", *FACTORS)
 HELD = ("pst_num_pruned", "pst_guess", "pst_mask")
 watched_of, held_of = operator.itemgetter(*WATCHED), operator.itemgetter(*HELD)
-_groups: dict[tuple[int, ...], Group] = {}  # by the ids of their layers
+_groups: dict[tuple[int, ...], Group] = {}  # by the ids of their layers; gone when one of these is
 
 
 class Look(NamedTuple):
@@ -53,13 +54,18 @@ def _is_due(look: Look) -> bool:
 
 
 class Group:
-    """Layers whose masks are made in one pass, and the table of their tensors, as long as none of these moves."""
+    """The table of some layers whose masks are made in one pass, as long as none of their tensors moves.
+
+    It holds the tensors, but not the layers, and goes with the first of them that does.
+    """
 
     def __init__(self, kernels: ModuleType, looks: Sequence[Look]):
         self.kernels = kernels
         self.table = kernels.MaskTable([kernels.LayerTensors(*look.layer.grouped_tensors()) for look in looks])
         self.addresses, self.held = [look.addresses for look in looks], _held(looks)
         self.kept = [layer._kept_weight for layer, *_ in looks if layer._kept_weight is not None]
+        key = _key(looks)
+        self.layers = [weakref.ref(look.layer, lambda _: _groups.pop(key, None)) for look in looks]
 
     def fits(self, looks: Sequence[Look]) -> bool:
         held = _held(looks)
@@ -74,6 +80,10 @@ class Group:
         self.kernels.prune_masks(self.table)
         for layer, watched, count, addresses, versions in looks:
             layer.note_grouped_mask(watched, count, sum(addresses) + versions)
+
+
+def _key(looks: Sequence[Look]) -> tuple[int, ...]:
+    return tuple([id(look.layer) for look in looks])
 
 
 def _held(looks: Sequence[Look]) -> list[Any]:
@@ -112,12 +122,12 @@ def _refresh_grouped(kernels: ModuleType, layers: Sequence[PSTLayer]) -> None:
         looks = [look for look in looks_at(layers) if _is_due(look)]
         if not looks:
             return
-        key = tuple(id(look.layer) for look in looks)
+        key = _key(looks)
         group = _groups.get(key)
         if group is None or not group.fits(looks):
             _groups.pop(key, None)
             while len(_groups) >= GROUPS_KEPT:
-                _groups.pop(next(iter(_groups)))
+                _groups.pop(next(iter(_groups)), None)
             group = _groups[key] = Group(kernels, looks)
         group.refresh(looks)
 
@@ -129,6 +139,9 @@ def release_groups() -> None:
 
 def _after_step(layers: Sequence[PSTLayer]) -> None:
     """After an optimizer step, for layers that no schedule takes care of."""
+    for layer in layers:
+        if layer.config.score_interval > 1 and not layer.scheduled:
+            layer.at_step(layer.steps + 1)
     refresh_layers((layer for layer in layers if not layer.scheduled), only_grouped=True)
 
 

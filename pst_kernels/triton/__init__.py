@@ -6,7 +6,7 @@ from .tiles import versions  # noqa: F401 (first: where Triton is too old it say
 
 from .block_gradients import block_backward
 from .block_matmul import block_forward
-from .gradients import linear_backward
+from .gradients import linear_backward, rested_backward
 from .group_layer import LayerTensors
 from .group_mask import prune_masks
 from .group_table import MaskTable
@@ -27,6 +27,7 @@ __all__ = [
     "masked_weight",
     "prune_mask",
     "prune_masks",
+    "rested_backward",
     "scores",
     "split_for",
 ]  # fmt: skip

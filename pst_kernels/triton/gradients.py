@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..masks.packing import packed_width
 from ..operands import Factors, MaskedWeight, Needs, Scales
-from .gradient_products import gate, product_of_pairs, product_tile, splitting
+from .gradient_products import KEPT_ALONE, gate, product_of_pairs, product_tile, splitting
 from .gradient_ranks import many_ranks_kernel
 from .launch import Launch
 from .matmul import Split, input_gradient, one_stride
@@ -154,8 +154,8 @@ def factor_gradients_kernel(
         if WORDS_AT_ONCE:
             b_words = mask_words(p_mask, words, r_in, i_columns, EVEN, BLOCK_COLUMNS)
         for part in tl.static_range(PARTS):
-            # Always true, here and below, for only a matrix of whole tiles has more than one part: a branch keeps the
-            # compiler from holding operands of several products at once.
+            # True, here and below, for only a matrix of whole tiles has more than one part, and one of one row is
+            # STRAIGHT: a branch keeps the compiler from holding operands of several products at once.
             if columns > part:
                 i = i_columns + part * COLUMNS
                 m_columns = i + c < columns
@@ -249,7 +249,7 @@ class Problem(NamedTuple):
     stride: int  # of W, along the dimension whose stride is not 1
     along_columns: bool
     tokens: int
-    through_magnitude: bool
+    through_magnitude: int
     scales: Scales
 
 
@@ -268,8 +268,9 @@ def _launches(problem: Problem, plan: choice.GradientPlan, platform: Platform) -
     }  # fmt: skip
     tokens = problem.tokens, plan.tokens_per_split
     if plan.few_ranks:
-        # Else Q needs no W', and D has a branch of its own, which takes fewer registers, but not on sm_120.
-        straight = problem.through_magnitude or plan.g_stored or platform.architecture == "sm_120"
+        # Else Q needs no W', and D has a branch of its own, taken with two rows or more: it needs fewer registers, but
+        # not on sm_120.
+        straight = bool(problem.through_magnitude) or plan.g_stored or platform.architecture == "sm_120" or rows == 1
         sums = Launch(
             factor_gradients_kernel, (sweeps, down, split_k), (*tokens, plan.sweep_length, *sizes), PARTS=plan.parts,
             WORDS_AT_ONCE=plan.words_at_once, STRAIGHT=straight, **constants, **platform.all_registers,
@@ -286,8 +287,8 @@ def _launches(problem: Problem, plan: choice.GradientPlan, platform: Platform) -
     return sums, add
 
 
-def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool) -> Factors:
-    """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`."""
+def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: int) -> Factors:
+    """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`, `through_magnitude` as `gate` takes it."""
     weight, factors, mask, scales = operands
     (rows, columns), tokens = weight.shape, x.shape[0]
     if not tokens or not weight.numel():
@@ -320,3 +321,15 @@ def linear_backward(
     if needs.factors:
         return dx, *factor_gradients(gy, x, operands, through_magnitude)
     return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in operands.factors)
+
+
+def rested_backward(
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dU and dV with Q = G * M * (1 + |W'|), or G * M, by the same kernels: the scores' gradients are dropped."""
+    operands = checked_operands(operands)
+    dx = input_gradient(gy, operands) if needs.input else gy.new_empty(0)
+    if not needs.factors:
+        return dx, gy.new_empty(0, dtype=torch.float32), gy.new_empty(0, dtype=torch.float32)
+    dU, dV, *_ = factor_gradients(gy, x, operands, KEPT_ALONE if through_magnitude else False)
+    return dx, dU, dV
