@@ -30,6 +30,7 @@ from .targets import find_targets
 logger = logging.getLogger("pst_kernels")
 ADAPTER_NAME = "pst_adapter.safetensors"
 FORMAT, VERSION = "pst_kernels", "1"
+WHOLE_NUMBERS = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64, "pst_frozen": torch.bool}
 RELEASED_NAMES = {
     "weight_U": "pst_U", "weight_V": "pst_V", "mask_scores_A": "pst_A",
     "mask_scores_B": "pst_B", "mask_scores_R": "pst_R", "mask_scores_C": "pst_C",
@@ -220,7 +221,7 @@ def _check_fit(
                 f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, the model needs"
                 f" {shape}; check the ranks and the base model"
             )
-        wanted = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64}.get(name.rpartition(".")[2])
+        wanted = WHOLE_NUMBERS.get(name.rpartition(".")[2])
         if tensor.dtype != wanted if wanted else name in factors and not tensor.is_floating_point():
             raise ValueError(f"{path} is damaged: {name} has dtype {tensor.dtype}; save the checkpoint again")
     for name, layer in layers.items():
@@ -258,6 +259,12 @@ def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple
             "pst_U": (out, r1), "pst_V": (r1, columns), "pst_A": (out, r2), "pst_B": (r2, columns), "pst_R": (out,),
             "pst_C": (columns,), "pst_mask": (out, packed_width(columns)), "pst_num_pruned": (),
         }  # fmt: skip
+        if own.freeze:
+            entries["pst_frozen"] = ()
+        if own.train_kept:
+            pattern = parse(own.pattern)
+            pruned = pattern.weights_pruned((out, columns), pattern.num_pruned_at((out, columns), own.sparsity))
+            entries["pst_kept"] = (out * columns - (pruned or 0),)
         shapes |= {f"{name}.{entry}" if name else entry: shape for entry, shape in entries.items()}
     return shapes
 

@@ -107,6 +107,13 @@ def _fake_backward(gy: Tensor, x: Tensor, operands: MaskedWeight, *rest: Any) ->
     return x.new_empty(x.shape if needs.input else 0), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _fake_rested_backward(gy, x, operands, _, needs):
+    weight = operands.weight
+    shapes = ((n.shape if needs.factors else (0,)) for n in operands.factors[:2])
+    dtype = compute_dtype(weight.dtype)
+    return x.new_empty(x.shape if needs.input else 0), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
 def _fake_sparse_backward(gy, x, values, offsets, pointers, in_features, needs_input, needs_values):
     dx = gy.new_empty((gy.shape[0], in_features) if needs_input else 0)
     return dx, values.new_empty(values.shape if needs_values else 0, dtype=compute_dtype(values.dtype))
@@ -152,6 +159,10 @@ _define(
     "linear_backward", ["Tensor gy", "Tensor x", MASKED_WEIGHT, "bool through_magnitude", NEEDS], _SEVEN, _fake_backward
 )  # fmt: skip
 _define(
+    "rested_backward", ["Tensor gy", "Tensor x", MASKED_WEIGHT, "bool through_magnitude", NEEDS],
+    "(Tensor, Tensor, Tensor)", _fake_rested_backward,
+)  # fmt: skip
+_define(
     "block_forward", ["Tensor x", MASKED_WEIGHT, "Tensor? bias", "int size"], "Tensor",
     lambda x, operands, *_: x.new_empty((x.shape[0], operands.weight.shape[0])),
 )  # fmt: skip
@@ -194,6 +205,7 @@ is_last_before_refresh = _ops.is_last_before_refresh.default
 masked_weight = _ops.masked_weight.default
 linear_forward = _ops.linear_forward.default
 linear_backward = _ops.linear_backward.default
+rested_backward = _ops.rested_backward.default
 block_forward = _ops.block_forward.default
 block_backward = _ops.block_backward.default
 kept_blocks_forward = _ops.kept_blocks_forward.default

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .layers.checks import whole
 from .layers.linear import PSTConv1D
 from .layers.pst_layer import FACTORS, FROZEN, PSTLayer
+from .layers.rested import masked_with
+from .layers.resting import KEPT
+from .operands import MaskedWeight
 from .targets import is_transformers_model, parameter_uses, weight_key
 
 logger = logging.getLogger("pst_kernels")
@@ -58,8 +60,9 @@ def with_pruned_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
             continue
         weight, *rest = (whole(state[entry]) for entry in needed)
         oriented = weight.t() if isinstance(layer, PSTConv1D) else weight
+        operands = MaskedWeight.of(oriented, *rest, *layer.scales)
         with torch.no_grad():
-            pruned = ops.masked_weight(oriented, *rest, *layer.scales, weight.dtype)
+            pruned = masked_with(operands, layer.added(state.get(f"{prefix}{KEPT}")), weight.dtype)
         found[f"{prefix}weight"] = (pruned.t() if isinstance(layer, PSTConv1D) else pruned).contiguous()
         found[f"{prefix}{FROZEN}"] = weight
     return found

@@ -30,6 +30,14 @@ def operands_of(tensors: dict[str, Tensor], kept: Tensor) -> MaskedWeight:
     return MaskedWeight(tensors["weight"], factors, pack_mask(kept), Scales(**SCALES))
 
 
+def rested_gradients(given: dict[str, Tensor], through: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dU and dV of a step in which the scores rest, in float64."""
+    x, gy, W, U, V = (given[name].double() for name in ("x", "gy", "weight", "U", "V"))
+    updated = W + SCALES["beta"] * U @ V
+    Q = gy.T @ x * given["kept"] * (1.0 + updated.abs() if through else 1.0)
+    return gy @ (given["kept"] * updated), SCALES["beta"] * Q @ V.T, SCALES["beta"] * U.T @ Q
+
+
 class Problem(NamedTuple):
     out: int
     columns: int

@@ -20,8 +20,13 @@ def forward(
     x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """y (T, out) = x (T, in) W^T + bias in x's dtype; values and bias in any floating dtype."""
+    passes = compiled_passes(x, values)
+    if passes is not None and x.shape[0] == 1:
+        y = sparse_products.multiply_ready(passes, x, values, offsets, pointers, bias)
+        if y is not None:
+            return y
     lists = SparseRows(values, offsets, pointers, out_features, x.shape[1])
-    if (passes := compiled_passes(x, values)) is not None:
+    if passes is not None:
         return sparse_products.multiply_by(passes, x, lists, bias)
     _say_if_slow(x, values)
     return linear(x, lists.to_dense().to(x.dtype), None if bias is None else bias.to(x.dtype))

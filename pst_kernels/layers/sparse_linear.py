@@ -24,9 +24,10 @@ class SparseLinear(StoredParts):
     Parameter `weight` (kept,): the kept weights in chunks of 128 columns, in a chunk row by row, in a row by column;
     buffers `offsets`, uint8 (kept,), a weight's column in its chunk, and `pointers`, int32 (chunks * out + 1,): row i's
     part of chunk c is pointers[c * out + i] to pointers[c * out + i + 1]. The order is the same on every device. It
-    holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk, nothing else; a state dict may bring any number
-    of kept weights. On a CPU, in fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x
-    reaches only outputs that keep a weight for it; elsewhere each product makes the dense weight first.
+    holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk; once it has multiplied one token on a CPU with
+    AVX2, a bit a weight besides, which no state dict has. A state dict may bring any number of kept weights. On a CPU,
+    in fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x reaches only outputs that
+    keep a weight for it; elsewhere each product makes the dense weight first.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
@@ -125,13 +126,15 @@ class SparseLinear(StoredParts):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out), in x's dtype, or in autocast's under autocast."""
-        values, shape = self.weight, x.shape
+        parameters: Any = self._parameters  # each lookup as an attribute costs a microsecond
+        buffers: Any = self._buffers
+        values, bias, shape = parameters["weight"], parameters["bias"], x.shape
         self._check(x, values)
         if len(shape) != 2:
             x = x.reshape(-1, self.in_features)
         if x.dtype is not (dtype := operand_dtype(x)):
             x = x.to(dtype)
-        operands = (x, values, self.offsets, self.pointers, self.bias, self.out_features)
+        operands = (x, values, buffers["offsets"], buffers["pointers"], bias, self.out_features)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
             with without_autocast(x.device.type):
                 y = _Product.apply(*operands)

@@ -115,6 +115,9 @@ def release_groups() -> None:
 
 def _after_step(layers: Sequence[PSTLayer]) -> None:
     """After an optimizer step, for layers that no schedule takes care of."""
+    for layer in layers:
+        if layer.config.score_interval > 1 and not layer.scheduled:
+            layer.at_step(layer.steps + 1)
     refresh_layers((layer for layer in layers if not layer.scheduled), only_grouped=True)
 
 
