@@ -17,6 +17,7 @@ JOBS = {
         "products that skip unstructured zeros on a CPU beside dense ones and other loops",
     ),
     "front": ("bench.tables.front", "the README's one table, from the results files that hold its figures"),
+    "host": ("bench.speed.host", "launches and host time of a GPU step, counted and timed without a GPU"),
     "serve": (
         "bench.speed.serve",
         "decoding with a sparse language model on a CPU: tokens/s, disk, load time and memory",
