@@ -33,6 +33,7 @@ def test_generate_gives_the_dense_models_tokens(models, cache, rows):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_compiled_without_a_break(models):
     dense, sparse = models
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
