@@ -25,8 +25,8 @@ def scores(
     weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
     *, beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: the unstructured
-    mask is made without storing it.
+    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: an
+    unstructured mask is made without storing it, but for a small weight on a CPU.
     """
     factors = Factors(U, V, A, B, R, C)
     factors.check(weight)
