@@ -36,8 +36,10 @@ def test_generate_gives_the_dense_models_tokens(models, cache, rows):
 
 
 @pytest.mark.slow
-def test_compiled_without_a_break(models):
-    dense, sparse = models
+def test_compiled_without_a_break(tmp_path):
+    dense = zeroed("llama").eval()
+    pst.save_sparse(dense, tmp_path)
+    sparse = pst.load_sparse(tmp_path)
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
     for rows in (1, 4):
         tokens = torch.randint(3, toys.VOCABULARY, (rows, 6), generator=torch.Generator().manual_seed(0))
