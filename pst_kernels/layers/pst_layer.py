@@ -322,22 +322,14 @@ class PSTLayer(Resting, nn.Module):
             ready = self._renewed(ready if ready is not None and fits else self._checked(x), x)
             if not torch.compiler.is_compiling():
                 self.called = True
-        learn_scores = None
         if self.scores_rest and ready.options.block_size is None:
             return self._rested_forward(x, ready)
-        if ready.options.block_size is not None:
-            if self.frozen:
-                learn_scores = torch.zeros((), dtype=torch.bool)
-            else:
-                learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
         made = ready.made._replace(waiting=self.pst_kept) if self.config.train_kept else ready.made
         bias = ready.parameters[0] if ready.parameters else self.bias
-        return masked_linear(
-            x, ready.operands, bias, ready.dtype, ready.options, made, learn_scores, producer
-        )  # fmt: skip
+        return masked_linear(x, ready.operands, bias, ready.dtype, ready.options, made, producer)
 
     def _fits(self, ready: Ready, x: Tensor) -> bool:
         """Whether what was checked for `ready` holds for a forward of x: the same tensors, and an x of this kind."""
@@ -383,7 +375,8 @@ class PSTLayer(Resting, nn.Module):
                 " their own rules; use torch.autograd, or merge the layer first"
             )
         # with a fixed mask no gradient passes by way of a score
-        options = Options(config.through_magnitude and not self.frozen, False, self.pattern.block_size)
+        through, interval = config.through_magnitude and not self.frozen, NEVER if self.frozen else config.mask_interval
+        options = Options(through, False, self.pattern.block_size, interval)
         if compiling or type(weight) not in PLAIN:
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
         kernels, any_mask = ops.kernels_for(weight.device.type), self._any_mask
@@ -447,15 +440,13 @@ class PSTLayer(Resting, nn.Module):
 
     def can_be_grouped(self) -> bool:
         """Whether a grouped pass can make this layer's mask, where its device has one."""
-        held = self._parameters
-        plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
-        return (
-            plain
-            and not self.merged
-            and not self.frozen
-            and self.pattern.with_masked_weight
-            and held["weight"].dtype != torch.float64  # type: ignore[union-attr]
-        )
+        by_pass = self.pattern.with_masked_weight and self._parameters["weight"].dtype != torch.float64  # type: ignore[union-attr]
+        return by_pass and self.is_whole()
+
+    def is_whole(self) -> bool:
+        """Whether its mask can be made outside of a forward: nothing is sharded, merged or fixed."""
+        plain = type(self._parameters.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
+        return plain and not self.merged and not self.frozen
 
     def grouped_tensors(self) -> tuple[Any, ...]:
         """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""

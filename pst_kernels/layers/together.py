@@ -99,7 +99,8 @@ def _held(looks: Sequence[Look]) -> list[Any]:
 def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> None:
     """Bring the masks that are due up to date, on the current stream; nothing waits for the device.
 
-    `only_grouped`: those alone that a grouped pass makes; the others' next forward does it.
+    `only_grouped`: not those of layers that are sharded, or on a device without grouped passes, whose next forward does
+    it. The others may be part of a captured graph, which looks at nothing.
     """
     rooms: dict[str, Any] = {}
     grouped: dict[torch.device, list[PSTLayer]] = {}
@@ -110,7 +111,7 @@ def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> No
             rooms[device.type] = kernels if hasattr(kernels, "prune_masks") else None
         if rooms[device.type] is not None and layer.can_be_grouped():
             grouped.setdefault(device, []).append(layer)
-        elif not only_grouped:
+        elif not only_grouped or (rooms[device.type] is not None and layer.is_whole()):
             layer.refresh_mask()
     for device, members in grouped.items():
         _refresh_grouped(rooms[device.type], members)
