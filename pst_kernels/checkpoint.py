@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .files import replacing
+from .layers.averages import fits
 from .layers.checks import is_conv1d, refuse_meta, whole
 from .layers.pst_layer import FACTORS, PSTLayer
-from .masks.packing import WORD, packed_width, unpack_mask
+from .masks.packing import packed_width
 from .masks.patterns import Pattern, parse
 from .model import get_config, modules_to_save, pst_layers, replace_linear
 from .targets import find_targets
@@ -231,11 +232,10 @@ def _check_fit(
 
 
 def _check_mask(name: str, layer: Any, pattern: Pattern, mask: Tensor, pruned: int, path: Path) -> None:
-    kept, columns = unpack_mask(mask, WORD * mask.shape[1]), _shape(layer)[1]
-    if not pattern.fits(kept[:, :columns], pruned) or bool(kept[:, columns:].any()):
+    if not fits(pattern, mask, _shape(layer)[1], pruned):
         raise ValueError(
-            f"{path} is damaged: the mask of {name or 'the layer'} keeps {int(kept.sum())} weights and prunes"
-            f" others than pst_num_pruned={pruned} says; save the checkpoint again"
+            f"{path} is damaged: the mask of {name or 'the layer'} prunes other weights than its pattern and"
+            f" pst_num_pruned={pruned} say; save the checkpoint again"
         )
 
 

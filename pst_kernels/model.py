@@ -272,6 +272,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
                 " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
             )
         refuse_meta(f"the weight of {name}", layer.weight)
+        layer.settle_mask()
         formats.refuse(format, name, layer)
         if safe_merge:
             remedy = "lower the learning rate, or merge an earlier checkpoint"

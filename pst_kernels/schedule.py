@@ -114,7 +114,7 @@ class SparsitySchedule:
         for i, layer in enumerate(self.layers):
             pruned = max(layer.num_pruned_at(sparsity), self._least[i])
             if pruned != self._pruned[i]:
-                layer.pst_num_pruned.fill_(pruned)
+                layer.set_num_pruned(pruned)
                 self._pruned[i] = pruned
             layer.has_learned_mask = True
 

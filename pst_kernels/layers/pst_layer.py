@@ -16,7 +16,7 @@ from ..masks import due, patterns
 from ..masks.packing import packed_width, unpack_mask
 from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
-from . import reads
+from . import averages, reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
 from .kept import keeps, takes_lists
 from .recompute import producer_of
@@ -46,8 +46,8 @@ class PSTLayer(nn.Module):
     state dict, so a reloaded layer is as sparse as the saved one.
 
     The mask is computed when a factor, the weight or the sparsity has changed since the last forward (every
-    `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen; call
-    `refresh_mask(force=True)` after one.
+    `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen: saving
+    and merging make the mask anew, for a forward call `refresh_mask(force=True)` after one.
     """
 
     bias: Any  # a Parameter or None
@@ -65,6 +65,8 @@ class PSTLayer(nn.Module):
     called = False  # whether its forward has run outside of a compiled graph
     read_by = ""  # the method of another module that has computed with the weight before the layer was called
     rewritten = False  # whether it was said that the weight was written in place
+    seen_count = due.NOTHING  # version and address of the count that it was given itself
+    loaded: tuple[Any, ...] = ()  # what tells the tensors of a checkpoint from others, while its mask is in use
     seen_weight: tuple[int, int, int] | None = None  # which parameter, its address and version, at the last look
 
     def _add_factors(self, config: PSTConfig | None) -> None:
@@ -100,6 +102,7 @@ class PSTLayer(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(config.train_bias)
         self.reset_factors()
+        self.given = averages.Given(0, self)
         self.sparsity = config.sparsity
 
     def reset_factors(self) -> None:
@@ -134,6 +137,7 @@ class PSTLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._ready = self._kept_weight = None
+        self.seen_count = due.NOTHING
         due.register(self)  # a copy has optimizers of its own
 
     @property
@@ -155,11 +159,22 @@ class PSTLayer(nn.Module):
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
-        self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
+        self.set_num_pruned(self.num_pruned_at(check_sparsity("sparsity", value)))
+
+    def set_num_pruned(self, count: int) -> None:
+        """Let the next mask prune `count`, of what `num_pruned_at` counts."""
+        self.pst_num_pruned.fill_(count)
+        self._note_count(count)
+
+    def _note_count(self, count: int) -> None:
+        self.given = self.given.now(count, self)
+        if type(self.pst_num_pruned) is Tensor:
+            self.seen_count = due.total_of((self.pst_num_pruned,))
 
     @property
     def weights_pruned(self) -> int:
         """How many weights are pruned now; where blocks have ragged edges, that is for the mask to say."""
+        averages.mend(self)
         counted = self.pattern.weights_pruned(self._shape, int(self.pst_num_pruned))
         return int((~self.mask).sum()) if counted is None else counted
 
@@ -206,8 +221,27 @@ class PSTLayer(nn.Module):
         if (shards := self._tensor_parallel()) is not None:
             shards.refresh(self)
             return
+        if not torch.compiler.is_compiling():
+            averages.mend(self)
         with torch.no_grad():
             ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+
+    def settle_mask(self) -> None:
+        """Bring the mask up to date for saving or merging: made anew also where no change can be seen.
+
+        One that is meant to be older than its factors (`mask_interval`) stays, and so does one that was loaded with
+        them.
+        """
+        if not self.merged and self._is_suspect():
+            self.mark_stale()
+        self.refresh_mask()
+
+    def _is_suspect(self) -> bool:
+        """Whether a write that leaves no trace may have made the mask stale."""
+        if self.config.mask_interval > 1 or type(self._parameters.get("weight")) not in PLAIN:
+            return False
+        looks, *sums = self.loaded or (None,)
+        return looks != self.watch.looks or tuple(sums) != averages.sums(self._weights())
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The weight (out, in) and the factors, whole."""
@@ -235,12 +269,17 @@ class PSTLayer(nn.Module):
         self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
-        if with_mask:
-            self.has_learned_mask = True
-            self._ready = None
-            self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True)
-        else:
+        plain = type(self.pst_num_pruned) is Tensor and not self.pst_num_pruned.is_meta
+        if plain:
+            self._note_count(int(self.pst_num_pruned))
+        if not with_mask:
             self.mark_stale()
+            return
+        self.has_learned_mask = True
+        self._ready = None
+        self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True, mask=self.pst_mask)
+        if plain and type(self._parameters.get("weight")) in PLAIN and not self.weight.is_meta:
+            self.loaded = (self.watch.looks, *averages.sums(self._weights()))
 
     def masked_weight(self) -> Tensor:
         """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
@@ -269,6 +308,7 @@ class PSTLayer(nn.Module):
         if hasattr(self.weight, "full_tensor"):
             self._refuse_sharded()
         refuse_meta("the weight", self.weight)
+        self.settle_mask()
         merged = self.masked_weight()
         if safe_merge:
             check_finite(merged, "the merged weight", "lower the learning rate, or merge an earlier checkpoint")
@@ -324,6 +364,7 @@ class PSTLayer(nn.Module):
             and x.shape[-1] == weight.shape[1]
             and not weight.requires_grad
             and self.watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
+            and self.watch.mask == due.total_of((self._buffers["pst_mask"],))  # type: ignore[arg-type]
         )
 
     def _prepare(self, x: Tensor) -> Ready:
@@ -345,6 +386,7 @@ class PSTLayer(nn.Module):
             self.refresh_mask()
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, -1)
         reads.notice_rewritten(self)
+        averages.mend(self)
         kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
         any_mask = self.pattern.with_masked_weight
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
@@ -394,7 +436,7 @@ class PSTLayer(nn.Module):
 
     def note_grouped_mask(self, watched: Sequence[Tensor]) -> None:
         """The mask of these tensors, and M * W' where there was room for it, were made in a grouped pass."""
-        self.watch.note(self.pst_num_pruned, watched, made=True)
+        self.watch.note(self.pst_num_pruned, watched, made=True, mask=self.pst_mask)
         ready = self._ready
         if ready is not None:
             made = Made(self._kept_weight) if ready.options.kept else NOTHING_MADE
@@ -406,7 +448,7 @@ class PSTLayer(nn.Module):
         return torch.nn.functional.linear(x, self.oriented_weight, self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.refresh_mask()  # saved between an optimizer step and the next forward, mask and factors must fit
+        self.settle_mask()  # saved between an optimizer step and the next forward, mask and factors must fit
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._unmerged_weight is not None:  # a state dict always describes the unmerged layer
             destination[f"{prefix}weight"] = self._unmerged_weight
@@ -421,8 +463,9 @@ class PSTLayer(nn.Module):
             state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}{FROZEN}")
         if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
             state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
+        with_mask = averages.without_averages(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self.after_load(with_mask=f"{prefix}pst_mask" in state_dict)
+        self.after_load(with_mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"

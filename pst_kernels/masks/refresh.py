@@ -57,5 +57,5 @@ def refresh(
         pattern = parse(state.pattern)
         masked = room() if room is not None and pattern.with_masked_weight else None
         state.mask.copy_(pattern.prune(kernels, *weights, state.num_pruned, state.guess, masked))
-        watch.note(state.num_pruned, watched, made=True)
+        watch.note(state.num_pruned, watched, made=True, mask=state.mask)
         return masked
