@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import env
-from .cpu import kept_blocks, kept_weights
+from .cpu import kept_blocks, kept_weights, stacks
 from .masks import due
 from .masks.packing import packed_width
 from .masks.patterns import parse
@@ -149,7 +149,17 @@ _define(
 )  # fmt: skip
 _define(
     "masked_weight", [MASKED_WEIGHT, "ScalarType dtype"], "Tensor",
-    lambda operands, dtype: operands.weight.new_empty(operands.weight.shape, dtype=dtype),
+    lambda operands, dtype: stacks.room(operands.weight, dtype),
+    run=lambda kernels, operands, dtype: stacks.masked_weight(kernels, operands, dtype),
+)  # fmt: skip
+_define(
+    "stack_gradients",
+    ["Tensor gradient", MASKED_WEIGHT, "Tensor? learn_scores", "bool through_magnitude"],
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda _, operands, *__: tuple(
+        operands.factors.map(lambda f: f.new_empty(f.shape, dtype=compute_dtype(operands.weight.dtype)))
+    ),
+    run=lambda _, *operands: stacks.factor_gradients(*operands),
 )  # fmt: skip
 _define(
     "linear_forward", ["Tensor x", MASKED_WEIGHT, "Tensor? bias"], "Tensor",
@@ -199,6 +209,7 @@ prune_mask = _ops.prune_mask.default
 refresh_mask = _ops.refresh_mask.default
 is_last_before_refresh = _ops.is_last_before_refresh.default
 masked_weight = _ops.masked_weight.default
+stack_gradients = _ops.stack_gradients.default
 linear_forward = _ops.linear_forward.default
 linear_backward = _ops.linear_backward.default
 block_forward = _ops.block_forward.default

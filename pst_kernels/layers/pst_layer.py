@@ -75,21 +75,23 @@ class PSTLayer(nn.Module):
             raise TypeError(
                 f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say"
             )
-        out, columns = self.oriented_weight.shape
+        shape = tuple(self.oriented_weight.shape)
+        *stack, out, columns = shape
         self.config = config
         # as text: torch.compile(dynamic=True) makes symbols of floats, and cannot pass a symbol into a checkpoint
         self._scales = Scales(float(config.beta), float(config.alpha1), float(config.alpha2))
         self._scales_as_text = tuple(map(float.hex, self._scales))
         self.pattern = patterns.parse(config.pattern)
         self.merged = False
-        shapes = factor_shapes((out, columns), config.weight_rank, config.score_rank)
+        shapes = factor_shapes(shape, config.weight_rank, config.score_rank)
         device = self.weight.device
         for name, shape in zip(FACTORS, shapes, strict=True):
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=config.adapter_dtype, device=device)))
-        self.register_buffer("pst_mask", torch.empty((out, packed_width(columns)), dtype=torch.int32, device=device))
+        mask = torch.empty((*stack, out, packed_width(columns)), dtype=torch.int32, device=device)
+        self.register_buffer("pst_mask", mask)
         self.register_buffer("pst_num_pruned", torch.zeros((), dtype=torch.int64, device=device))
         # fp32 kept as bits: model.to(torch.bfloat16) must not round where the last threshold was
-        self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
+        self.register_buffer("pst_guess", self._new_guess(device), persistent=False)
         self.has_learned_mask = False  # whether it comes of training, or of a checkpoint, not of the conversion alone
         self.watch = due.Watch()
         self.scheduled = False  # whether a schedule refreshes it after every optimizer step
@@ -104,6 +106,9 @@ class PSTLayer(nn.Module):
         self.reset_factors()
         self.given = averages.Given(0, self)
         self.sparsity = config.sparsity
+
+    def _new_guess(self, device: torch.device) -> Tensor:
+        return new_guess(device).view(torch.int32).repeat(*self.oriented_weight.shape[:-2], 1)
 
     def reset_factors(self) -> None:
         """U, A ~ N(0, 1); V, B, R, C = 0, so that the layer starts as plain magnitude pruning of W."""
@@ -132,7 +137,15 @@ class PSTLayer(nn.Module):
     @property
     def oriented_weight(self) -> Tensor:
         """The weight as (out, in), a view."""
-        raise NotImplementedError
+        return self.oriented(self.weight)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A tensor that lies as the weight does, as (out, in)."""
+        return weight
+
+    def entry(self, name: str, what: str) -> str:
+        """What the layer's "weight" or "bias" is called in a model where the layer is called `name`."""
+        return f"{name}.{what}" if name else what
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -176,7 +189,8 @@ class PSTLayer(nn.Module):
         """How many weights are pruned now; where blocks have ragged edges, that is for the mask to say."""
         averages.mend(self)
         counted = self.pattern.weights_pruned(self._shape, int(self.pst_num_pruned))
-        return int((~self.mask).sum()) if counted is None else counted
+        single = self._shape[0] * self._shape[1]
+        return int((~self.mask).sum()) if counted is None else counted * (self.weight.numel() // max(1, single))
 
     def num_pruned_at(self, sparsity: float) -> int:
         """What `pst_num_pruned` holds at a sparsity: a number of weights, or of blocks."""
@@ -184,7 +198,7 @@ class PSTLayer(nn.Module):
 
     @property
     def _shape(self) -> tuple[int, int]:
-        out, columns = self.oriented_weight.shape
+        out, columns = self.oriented_weight.shape[-2:]
         return out, columns
 
     @property
@@ -238,7 +252,7 @@ class PSTLayer(nn.Module):
 
     def _is_suspect(self) -> bool:
         """Whether a write that leaves no trace may have made the mask stale."""
-        if self.config.mask_interval > 1 or type(self._parameters.get("weight")) not in PLAIN:
+        if self.config.mask_interval > 1 or type(self.weight) not in PLAIN:
             return False
         looks, *sums = self.loaded or (None,)
         return looks != self.watch.looks or tuple(sums) != averages.sums(self._weights())
@@ -268,7 +282,7 @@ class PSTLayer(nn.Module):
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
         self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
-            self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
+            self.pst_guess = self._new_guess(self.pst_mask.device)
         plain = type(self.pst_num_pruned) is Tensor and not self.pst_num_pruned.is_meta
         if plain:
             self._note_count(int(self.pst_num_pruned))
@@ -278,7 +292,7 @@ class PSTLayer(nn.Module):
         self.has_learned_mask = True
         self._ready = None
         self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True, mask=self.pst_mask)
-        if plain and type(self._parameters.get("weight")) in PLAIN and not self.weight.is_meta:
+        if plain and type(self.weight) in PLAIN and not self.weight.is_meta:
             self.loaded = (self.watch.looks, *averages.sums(self._weights()))
 
     def masked_weight(self) -> Tensor:
@@ -451,12 +465,12 @@ class PSTLayer(nn.Module):
         self.settle_mask()  # saved between an optimizer step and the next forward, mask and factors must fit
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._unmerged_weight is not None:  # a state dict always describes the unmerged layer
-            destination[f"{prefix}weight"] = self._unmerged_weight
+            destination[self.entry(prefix.rstrip("."), "weight")] = self._unmerged_weight
         if self._shards is not None:
             destination[f"{prefix}pst_mask"] = self._whole_mask()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        if self.merged and f"{prefix}weight" in state_dict:
+        if self.merged and self.entry(prefix.rstrip("."), "weight") in state_dict:
             errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
             return
         if f"{prefix}{FROZEN}" in state_dict:

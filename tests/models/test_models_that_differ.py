@@ -146,19 +146,6 @@ def test_a_model_whose_only_linear_is_its_head_is_refused():
     assert named(pst.replace_linear(model, pst.PSTConfig(target_modules=["1"]))) == {"1"}
 
 
-def test_experts_that_are_no_linears_are_said(caplog, capsys):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    model = pst.replace_linear(MixtralForCausalLM(MixtralConfig(**TINY, num_local_experts=4, num_key_value_heads=2)))
-    assert "% of the weights of the blocks are in no linear layer, and stay dense: model.layers.0.mlp" in caplog.text
-    pst.print_trainable_parameters(model)
-    line = capsys.readouterr().out
-    assert "% of the blocks' weights are in no linear layer, and dense: model.layers.0.mlp" in line
-    assert line.count("\n") == 1
-    with pytest.raises(ValueError, match=r"names 'gate_up_proj', which matches no linear .* a parameter with 3 dim"):
-        pst.replace_linear(model, pst.PSTConfig(target_modules=["q_proj", "gate_up_proj"]))
-
-
 HOOKS = {
     "forward": lambda layer, call: layer.register_forward_hook(lambda *a: call()),
     "forward with kwargs": lambda layer, call: layer.register_forward_hook(lambda m, a, k, o: call(), with_kwargs=True),

@@ -1,0 +1,220 @@
+"""Experts of a mixture, whose weights a transformers model keeps as 3-d Parameters (experts, out, in), under PST.
+
+The model's own forward of its experts goes on, by whichever implementation its config names: it runs on a stand-in that
+has M * W' in the place of each Parameter. Each expert has factors and a threshold of its own, as that many `PSTLinear`
+would. The Parameter stays where it is, and so does its name in the state dict; beside it the module of experts gets a
+child for each, `pst_gate_up_proj` for `gate_up_proj`, with factors and masks as stacks.
+
+What it costs: M * W' of all experts is made once a forward (or kept, see kept.py), and autograd keeps it from forward
+to backward beside the frozen W, a number a weight, where training the experts themselves keeps their gradients; at the
+backward G, the gradient of M * W', exists for one stack at a time. Products by expert through `masked_linear` would
+keep neither, but for them the host must know how many tokens each expert has, and the model's implementations (grouped
+products) were lost. `torch.nn.utils.parametrize` would make the weights at each access, of which the plain forward has
+one an expert, and rename the Parameters.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import PSTConfig
+from ..functional import masked_stack
+from ..masks.packing import unpack_mask
+from ..masks.refresh import Weights, refresh
+from ..operands import MaskedWeight
+from . import averages
+from .checks import PLAIN
+from .kept import keeps
+from .pst_layer import FROZEN, PSTLayer
+
+PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+# Modules of experts outside of transformers' interface for them, and whether their weights lie as (experts, in, out).
+OTHERS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+PREFIX = "pst_"
+
+
+class ExpertWeights:
+    """The 3-d Parameter of a module of experts that can be converted."""
+
+    def __init__(self, owner: Any, parameter: str, transposed: bool):
+        self.owner, self.parameter, self.transposed = owner, parameter, transposed
+
+    @property
+    def weight(self) -> Any:
+        return self.owner._parameters[self.parameter]
+
+    @property
+    def bias(self) -> Any:
+        return self.owner._parameters.get(f"{self.parameter}_bias")
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """As (experts, out, in)."""
+        return weight.mT if self.transposed else weight
+
+    def entry(self, name: str, what: str) -> str:
+        """As of the layer that they become."""
+        return _entry(name, self.parameter, what)
+
+    def layer_name(self, name: str) -> str:
+        """What the layer will be called whose Parameter is called `name`."""
+        owner, dot, _ = name.rpartition(".")
+        return f"{owner}{dot}{PREFIX}{self.parameter}"
+
+
+def expert_weights(module: nn.Module) -> list[ExpertWeights]:
+    """Those of a module of experts, told without importing transformers; converted ones are left out."""
+    kind = type(module)
+    if not kind.__module__.startswith("transformers."):
+        return []
+    names: tuple[str, ...] = PARAMETERS
+    if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # of use_experts_implementation
+        transposed = bool(module.is_transposed)
+    elif kind.__name__ in OTHERS:
+        names, transposed = (*PARAMETERS, "weight"), OTHERS[kind.__name__]
+    else:
+        return []
+    return [
+        ExpertWeights(module, name, transposed)
+        for name in names
+        if getattr(module._parameters.get(name), "ndim", 0) == 3 and f"{PREFIX}{name}" not in module._modules
+    ]
+
+
+class PSTExperts(PSTLayer):
+    """One matrix of every expert of a mixture under PST: factors and masks as `PSTLayer` has them, stacked.
+
+    `pst_num_pruned` is the count of each expert. Calling it gives M * W' as the model's Parameter lies.
+    """
+
+    def __init__(self, weights: ExpertWeights, config: PSTConfig | None = None):
+        super().__init__()
+        self.parameter, self.transposed = weights.parameter, weights.transposed
+        self._owner = (weights.owner,)  # in a tuple: the owner is no part of this module
+        self._kept_at = -1  # the look of the watch after which the kept M * W' was made
+        self._add_factors(config)
+        self.train(weights.owner.training)
+
+    @classmethod
+    def attach(cls, weights: ExpertWeights, config: PSTConfig | None = None) -> PSTExperts:
+        """Put such weights under PST, in place."""
+        layer, owner = cls(weights, config), weights.owner
+        owner.add_module(f"{PREFIX}{weights.parameter}", layer)
+        owner.forward = functools.partial(_forward, owner)
+        return layer
+
+    def detach(self) -> None:
+        """Leave the Parameter to the model as it is."""
+        owner = self._owner[0]
+        del owner._modules[f"{PREFIX}{self.parameter}"]
+        if not any(isinstance(child, PSTExperts) for child in owner.children()):
+            del owner.forward
+
+    @property  # type: ignore[misc]
+    def weight(self) -> Any:
+        """The frozen Parameter, which the module of experts holds."""
+        owner = self._owner[0]
+        held = owner._parameters.get(self.parameter)
+        return owner.__dict__[self.parameter] if held is None else held
+
+    @property
+    def bias(self) -> Any:
+        return self._owner[0]._parameters.get(f"{self.parameter}_bias")
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        return weight.mT if self.transposed else weight
+
+    def entry(self, name: str, what: str) -> str:
+        return _entry(name, self.parameter, what)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool (experts, out, in), True for kept weights; up to date."""
+        self.refresh_mask()
+        out, columns = self._shape
+        return unpack_mask(self.pst_mask.flatten(0, 1), columns).view(-1, out, columns)
+
+    def can_be_grouped(self) -> bool:
+        return False
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("these experts are merged, so their factors would not train; call unmerge() first")
+            return self.weight
+        kept = self._prepare()
+        learn_scores = None
+        if self.pattern.block_size is not None:
+            learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
+        operands = MaskedWeight(self.oriented_weight, self.factors, self.pst_mask, self.scales)
+        return self.oriented(masked_stack(operands, self.config.through_magnitude, kept, learn_scores))
+
+    def _prepare(self) -> Tensor | None:  # type: ignore[override]
+        """Bring the masks up to date; M * W' if it is kept."""
+        weight, factors = self.oriented_weight, self.factors
+        if torch.compiler.is_compiling() or type(self.weight) not in PLAIN:
+            self.refresh_mask()
+            return None
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "experts under PST do not run under the transforms of torch.func (grad, vmap, jvp, ...), which would"
+                " need their own rules; use torch.autograd, or merge the model first"
+            )
+        averages.mend(self)
+        factors.of_expert(0).check(weight[0])
+        kernels, state, dtype = ops.kernels_for(weight.device.type), self.mask_state(), weight.dtype
+        keep = keeps(self.config.masked_weight, weight, dtype)
+        with_masked = keep and self.pattern.with_masked_weight
+        # What is made in an evaluation must serve training too.
+        inference = torch.is_inference_mode_enabled() and self.pst_mask.is_inference()
+        with torch.inference_mode(inference), torch.no_grad(), ops.without_autocast(weight.device.type):
+            made = refresh(
+                kernels, Weights(weight, factors, self._scales), state, self.watch,
+                functools.partial(self._room_to_keep, dtype) if with_masked else None,
+            )  # fmt: skip
+            if keep and made is None and self._kept_at != self.watch.looks:
+                made = ops.masked_weight(weight, *factors, self.pst_mask, *self._scales, dtype)
+                self._room_to_keep(dtype).copy_(made)
+        self._kept_at = self.watch.looks if keep else -1
+        return self._kept_weight if keep else None
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        frozen = state_dict.pop(f"{prefix}{FROZEN}", None)
+        if frozen is not None:  # the module of experts has loaded M * W' under the Parameter's own name
+            if metadata.get("assign_to_params_buffers", False):
+                self._owner[0]._parameters[self.parameter] = nn.Parameter(frozen, requires_grad=False)
+            else:
+                with torch.no_grad():
+                    self.weight.copy_(frozen)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kept_at = -1
+
+    def extra_repr(self) -> str:
+        experts, out, columns = self.oriented_weight.shape
+        ranks = f"weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"
+        return f"{experts}, out={out}, in={columns}, {ranks}"
+
+
+def _entry(name: str, parameter: str, what: str) -> str:
+    owner, dot, _ = name.rpartition(".")
+    return f"{owner}{dot}{parameter}" + {"weight": "", "bias": "_bias"}[what]
+
+
+def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module of experts with M * W' for its weights.
+
+    On a stand-in, which shares all else with it: nothing of the module is changed, so that threads may run it at once.
+    """
+    stand_in = object.__new__(type(owner))
+    stand_in.__dict__.update(owner.__dict__)
+    for child in owner.children():
+        if isinstance(child, PSTExperts):
+            stand_in.__dict__[child.parameter] = child()
+    return type(owner).forward(stand_in, *args, **kwargs)
