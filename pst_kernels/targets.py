@@ -212,9 +212,11 @@ class BlockWeights(NamedTuple):
 
 
 def block_weights(model: nn.Module) -> BlockWeights:
-    reached, under = set(), set()
+    reached: set[int] = set()
+    under: set[int] = set()
     for _, module in _candidates(model):
-        reached |= {id(p) for p in (module.weight, *getattr(module, "_parameters", {}).values())}
+        of_experts = isinstance(module, (ExpertWeights, PSTExperts))
+        reached |= {id(module.weight)} if of_experts else set(map(id, module._parameters.values()))
         if isinstance(module, PSTLayer):
             under.add(id(module.weight))
     total, under_pst, others = 0, 0, {}
