@@ -14,6 +14,9 @@ from .layers.checks import check_finite, is_conv1d
 from .layers.experts import ExpertWeights, PSTExperts
 from .operands import FLOATING
 
+# Subclasses that compute what nn.Linear computes; merged they come back as that.
+AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+
 
 def check_model(model: nn.Module) -> None:
     """Raise TypeError for a model that another library's adapters train."""
@@ -44,7 +47,7 @@ def why_not(model: nn.Module, name: str, module: Any, bypassed: Mapping[str, Byp
         return f"sits in a {type(parent).__qualname__}, whose fast path reads the weight without calling the layer"
     if parametrize.is_parametrized(module):
         return "is parametrised; remove the parametrisation first"
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    if type(module) is not nn.Linear and not is_conv1d(module) and kind_of(module) not in AS_LINEAR:
         return f"is a {kind_of(module)}, which PST cannot convert (only nn.Linear and Conv1D)"
     if special := _special(module.weight):
         return special

@@ -34,7 +34,10 @@ from .pst_layer import FROZEN, PSTLayer
 
 PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Modules of experts outside of transformers' interface for them, and whether their weights lie as (experts, in, out).
-OTHERS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}
+OTHERS = {
+    "Llama4TextExperts": True, "JetMoeParallelExperts": False, "LongcatFlashExperts": False, "Step3p7Experts": False,
+    "InklingSharedExperts": False,
+}  # fmt: skip
 PREFIX = "pst_"
 
 
@@ -119,7 +122,15 @@ class PSTExperts(PSTLayer):
         """The frozen Parameter, which the module of experts holds."""
         owner = self._owner[0]
         held = owner._parameters.get(self.parameter)
-        return owner.__dict__[self.parameter] if held is None else held
+        if held is None:  # wrappers that take parameters apart put a plain tensor there
+            held = owner.__dict__.get(self.parameter)
+        if held is None:
+            raise RuntimeError(
+                f"{self.full_name or self.parameter} is no parameter of its module any more: parametrised after the"
+                " conversion, as by PEFT's target_parameters, past the mask; call pst_kernels.merge_and_unload(model)"
+                " before that"
+            )
+        return held
 
     @property
     def bias(self) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import toys
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import pst_kernels as pst
 from pst_kernels import reference
@@ -241,6 +242,14 @@ def test_copies_pickles_threads_and_compiled_graphs_compute_the_same():
     for name, gradient in gradients.items():
         torch.testing.assert_close(experts.get_parameter(name).grad, gradient)
     assert len(gradients) == 12
+
+
+def test_experts_that_are_parametrised_after_the_conversion_are_refused():
+    model = under_pst()
+    experts = model.model.layers[1].mlp.experts
+    parametrize.register_parametrization(experts, "down_proj", nn.Identity())
+    with pytest.raises(RuntimeError, match=r"layers.1.mlp.experts.down_proj is no parameter .* target_parameters"):
+        logits(model)
 
 
 def test_kept_or_remade_the_weights_are_the_same():

@@ -127,6 +127,20 @@ def test_reading_a_weight_beside_calling_its_layer_is_no_bypass():
     assert torch.equal(torch.func.functional_call(model, state, (x,)), model(x))
 
 
+def test_a_subclass_that_computes_the_same_is_converted():
+    from transformers import FalconConfig, FalconForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+    model = FalconForCausalLM(FalconConfig(**sizes)).eval()
+    keys, ids = list(model.state_dict()), torch.arange(10)[None]
+    toys.perturb(pst.replace_linear(model, pst.PSTConfig(sparsity=0.5)))
+    assert named(model) == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        torch.testing.assert_close(pst.merge_and_unload(model)(input_ids=ids).logits, expected)
+    assert list(model.state_dict()) == keys
+
+
 def test_heads_in_a_list_train():
     from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
