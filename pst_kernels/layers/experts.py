@@ -5,18 +5,19 @@ has M * W' in the place of each Parameter. Each expert has factors and a thresho
 would. The Parameter stays where it is, and so does its name in the state dict; beside it the module of experts gets a
 child for each, `pst_gate_up_proj` for `gate_up_proj`, with factors and masks as stacks.
 
-What it costs: M * W' of all experts is made once a forward (or kept, see kept.py), and autograd keeps it from forward
-to backward beside the frozen W, a number a weight, where training the experts themselves keeps their gradients; at the
-backward G, the gradient of M * W', exists for one stack at a time. Products by expert through `masked_linear` would
-keep neither, but for them the host must know how many tokens each expert has, and the model's implementations (grouped
-products) were lost. `torch.nn.utils.parametrize` would make the weights at each access, of which the plain forward has
-one an expert, and rename the Parameters.
+What it costs: M * W' of all experts is made once a forward and once a backward, or kept (kept.py), and exists, as G,
+its gradient, does, for one module of experts at a time; between forward and backward autograd keeps nothing of W's
+size, but in compiled graphs and under others' hooks on saved tensors. A step of Mixtral's eight experts of 512 x 1024
+(fp32, 1,024 tokens, one core) takes 1.6 times as long as one that trains all their weights. Products by expert through
+`masked_linear` would not make G as a whole, but for them the host must know how many tokens each expert has, and the
+model's implementations (grouped products) were lost. `torch.nn.utils.parametrize` would make the weights at each
+access, of which the plain forward has one an expert, and rename the Parameters.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from . import averages
 from .checks import PLAIN
 from .kept import keeps
 from .pst_layer import FROZEN, PSTLayer
+from .recompute import hooks_on_saved_tensors
 
 PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 # Modules of experts outside of transformers' interface for them, and whether their weights lie as (experts, in, out).
@@ -161,8 +163,11 @@ class PSTExperts(PSTLayer):
         learn_scores = None
         if self.pattern.block_size is not None:
             learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
-        operands = MaskedWeight(self.oriented_weight, self.factors, self.pst_mask, self.scales)
-        return self.oriented(masked_stack(operands, self.config.through_magnitude, kept, learn_scores))
+        return self.oriented(masked_stack(self.operands, self.config.through_magnitude, kept, learn_scores))
+
+    @property
+    def operands(self) -> MaskedWeight:
+        return MaskedWeight(self.oriented_weight, self.factors, self.pst_mask, self.scales)
 
     def _prepare(self) -> Tensor | None:  # type: ignore[override]
         """Bring the masks up to date; M * W' if it is kept."""
@@ -225,7 +230,45 @@ def _forward(owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """
     stand_in = object.__new__(type(owner))
     stand_in.__dict__.update(owner.__dict__)
-    for child in owner.children():
-        if isinstance(child, PSTExperts):
-            stand_in.__dict__[child.parameter] = child()
-    return type(owner).forward(stand_in, *args, **kwargs)
+    layers = [child for child in owner.children() if isinstance(child, PSTExperts)]
+    masked = [layer() for layer in layers]
+    for layer, weight in zip(layers, masked, strict=True):
+        stand_in.__dict__[layer.parameter] = weight
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or hooks_on_saved_tensors():
+        return type(owner).forward(stand_in, *args, **kwargs)
+    remade = {
+        weight.untyped_storage().data_ptr(): layer.operands
+        for layer, weight in zip(layers, masked, strict=True)
+        if weight.requires_grad and layer._kept_at < 0
+    }
+    with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, remade), _unpack):
+        return type(owner).forward(stand_in, *args, **kwargs)
+
+
+class _Remade(NamedTuple):
+    """A part of M * W', as what it is made of again for the backward."""
+
+    operands: MaskedWeight
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+def _pack(remade: dict[int, MaskedWeight], tensor: Tensor) -> Tensor | _Remade:
+    operands = remade.get(tensor.untyped_storage().data_ptr())
+    if operands is None:
+        return tensor.detach()  # one that holds the node that keeps it would never be freed
+    return _Remade(operands, tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+
+def _unpack(kept: Tensor | _Remade) -> Tensor:
+    """The node of M * W' has kept the operands as well, and raises when they were changed since."""
+    if isinstance(kept, Tensor):
+        return kept
+    (weight, factors, mask, scales), dtype, shape, stride, offset = kept
+    single = weight[0].numel()
+    length = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    some = slice(offset // single, -(-(offset + length) // single))  # of the experts
+    made = ops.masked_weight(weight[some], *(factor[some] for factor in factors), mask[some], *scales, dtype)
+    return made.as_strided(shape, stride, offset - some.start * single)

@@ -252,6 +252,36 @@ def test_experts_that_are_parametrised_after_the_conversion_are_refused():
         logits(model)
 
 
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_the_weights_size_is_kept_for_the_backward(family, implementation):
+    model = under_pst(family, masked_weight="remake")
+    model.set_experts_implementation(implementation)
+    experts, kept = model.model.layers[0].mlp.experts, []
+    arguments = torch.randn(6, 32, requires_grad=True), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    y = experts(*arguments)
+    nodes, seen = [y.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        raw = [getattr(node, name) for name in dir(node) if name.startswith("_raw_saved")]
+        kept += [one for saved in raw for one in (saved if isinstance(saved, (tuple, list)) else [saved])]
+    own = {t.untyped_storage().data_ptr() for t in (*experts.parameters(), *experts.buffers())}
+    sizes = [one.data.numel() for one in kept if isinstance(one.data, Tensor) and one.data.data_ptr() not in own]
+    assert max(sizes, default=0) < 32 * 40
+    y.sum().backward()
+    with torch.no_grad():
+        stacks(model)[0].pst_U.add_(1)
+    y = experts(*arguments)
+    with torch.no_grad():
+        stacks(model)[0].pst_U.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_kept_or_remade_the_weights_are_the_same():
     losses = {}
     for choice in ("keep", "remake"):
