@@ -16,6 +16,10 @@ JOBS = {
         "bench.speed.sparse",
         "products that skip unstructured zeros on a CPU beside dense ones and other loops",
     ),
+    "serve": (
+        "bench.speed.serve",
+        "decoding with a sparse language model on a CPU: tokens/s, disk, load time and memory",
+    ),
     "export": ("bench.speed.export", "how large the files of a sparse model are, and that they load back bit for bit"),
     "profile": ("bench.speed.profile", "where the time of one PST step goes, pass by pass"),
     "accuracy": ("bench.accuracy", "how good the sparse models are: methods x sparsities x seeds, resumable"),

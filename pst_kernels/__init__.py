@@ -8,12 +8,16 @@ Importing this needs torch and numpy; neither triton nor transformers, and it to
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import functional
 from .checkpoint import load_pretrained, save_pretrained
 from .config import PSTConfig
+from .distillation import Distillation
+from .events import RewindLR
 from .export.compressed import load_compressed, save_compressed
+from .export.folder import save_sparse
 from .layers.block_sparse_linear import BlockSparseLinear
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.sparse_linear import SparseLinear
@@ -24,38 +28,50 @@ from .model import (
     refresh_masks,
     replace_linear,
 )
+from .parameter_groups import parameter_groups
 from .schedule import SparsitySchedule
 
 if TYPE_CHECKING:
     from .callback import PSTCallback
+    from .distillation_trainer import DistillationTrainer
+    from .hf import load_sparse
 
 __version__ = "0.1.0"
 __all__ = [
     "BlockSparseLinear",
+    "Distillation",
+    "DistillationTrainer",
     "PSTCallback",
     "PSTConfig",
     "PSTConv1D",
     "PSTLinear",
+    "RewindLR",
     "SparseLinear",
     "SparsitySchedule",
     "functional",
     "get_layer_status",
     "load_compressed",
     "load_pretrained",
+    "load_sparse",
     "merge_and_unload",
+    "parameter_groups",
     "print_trainable_parameters",
     "refresh_masks",
     "replace_linear",
     "save_compressed",
     "save_pretrained",
+    "save_sparse",
 ]
 
 
+# Their files import transformers, which the rest does not need.
+LAZY = {"PSTCallback": ".callback", "DistillationTrainer": ".distillation_trainer", "load_sparse": ".hf"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "PSTCallback":  # its base class lives in transformers, which the rest does not need
+    if name in LAZY:
         try:
-            from .callback import PSTCallback
+            return getattr(importlib.import_module(LAZY[name], __name__), name)
         except ModuleNotFoundError as error:
-            raise ImportError(f"PSTCallback needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
-        return PSTCallback
+            raise ImportError(f"{name} needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .events import rewinding
 from .model import pst_layers, trainable_summary
 from .schedule import SparsitySchedule
 
@@ -21,19 +23,27 @@ class PSTCallback(TrainerCallback):
 
     Args:
         restart: as of `SparsitySchedule`: let a model that was trained before fall back to the schedule's start.
+        kind, first, events: as of `SparsitySchedule`.
+        rewind: with kind="events", let the trainer's learning rate start anew at each event (see `RewindLR`), whatever
+            its `lr_scheduler_type`.
 
     Example:
         trainer = Trainer(model=replace_linear(model, PSTConfig()), ..., callbacks=[PSTCallback()])
     """
 
-    def __init__(self, restart: bool = False) -> None:
-        self.restart = restart
+    def __init__(
+        self, restart: bool = False, *, kind: str = "cubic", first: float = 0.7, events: int = 4, rewind: bool = True
+    ) -> None:
+        self.settings: dict[str, Any] = {"restart": restart, "kind": kind, "first": first, "events": events}
+        self.rewind = rewind
         self.schedule: SparsitySchedule | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        self.schedule = SparsitySchedule(model, state.max_steps, step_count=state.global_step, restart=self.restart)
+        self.schedule = SparsitySchedule(model, state.max_steps, step_count=state.global_step, **self.settings)
+        if self.schedule.events is not None and self.rewind:
+            _rewind(kwargs.get("lr_scheduler"), self.schedule)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.schedule is not None:
@@ -54,7 +64,8 @@ class PSTCallback(TrainerCallback):
         if not args.load_best_model_at_end or best is None:
             return
         layers = [layer for _, layer in pst_layers(model)]
-        if any(int(layer.pst_num_pruned) < layer.num_pruned_at(layer.config.sparsity) for layer in layers):
+        pruned = sum(int(layer.pst_num_pruned) for layer in layers)
+        if pruned < sum(layer.num_pruned_at(layer.config.sparsity) for layer in layers):
             now = trainable_summary(model)
             logger.warning(
                 "the best model, %s, has sparsity %.2f, below the target %.2f: it was saved before the schedule's end;"
@@ -71,3 +82,17 @@ class PSTCallback(TrainerCallback):
         logs["sparsity"] = round(self.schedule.sparsity, 4)
         if state.log_history:
             state.log_history[-1]["sparsity"] = logs["sparsity"]
+
+
+def _rewind(scheduler: Any, schedule: SparsitySchedule) -> None:
+    """Let the trainer's own scheduler follow the events: the one that it made is the one that it saves and steps."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(
+            f"a {type(scheduler).__name__} cannot be rewound at events; use lr_scheduler_type='linear', or"
+            " PSTCallback(rewind=False)"
+        )
+    scheduler.lr_lambdas = [rewinding(schedule)] * len(scheduler.lr_lambdas)
+    factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+    for group, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+        group["lr"] = rate * factor

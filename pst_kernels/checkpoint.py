@@ -33,6 +33,7 @@ from .targets import find_targets
 logger = logging.getLogger("pst_kernels")
 ADAPTER_NAME = "pst_adapter.safetensors"
 FORMAT, VERSION = "pst_kernels", "1"
+WHOLE_NUMBERS = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64, "pst_frozen": torch.bool}
 RELEASED_NAMES = {
     "weight_U": "pst_U", "weight_V": "pst_V", "mask_scores_A": "pst_A",
     "mask_scores_B": "pst_B", "mask_scores_R": "pst_R", "mask_scores_C": "pst_C",
@@ -236,7 +237,7 @@ def _check_fit(
                 f"{path} does not fit the model: {name} has shape {tuple(tensor.shape)}, the model needs"
                 f" {shape}; check the ranks and the base model"
             )
-        wanted = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64}.get(name.rpartition(".")[2])
+        wanted = WHOLE_NUMBERS.get(name.rpartition(".")[2])
         if tensor.dtype != wanted if wanted else name in factors and not tensor.is_floating_point():
             raise ValueError(f"{path} is damaged: {name} has dtype {tensor.dtype}; save the checkpoint again")
     for name, layer in layers.items():
@@ -271,6 +272,13 @@ def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple
             zip(FACTORS, factor_shapes(shape, own.weight_rank, own.score_rank), strict=True),
             pst_mask=(*shape[:-1], packed_width(shape[-1])), pst_num_pruned=(),
         )  # fmt: skip
+        if own.freeze:
+            entries["pst_frozen"] = ()
+        if own.train_kept:
+            out, columns = shape
+            pattern = parse(own.pattern)
+            pruned = pattern.weights_pruned((out, columns), pattern.num_pruned_at((out, columns), own.sparsity))
+            entries["pst_kept"] = (out * columns - (pruned or 0),)
         shapes |= {f"{name}.{entry}" if name else entry: shape for entry, shape in entries.items()}
     return shapes
 

@@ -9,6 +9,7 @@ from pst_kernels import subcommands as jobs
 
 JOBS = {
     "finetune": ("pst_kernels.finetune", "fine-tune a model dense and sparse, and compare the two"),
+    "convert": ("pst_kernels.export.convert", "pack a sparse transformers folder into a small one, or back"),
     "env": ("pst_kernels.env_report", "print versions, devices, and the backend of every op"),
     "kernels": (
         "pst_kernels.triton.tools.machine_code",

@@ -20,6 +20,7 @@ from .masks import patterns
 CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"
 MASKED_WEIGHT = ("auto", "keep", "remake")
+ALLOCATIONS = ("uniform", "global")
 PRODUCTS = ("auto", "dense", "sparse")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -28,6 +29,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "released": {"modules_to_save": ()},
     "recipe": {"beta": 1 / 16, "train_bias": True},
 }
+
+
+WITH_KEPT_WEIGHTS = 0.2  # of the steps are frozen where kept weights are trained, if nothing else is said
 
 
 class _DefaultCount(int):
@@ -78,6 +82,17 @@ class PSTConfig:
             anyway: after GELU, SiLU, a product of two activations, or an fp32 LayerNorm. Costs one pass over it.
         mask_interval: optimizer steps from one mask to the next, at least 1; the default is 16 for blocks, else 1. With
             blocks A, B, R and C get a gradient only on the last step before the next mask, zeros on the others.
+        score_interval: optimizer steps from one gradient of A, B, R and C to the next, at least 1; on the others they
+            get zeros, and U and V learn from the kept weights alone, which costs a fraction where CPUs skip the zeros.
+            Blocks have their own rule, see `mask_interval`.
+        freeze: fraction of a schedule's steps, at the end, in which the mask is fixed, at most `cooldown`: A, B, R and
+            C rest then (no gradient), and every product skips what is pruned. It stays fixed after the schedule's end.
+        allocation: "uniform", the same sparsity in every layer, or "global", one threshold over the scores of all
+            layers, which a schedule applies; each layer keeps at least a quarter of its uniform share. For
+            pattern="unstructured", without `train_kept`.
+        train_kept: also train the kept weights themselves from the freeze on, as the parameter `pst_kept` of each
+            layer, a number a kept weight. `freeze` is then 0.2 unless given. Give it a learning rate of its own, that
+            of dense fine-tuning.
 
     Raises ValueError or TypeError that names the setting, its value and what is allowed.
     """
@@ -102,6 +117,10 @@ class PSTConfig:
     recompute_input: bool = True
     masked_weight: str = "auto"
     products: str = "auto"
+    score_interval: int = 1
+    freeze: float = _DefaultFraction(0.0)
+    train_kept: bool = False
+    allocation: str = "uniform"
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -112,17 +131,17 @@ class PSTConfig:
                 f"initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity};"
                 " the schedule only rises, so start at or below the final sparsity"
             )
-        for name in ("weight_rank", "score_rank", "mask_interval"):
+        for name in ("weight_rank", "score_rank", "mask_interval", "score_interval"):
             check_count(name, getattr(self, name), 1)
         for name in ("beta", "alpha1", "alpha2"):
             _check_number(name, getattr(self, name), -math.inf, math.inf, "a finite number")
-        for name in ("warmup", "cooldown"):
+        for name in ("warmup", "cooldown", "freeze"):
             _check_number(name, getattr(self, name), 0.0, 1.0, "a fraction of the steps in [0, 1]")
         if self.warmup + self.cooldown > 1.0:
             raise ValueError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} add up to more than 1; lower one of them"
             )
-        for name in ("through_magnitude", "train_bias", "recompute_input"):
+        for name in ("through_magnitude", "train_bias", "recompute_input", "train_kept"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.masked_weight not in MASKED_WEIGHT:
@@ -137,12 +156,42 @@ class PSTConfig:
             )
         if self.products == "sparse" and self.masked_weight == "keep":
             raise ValueError("products='sparse' and masked_weight='keep' exclude one another; leave one of them out")
+        self._check_rest()
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation={self.allocation!r} is not known; use one of {', '.join(ALLOCATIONS)}")
+        if self.allocation == "global" and (self.pattern != "unstructured" or self.train_kept):
+            raise ValueError(
+                f"allocation='global' is for pattern='unstructured' and train_kept=False, got {self.pattern!r} and"
+                f" {self.train_kept}: how many weights a layer keeps must not be fixed beforehand"
+            )
         self.adapter_dtype = _dtype(self.adapter_dtype)
         self.target_modules = _targets("target_modules", self.target_modules)
         if self.exclude_modules is not None:
             self.exclude_modules = _targets("exclude_modules", self.exclude_modules)
         if self.modules_to_save is not None:
             self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+
+    def _check_rest(self) -> None:
+        """The settings of steps in which the scores rest."""
+        if isinstance(self.freeze, _DefaultFraction):
+            self.freeze = min(WITH_KEPT_WEIGHTS, self.cooldown) if self.train_kept else 0.0
+        of_blocks = patterns.parse(self.pattern).block_size is not None
+        if self.score_interval > 1 and of_blocks:
+            raise ValueError(
+                f"score_interval={self.score_interval} is not for pattern={self.pattern!r}, whose scores learn on the"
+                " last step before each mask; set mask_interval instead"
+            )
+        if self.train_kept and of_blocks:
+            raise ValueError(
+                f"train_kept=True is for pattern='unstructured' or 'N:M', got pattern={self.pattern!r}; leave it out"
+            )
+        if self.freeze > self.cooldown:
+            raise ValueError(
+                f"freeze={self.freeze} is above cooldown={self.cooldown}, but a mask can be fixed only once the"
+                " sparsity has reached its end; raise cooldown or lower freeze"
+            )
+        if self.train_kept and self.freeze == 0.0:
+            raise ValueError("train_kept=True needs steps with a fixed mask, got freeze=0.0; set freeze=0.2, say")
 
     def _follow_pattern(self) -> None:
         pattern = patterns.parse(self.pattern)
@@ -235,6 +284,14 @@ def _check_number(name: str, value: Any, low: float, high: float, allowed: str) 
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     if not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise an error that names the argument unless it is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number above 0, got {value!r} of type {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
 def _dtype(value: Any) -> torch.dtype:

@@ -122,6 +122,7 @@ class Made(NamedTuple):
     values: Tensor | None = None
     offsets: Tensor | None = None
     pointers: Tensor | None = None
+    waiting: Tensor | None = None  # a parameter with no part in y yet: who waits for all gradients must see it pass
 
 
 NOTHING_MADE = Made()
@@ -193,8 +194,8 @@ class _PSTLinear(torch.autograd.Function):
     # not setup_context(), for which torch binds the arguments by inspection at every call
     @staticmethod
     def forward(
-        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, learn_scores,
-        constants, producer,
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting,
+        learn_scores, constants, producer,
     ) -> Tensor:  # fmt: skip
         *scales, _, kept, block_size = constants
         ctx.constants, ctx.bias_dtype = constants, None if bias is None else bias.dtype
@@ -236,7 +237,7 @@ class _PSTLinear(torch.autograd.Function):
         dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
         of_factors = zip(factors, operands[1:7], needs_factors, strict=True)
         gradients = [gradient.to(factor.dtype) if need else None for gradient, factor, need in of_factors]
-        return dx if needs_input else None, dbias, None, *gradients, *[None] * 8
+        return dx if needs_input else None, dbias, None, *gradients, *[None] * 9
 
 
 def masked_stack(

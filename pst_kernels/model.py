@@ -134,8 +134,9 @@ def _freeze(model: nn.Module, config: PSTConfig, saved: list[str]) -> None:
         layer.weight.requires_grad_(False)  # a module to save may hold converted layers
         if layer.bias is not None:
             layer.bias.requires_grad_(config.train_bias)
-        for factor in layer.factors:
-            factor.requires_grad_(True)
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name.startswith("pst_"):
+                parameter.requires_grad_(True)
 
 
 def _keep_buffers_out_of_ddp(model: nn.Module) -> None:
@@ -196,6 +197,7 @@ class TrainableSummary:
     target_sparsity: float
     in_blocks: int = 0  # weights of the matrices of the blocks
     in_blocks_prunable: int = 0  # and those of them that are converted
+    kept: int = 0  # kept weights that train from the freeze on, of `trainable`
 
     @property
     def percent(self) -> float:
@@ -217,6 +219,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         target_sparsity=target / max(1, prunable),
         in_blocks=of_blocks.total,
         in_blocks_prunable=of_blocks.under_pst,
+        kept=sum(layer.pst_kept.numel() for layer in layers if layer.config.train_kept),
     )
 
 
@@ -226,8 +229,9 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """
     s = trainable_summary(model)
     share = f" || {100 * s.in_blocks_prunable / max(1, s.in_blocks):.1f} % of the blocks' weights are under PST"
+    kept = f" (of them {s.kept:,} kept weights, from the freeze on)" if s.kept else ""
     print(
-        f"trainable params: {s.trainable:,} || all params: {s.total:,} || trainable%: {s.percent:.4f}"
+        f"trainable params: {s.trainable:,}{kept} || all params: {s.total:,} || trainable%: {s.percent:.4f}"
         f" || sparsity of {s.prunable:,} prunable weights: {s.sparsity:.4f} (target {s.target_sparsity:.4f})"
         f"{share if s.in_blocks_prunable < (1 - LITTLE) * s.in_blocks else ''}"
     )
@@ -242,6 +246,7 @@ class LayerStatus:
     sparsity: float
     target_sparsity: float
     merged: bool
+    frozen: bool  # whether the mask is fixed
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
@@ -251,6 +256,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
             layer.entry(name, "weight") if isinstance(layer, PSTExperts) else name,
             tuple(layer.oriented_weight.shape), layer.weight.dtype,
             env.backend_for(layer.weight.device.type)[0], layer.sparsity, layer.config.sparsity, layer.merged,
+            layer.frozen,
         )
         for name, layer in pst_layers(model)
     ]  # fmt: skip

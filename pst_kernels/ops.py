@@ -9,8 +9,6 @@ which take the operands as named tuples where a schema is flat.
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,9 +22,9 @@ from .masks import due
 from .masks.packing import packed_width
 from .masks.patterns import parse
 from .masks.refresh import MaskState, Weights, refresh
+from .notices import say_once
 from .operands import Factors, MaskedWeight, Needs, Scales, compute_dtype, factor_shapes
 
-logger = logging.getLogger("pst_kernels")
 NAMESPACE = "pst_kernels"
 NAMES: list[str] = []  # of every op, filled by _define
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -40,15 +38,10 @@ def kernels_for(device_type: str) -> ModuleType:
 
         return triton
     if device_type == "cuda" and env.backend() == "auto":
-        _say_once(f"pst_kernels runs in plain PyTorch on the GPU, slowly: {reason}")
+        say_once(f"pst_kernels runs in plain PyTorch on the GPU, slowly: {reason}")
     from . import cpu
 
     return cpu
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
 
 
 class _Group(NamedTuple):
@@ -114,6 +107,13 @@ def _fake_backward(gy: Tensor, x: Tensor, operands: MaskedWeight, *rest: Any) ->
     return x.new_empty(x.shape if needs.input else 0), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _fake_rested_backward(gy, x, operands, _, needs):
+    weight = operands.weight
+    shapes = ((n.shape if needs.factors else (0,)) for n in operands.factors[:2])
+    dtype = compute_dtype(weight.dtype)
+    return x.new_empty(x.shape if needs.input else 0), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
 def _fake_sparse_backward(gy, x, values, offsets, pointers, in_features, needs_input, needs_values):
     dx = gy.new_empty((gy.shape[0], in_features) if needs_input else 0)
     return dx, values.new_empty(values.shape if needs_values else 0, dtype=compute_dtype(values.dtype))
@@ -169,6 +169,10 @@ _define(
     "linear_backward", ["Tensor gy", "Tensor x", MASKED_WEIGHT, "bool through_magnitude", NEEDS], _SEVEN, _fake_backward
 )  # fmt: skip
 _define(
+    "rested_backward", ["Tensor gy", "Tensor x", MASKED_WEIGHT, "bool through_magnitude", NEEDS],
+    "(Tensor, Tensor, Tensor)", _fake_rested_backward,
+)  # fmt: skip
+_define(
     "block_forward", ["Tensor x", MASKED_WEIGHT, "Tensor? bias", "int size"], "Tensor",
     lambda x, operands, *_: x.new_empty((x.shape[0], operands.weight.shape[0])),
 )  # fmt: skip
@@ -212,6 +216,7 @@ masked_weight = _ops.masked_weight.default
 stack_gradients = _ops.stack_gradients.default
 linear_forward = _ops.linear_forward.default
 linear_backward = _ops.linear_backward.default
+rested_backward = _ops.rested_backward.default
 block_forward = _ops.block_forward.default
 block_backward = _ops.block_backward.default
 kept_blocks_forward = _ops.kept_blocks_forward.default

@@ -6,15 +6,21 @@ Source: Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), as used b
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from .config import PSTConfig, check_count
+from .events import Events
 from .layers.pst_layer import PSTLayer
 from .layers.together import refresh_layers
+from .masks.allocation import global_counts
 from .model import get_config, pst_layers
 
+LEAST_SHARE = 0.25  # of what a layer would keep at the same sparsity for all: it keeps as much at least
+KINDS = ("cubic", "events")
 logger = logging.getLogger("pst_kernels")
 
 
@@ -38,8 +44,14 @@ class SparsitySchedule:
         model: a model converted by `replace_linear`; its layers are set to the sparsity of `step_count` at once.
         total_steps: optimizer steps of the whole training, at least 1.
         step_count: steps already done, when a loop resumes with a model whose state is loaded.
+        kind: "cubic", a little further at each step, or "events", a large first step and few more (see events.py).
+        first: of events, the sparsity that the first one brings.
+        events: how many there are.
         restart: go back to the sparsity of `step_count`, if the model was trained or loaded at a higher one. Without
             it the sparsity stays where it is until the schedule is past it, and a warning says so.
+
+    In the last `freeze` of the steps, and after them, the masks are fixed. A model whose masks are fixed already, by an
+    earlier training, keeps them unless `restart` is True.
 
     With `mask_interval` above 1 the sparsity moves, and masks are made, at every `mask_interval`-th step and the last.
 
@@ -50,14 +62,24 @@ class SparsitySchedule:
             optimizer.step(); optimizer.zero_grad(); schedule.step()
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, step_count: int = 0, *, restart: bool = False):
+    def __init__(
+        self, model: nn.Module, total_steps: int, step_count: int = 0, *, kind: str = "cubic", first: float = 0.7,
+        events: int = 4, restart: bool = False,
+    ):  # fmt: skip
         check_count("total_steps", total_steps, 1)
         check_count("step_count", step_count, 0)
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is not known; use one of {', '.join(KINDS)}")
+        self.kind, self.events = kind, Events(first, events) if kind == "events" else None
         self.config = get_config(model)
         self.layers = [layer for _, layer in pst_layers(model)]
         for layer in self.layers:
             layer.scheduled = True
+            if restart:
+                layer.unfreeze_mask()
         self.total_steps = total_steps
+        # rounded: 0.8 of the steps must not begin one late for what a product of floats adds
+        self.freeze_step = math.ceil(round((1.0 - self.config.freeze) * total_steps, 6)) if self.config.freeze else None
         self._read_pruned()
         self.step_count = step_count
         # The sparsity that the layers were trained or loaded at, and their counts; 0 for what was converted only.
@@ -71,6 +93,7 @@ class SparsitySchedule:
                 self.least, self._planned(), step_count, total_steps,
             )  # fmt: skip
         self._set_sparsity()
+        self._follow_freeze()
 
     @property
     def sparsity(self) -> float:
@@ -82,12 +105,29 @@ class SparsitySchedule:
         """Whether the layers are as sparse as they shall be in the end."""
         return self.sparsity >= self.config.sparsity
 
+    @property
+    def freezes(self) -> bool:
+        """Whether the masks are fixed at this step."""
+        return self.freeze_step is not None and self.step_count >= self.freeze_step
+
+    def _follow_freeze(self) -> None:
+        fresh = [layer for layer in self.layers if not layer.frozen] if self.freezes else []
+        for layer in fresh:
+            layer.mark_stale()
+        refresh_layers(fresh)
+        for layer in fresh:
+            layer.freeze_mask()
+        for layer in self.layers:
+            layer.at_step(self.step_count)
+
     def _counted(self) -> list[tuple[PSTLayer, int]]:
         return list(zip(self.layers, self._pruned, strict=True))
 
     def _planned(self) -> float:
         whole_intervals = self.step_count - self.step_count % self.config.mask_interval
-        step = self.step_count if self.step_count >= self.total_steps else whole_intervals
+        step = self.step_count if self.step_count >= self.total_steps or self.freezes else whole_intervals
+        if self.events is not None:
+            return self.events.sparsity_at(step, self.total_steps, self.config)
         return sparsity_at(step, self.total_steps, self.config)
 
     def step(self) -> None:
@@ -103,7 +143,9 @@ class SparsitySchedule:
         self._set_sparsity()
         if step_count % self.config.mask_interval == 0 or step_count >= self.total_steps:
             for layer in self.layers:
-                layer.mark_stale()
+                if not layer.frozen:
+                    layer.mark_stale()
+        self._follow_freeze()
         refresh_layers(self.layers, only_grouped=True)
 
     def _read_pruned(self) -> None:
@@ -111,15 +153,38 @@ class SparsitySchedule:
 
     def _set_sparsity(self) -> None:
         sparsity = self.sparsity
+        if self.config.allocation == "global":
+            self._allocate(sparsity)
+            return
         for i, layer in enumerate(self.layers):
             pruned = max(layer.num_pruned_at(sparsity), self._least[i])
+            if layer.frozen:
+                continue
             if pruned != self._pruned[i]:
                 layer.set_num_pruned(pruned)
                 self._pruned[i] = pruned
             layer.has_learned_mask = True
 
+    def _allocate(self, sparsity: float) -> None:
+        """One threshold for all layers; the counts stay on their device."""
+        layers = [layer for layer in self.layers if not layer.frozen]
+        for layer in layers:
+            layer.has_learned_mask = True
+        at_work = (
+            self.step_count % self.config.mask_interval == 0 or self.freezes or self.step_count >= self.total_steps
+        )
+        if not layers or not at_work:
+            return
+        uniform = [layer.num_pruned_at(sparsity) for layer in layers]
+        sizes = [layer.weight.numel() for layer in layers]
+        most = [n - math.ceil(LEAST_SHARE * (n - k)) for n, k in zip(sizes, uniform, strict=True)]
+        with torch.no_grad():
+            counts = global_counts(lambda i: layers[i].scores(), most, sum(uniform))
+        for layer, count in zip(layers, counts, strict=True):
+            layer.pst_num_pruned.copy_(count)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"step_count": self.step_count, "total_steps": self.total_steps}
+        return {"step_count": self.step_count, "total_steps": self.total_steps, "kind": self.kind}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved step; the model's own state may be loaded before or after.
@@ -133,6 +198,11 @@ class SparsitySchedule:
                 f"this schedule has total_steps={self.total_steps}, the saved one {state['total_steps']};"
                 " make it with the same number of steps"
             )
+        if state.get("kind", "cubic") != self.kind:
+            raise ValueError(f"this schedule has kind={self.kind!r}, the saved one {state['kind']!r}; make it as that")
         self._read_pruned()  # the model may have been loaded since: its masks fit these counts
         self.least, self._least = 0.0, [0] * len(self.layers)
+        if self.freeze_step is None or state["step_count"] < self.freeze_step:
+            for layer in self.layers:
+                layer.unfreeze_mask()
         self.go_to(state["step_count"])

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .layers.checks import whole
 from .layers.pst_layer import FACTORS, FROZEN, PSTLayer
+from .layers.rested import masked_with
+from .layers.resting import KEPT
+from .operands import MaskedWeight
 from .targets import is_transformers_model, parameter_uses, weight_key
 
 logger = logging.getLogger("pst_kernels")
@@ -63,8 +65,9 @@ def with_pruned_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
             logger.warning("the weight of %s is shared with another module, and saved unpruned", name)
             continue
         weight, *rest = (whole(state[entry]) for entry in needed)
+        operands = MaskedWeight.of(layer.oriented(weight), *rest, *layer.scales)
         with torch.no_grad():
-            pruned = ops.masked_weight(layer.oriented(weight), *rest, *layer.scales, weight.dtype)
+            pruned = masked_with(operands, layer.added(state.get(f"{prefix}{KEPT}")), weight.dtype)
         found[needed[0]] = layer.oriented(pruned).contiguous()  # which turned twice lies as before
         found[f"{prefix}{FROZEN}"] = weight
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from types import ModuleType
 
@@ -53,6 +54,7 @@ SHARED = {"found", "finished", "launched", "trained", "report"}
 COMPILED = {"emulator", "found", "report"}  # what asks for these is no part of `make test-quick`
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -63,3 +65,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.compiled)
         if fixtures & SHARED:
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {given.get('report', '')}"))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays to the end: no collection of garbage, and a Trainer asks for some, need go through it."""
+    gc.collect()
+    gc.freeze()

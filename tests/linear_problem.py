@@ -30,6 +30,14 @@ def operands_of(tensors: dict[str, Tensor], kept: Tensor) -> MaskedWeight:
     return MaskedWeight(tensors["weight"], factors, pack_mask(kept), Scales(**SCALES))
 
 
+def rested_gradients(given: dict[str, Tensor], through: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dU and dV of a step in which the scores rest, in float64."""
+    x, gy, W, U, V = (given[name].double() for name in ("x", "gy", "weight", "U", "V"))
+    updated = W + SCALES["beta"] * U @ V
+    Q = gy.T @ x * given["kept"] * (1.0 + updated.abs() if through else 1.0)
+    return gy @ (given["kept"] * updated), SCALES["beta"] * Q @ V.T, SCALES["beta"] * U.T @ Q
+
+
 class Problem(NamedTuple):
     out: int
     columns: int
@@ -113,7 +121,7 @@ INTERPRETED = [
         for tokens, rank in ((0, 8), (1, 5), (3, 16), (130, 8))
     ),
     Problem(70, 96, 3, 1), Problem(33, 65, 3, 64), Problem(96, 65, 3, 8, transposed=True),
-    Problem(40, 64, 3, 8, through=False),
+    Problem(40, 64, 3, 8, through=False), Problem(1, 64, 3, 8, through=False),
     Problem(40, 64, 5, 8, "bfloat16", weight="float32"), Problem(40, 64, 5, 8, "float16", factors="float16"),
 ]  # fmt: skip
 

@@ -46,6 +46,8 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
     yield "linear_forward", (x, *unstructured, None)
     for needs_input, needs_factors in ((True, True), (False, True), (True, False)):
         yield "linear_backward", (gy, x, *unstructured, True, needs_input, needs_factors)
+    for through, *needs in ((True, True, True), (False, True, True), (True, False, True), (True, True, False)):
+        yield "rested_backward", (gy, x, *unstructured, through, *needs)
     yield "block_forward", (x, *of_blocks, bias, 16)
     for learn in (True, False):
         yield "block_backward", (gy, x, *of_blocks, 16, torch.tensor(learn), True, True, True)

@@ -69,6 +69,7 @@ class Tiles(NamedTuple):
     width: int  # of the product that adds beta U V in the loop: the rank, padded and split as the kernel multiplies it
     source: str
     sweep: int = 1  # tiles of G side by side that a program makes, adding up the sums of their rows
+    g_stored: bool = False  # whether the library makes G, and the kernel reads its tiles
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ IN_LOOP, SCRATCH = "masked in the loop", "masked weight made once"
 
 
 def pst_step(shape: Shape, tokens: int, size: int, tiles: Tiles) -> list[Pass]:
-    """Ours: threshold, mask bits, masked products, factor gradients from one G that stays in the accumulator, AdamW."""
+    """Ours: threshold, mask bits, masked products, factor gradients from one G, AdamW."""
     out, columns, numel = shape.out, shape.columns, shape.numel
     factors = 2 * RANK * (out + columns) + out + columns
     low_rank = 2.0 * numel * RANK  # one product of rank RANK over all of W
@@ -135,12 +136,17 @@ def pst_step(shape: Shape, tokens: int, size: int, tiles: Tiles) -> list[Pass]:
             passes.append(
                 Pass(product.name, product.nbytes + bits, operations, product.cache_bytes + (strips - 1) * bits)
             )
-    # G is never written, so in its place W is read, for the gate; then W' and four small products of the tile
-    G = gemm("G GEMM with factor gradients", out, columns, tokens, size, tiles.gradients)
+    # For the gradients W' and four small products of each tile of G
+    reduction = 5 * low_rank + 6.0 * numel
     # sums for U, A, R along each row of tiles and for V, B, C along each column, fp32, added up in a fixed order
     sums = out * -(-tiles.gradients.across(shape) // tiles.sweep) + columns * tiles.gradients.down(shape)
     partial = 4.0 * (2 * RANK + 1) * sums * tiles.split_k
-    passes.append(Pass(G.name, G.nbytes + bits + partial, G.operations + 5 * low_rank + 6.0 * numel, G.cache_bytes))
+    if tiles.g_stored:
+        passes.append(gemm("G GEMM", out, columns, tokens, size))
+        passes.append(Pass("factor gradients from G", 2.0 * size * numel + bits + partial, reduction))
+    else:  # G stays in the accumulator: in place of writing it W is read, for the gate
+        G = gemm("G GEMM with factor gradients", out, columns, tokens, size, tiles.gradients)
+        passes.append(Pass(G.name, G.nbytes + bits + partial, G.operations + reduction, G.cache_bytes))
     passes.append(Pass("reduce partial sums", partial + 4.0 * factors, partial / 4.0))
     passes.append(Pass("AdamW over the factors", 28.0 * factors, 14.0 * factors))
     return passes
@@ -156,18 +162,11 @@ def shipped_tiles(architecture: str, shape: Shape, tokens: int, dtype: torch.dty
         table: Any = importlib.import_module("pst_kernels.triton.tiles.choice")
         products = [table.matmul(architecture, dtype, dtype, tokens, d, RANK) for d in (shape.columns, shape.out)]
         forward, backward = (None if t is None else Tile(t.rows, t.columns) for t in products)
-        few_ranks = table.few_ranks(architecture, 2 * RANK)
-        found = table.gradients(architecture, dtype, dtype, shape.out, shape.columns, RANK + 1, few_ranks)
-        gradients = Tile(found.rows, found.columns)
-        across, down = gradients.across(shape), gradients.down(shape)
-        tokens_per_split = table.tokens_per_split(architecture, down * across, tokens, found.depth)
-        split_k, width = -(-tokens // tokens_per_split), table.factor_width(RANK, True)
-        sweep = (
-            table.sweep_length(architecture, found, across, down * split_k, tokens_per_split, 2 * RANK + 1)
-            if few_ranks
-            else 1
+        plan = table.gradient_plan(architecture, dtype, dtype, (shape.out, shape.columns), tokens, (RANK, RANK))
+        gradients, width = Tile(plan.tile.rows, plan.tile.columns), table.factor_width(RANK, True)
+        return Tiles(
+            forward, backward, gradients, plan.split_k, width, SHIPPED, plan.sweep_length, g_stored=plan.g_stored
         )
-        return Tiles(forward, backward, gradients, split_k, width, SHIPPED, sweep)
     except (ImportError, AttributeError):
         in_loop = Tile(128, 256 if tokens > 128 else 64) if tokens <= IN_LOOP_TOKENS else None
         return Tiles(in_loop, in_loop, Tile(128, 128), 1, RANK, ASSUMED)

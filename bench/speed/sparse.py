@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,38 +25,17 @@ from pst_kernels.masks.packing import pack_mask
 
 from ..baselines.sparse_loops import SparseProp, multiply_adds
 from ..tables.report import Report, measured_on
-from .measure import Timing, interleaved
+from . import sparse_steps
 from .modes import minilm
+from .sparse_row import CSR, DENSE, INSTRUCTIONS, OURS, PROP, Budget, Clock, Row, Runs, rows, seconds_of
 
 SHAPES = ((768, 3072), (3072, 768))  # in -> out
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 TOKENS, FEW = 1024, (1, 8)
 MODEL = ((16, 128), (1, 32), (1, 128))  # batch, length
 MODEL_SPARSITY = 0.9
-INSTRUCTIONS = {16: "AVX-512", 8: "AVX2"}[LANES]
 # of the kept weight's loop with 64 tokens: the value, and x once a vector; the offset is an integer's load
 LOADS = {16: 5 / 4, 8: 9 / 8}[LANES]
-Runs = dict[str, Callable[[], Any]]
-Clock = Callable[[], float]
-DENSE, OURS, CSR, PROP = "dense", "ours", "torch CSR", "SparseProp's loop"
-
-
-@dataclasses.dataclass
-class Row:
-    """One product. Times in ms are medians; `ratio` is the median over rounds, `lowest` that of the lowest times."""
-
-    case: str
-    what: str
-    sparsity: float
-    ms: float
-    dense_ms: float
-    ratio: float
-    lowest: float
-    csr: float | None = None  # torch's CSR product over dense
-    prop: float | None = None  # SparseProp's loop over dense
-    of_peak: float | None = None  # kept multiply-adds a second over those a register loop reaches, lowest times
-    instructions: str = INSTRUCTIONS
-    own_time: bool = False  # processor time of one thread, not time on the wall
 
 
 def _cells(row: Row) -> list[str]:
@@ -81,28 +59,36 @@ REPORT = Report(
 )  # fmt: skip
 
 
+PARTS = ("products", "steps", "model-step", "model")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
     parser.add_argument("--own-time", action="store_true", help="one thread, and its processor time alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the results")
     REPORT.add_arguments(parser)
 
 
 def main(options: argparse.Namespace) -> int:
     if options.own_time:
         torch.set_num_threads(1)
-    clock = time.thread_time if options.own_time else time.perf_counter
-    REPORT.run(options, lambda: [*_product_rows(options.seconds, clock), *_model_rows(options.seconds, clock)])
+    budget = Budget(options.seconds, time.thread_time if options.own_time else time.perf_counter)
+    parts = {
+        "products": _product_rows, "steps": sparse_steps.layer_rows, "model-step": sparse_steps.model_rows,
+        "model": _model_rows,
+    }  # fmt: skip
+    REPORT.run(options, lambda: [row for name in options.parts for row in parts[name](budget)])
     return 0
 
 
-def _product_rows(seconds: float, clock: Clock) -> Iterator[Row]:
-    peak = _peak_rate(clock)
+def _product_rows(budget: Budget) -> Iterator[Row]:
+    peak = _peak_rate(budget.clock)
     for columns, out in SHAPES:
         for sparsity in SPARSITIES:
-            yield from _of_shape((columns, out), sparsity, seconds, peak, clock)
+            yield from _of_shape((columns, out), sparsity, peak, budget)
 
 
-def _of_shape(shape: tuple[int, int], sparsity: float, seconds: float, peak: float, clock: Clock) -> Iterator[Row]:
+def _of_shape(shape: tuple[int, int], sparsity: float, peak: float, budget: Budget) -> Iterator[Row]:
     columns, out = shape
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out, columns, generator=generator)
@@ -112,7 +98,7 @@ def _of_shape(shape: tuple[int, int], sparsity: float, seconds: float, peak: flo
     transposed, csr = lists.transpose(), masked.to_sparse_csr()
     its_csr, prop, its_prop = masked.T.to_sparse_csr(), SparseProp(csr), SparseProp(masked.T.to_sparse_csr())
     x, gy = (torch.randn(TOKENS, n, generator=generator) for n in (columns, out))
-    runs: dict[str, Runs] = {
+    runs: dict[str, dict[str, Callable[[], Any]]] = {
         "y = x W^T": {
             DENSE: lambda: x @ masked.T, OURS: lambda: multiply(x, lists), CSR: lambda: (csr @ x.T).T,
             PROP: lambda: prop(x),
@@ -129,14 +115,15 @@ def _of_shape(shape: tuple[int, int], sparsity: float, seconds: float, peak: flo
         if what != "lists, over y" and "W^T, over" not in what:
             _check(what, contestants, lists)
         work = None if "over" in what else len(lists.values) * TOKENS / peak
-        yield _row(f"{columns} -> {out}, T = {TOKENS}", what, sparsity, contestants, (seconds, clock), work)
+        yield from rows(f"{columns} -> {out}, T = {TOKENS}", {OURS: what}, sparsity, contestants, budget, work)
     for tokens in FEW:
         few = x[:tokens].clone()
         few_runs: Runs = {DENSE: partial(torch.mm, few, masked.T), OURS: partial(multiply, few, lists)}
-        yield _row(f"{columns} -> {out}, T = {tokens}", "y = x W^T", sparsity, few_runs, (seconds / 4, clock), None)
+        shorter = Budget(budget.seconds / 4, budget.clock)
+        yield from rows(f"{columns} -> {out}, T = {tokens}", {OURS: "y = x W^T"}, sparsity, few_runs, shorter)
 
 
-def _check(what: str, contestants: Runs, lists: SparseRows) -> None:
+def _check(what: str, contestants: dict[str, Callable[[], Any]], lists: SparseRows) -> None:
     expected = contestants[DENSE]().double()
     if what == "G where kept":
         expected = expected[lists.places()]
@@ -148,43 +135,14 @@ def _check(what: str, contestants: Runs, lists: SparseRows) -> None:
             raise ValueError(f"{name} is off by {error:g} in {what}: nothing is timed for a wrong product")
 
 
-def _row(
-    case: str, what: str, sparsity: float, contestants: Runs, budget: tuple[float, Clock],
-    ideal_seconds: float | None,
-) -> Row:  # fmt: skip
-    seconds, clock = budget
-    timers: dict[str, Clock] = {name: partial(_timed, run, clock) for name, run in contestants.items()}
-    timings = interleaved(timers, seconds, reference=DENSE, min_rounds=3, max_rounds=400)
-
-    def ratio(name: str) -> float | None:
-        return timings[name].ratio_to(timings[DENSE]).median if name in timings else None
-
-    lowest = _lowest(timings[OURS])
-    return Row(
-        case, what, sparsity, 1e3 * timings[OURS].quantiles.median, 1e3 * timings[DENSE].quantiles.median,
-        ratio(OURS) or 0.0, lowest / _lowest(timings[DENSE]), ratio(CSR), ratio(PROP),
-        None if ideal_seconds is None else ideal_seconds / lowest, own_time=clock is time.thread_time,
-    )  # fmt: skip
-
-
-def _lowest(timing: Timing) -> float:
-    return min(s for s in timing.seconds if s == s)
-
-
 def _peak_rate(clock: Clock) -> float:
     """Fused multiply-adds a second of as many cores as PyTorch uses, from one core's."""
     count = 20_000_000
     done = multiply_adds(count)
-    return torch.get_num_threads() * done / min(_timed(lambda: multiply_adds(count), clock) for _ in range(200))
+    return torch.get_num_threads() * done / min(seconds_of(lambda: multiply_adds(count), clock) for _ in range(200))
 
 
-def _timed(run: Callable[[], Any], clock: Clock) -> float:
-    start = clock()
-    run()
-    return clock() - start
-
-
-def _model_rows(seconds: float, clock: Clock) -> Iterator[Row]:
+def _model_rows(budget: Budget) -> Iterator[Row]:
     dense: Any = minilm("cpu").eval()
     for layer in dense.bert.encoder.modules():
         if isinstance(layer, nn.Linear):
@@ -204,7 +162,8 @@ def _model_rows(seconds: float, clock: Clock) -> Iterator[Row]:
 
         torch.testing.assert_close(forward(sparse), forward(dense), rtol=1e-3, atol=1e-4)
         contestants: Runs = {DENSE: partial(forward, dense), OURS: partial(forward, sparse)}
-        yield _row(f"MiniLM-L6, {batch} x {length}", "forward", MODEL_SPARSITY, contestants, (2 * seconds, clock), None)
+        longer = Budget(2 * budget.seconds, budget.clock)
+        yield from rows(f"MiniLM-L6, {batch} x {length}", {OURS: "forward"}, MODEL_SPARSITY, contestants, longer)
 
 
 def _pruned(weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from .ops import (
     prune_mask,
     scores,
 )
+from .rested import rested_backward
 from .scratch import release as release_scratch
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "masked_weight",
     "prune_mask",
     "release_scratch",
+    "rested_backward",
     "scores",
 ]  # fmt: skip

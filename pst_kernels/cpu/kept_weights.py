@@ -6,25 +6,27 @@ right, but slower than a dense layer.
 
 from __future__ import annotations
 
-import functools
-import logging
-
 from torch import Tensor
 from torch.nn.functional import linear
+
+from pst_kernels.notices import say_once
 
 from ..operands import compute_dtype
 from . import sparse_products
 from .sparse_rows import SparseRows, compiled_passes
-
-logger = logging.getLogger("pst_kernels")
 
 
 def forward(
     x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     """y (T, out) = x (T, in) W^T + bias in x's dtype; values and bias in any floating dtype."""
+    passes = compiled_passes(x, values)
+    if passes is not None and x.shape[0] == 1:
+        y = sparse_products.multiply_ready(passes, x, values, offsets, pointers, bias)
+        if y is not None:
+            return y
     lists = SparseRows(values, offsets, pointers, out_features, x.shape[1])
-    if (passes := compiled_passes(x, values)) is not None:
+    if passes is not None:
         return sparse_products.multiply_by(passes, x, lists, bias)
     _say_if_slow(x, values)
     return linear(x, lists.to_dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -55,12 +57,7 @@ def backward(
 
 def _say_if_slow(x: Tensor, values: Tensor) -> None:
     if x.device.type != "cpu" or x.dtype not in sparse_products.DTYPES or values.dtype not in sparse_products.DTYPES:
-        _say_once(
+        say_once(
             f"a SparseLinear multiplies {x.dtype} on {x.device.type} as a dense layer, slower than one: its product is"
             " for float32 and bfloat16 on a CPU"
         )
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)

@@ -38,6 +38,14 @@ def multiply_by(passes: ModuleType, x: Tensor, lists: SparseRows, bias: Tensor |
     return passes.multiply(_by_rows(x), lists, bias, y, scratch.get)
 
 
+def multiply_ready(
+    passes: ModuleType, x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """`multiply_by` of one token, where an earlier call has left its own ready; else None."""
+    call = passes.ready(x, values, offsets, pointers, bias)
+    return None if call is None else call(x, x.new_empty((1, call.rows)), scratch.get)
+
+
 def sampled(gy: Tensor, x: Tensor, lists: SparseRows) -> Tensor:
     """G = gy^T x at the kept weights: fp32 (kept,), in the order of the lists, whose values have no part in it.
 

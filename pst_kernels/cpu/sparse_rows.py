@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pst_kernels import env
-
 from ..masks.chunks import CHUNK, chunks_of, fill_pointers
 from ..masks.packing import pack_mask, packed_width, unpack_mask
 from ..operands import FLOATING
+from . import compiled
 
-logger = logging.getLogger("pst_kernels")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -92,33 +88,7 @@ def compiled_passes(*tensors: Tensor) -> ModuleType | None:
     for tensor in tensors:
         if tensor.dtype not in DTYPES or not tensor.is_cpu:
             return None
-    return _passes()
-
-
-def _passes() -> ModuleType | None:
-    requested = env.cpu()
-    if requested == "torch":
-        return None
-    passes, reason = _import_passes()
-    if passes is None:
-        if requested == "numba":
-            raise ImportError(f"PST_KERNELS_CPU=numba, but {reason}; install numba or unset the variable")
-        _say_once(f"pst_kernels multiplies unstructured zeros as dense on the CPU, slower: {reason}; install numba")
-    return passes
-
-
-@functools.cache
-def _import_passes() -> tuple[ModuleType | None, str]:
-    try:
-        from .compiled import sparse_launch
-    except ImportError as error:  # not installed, or not for this version of NumPy
-        return None, str(error)
-    return sparse_launch, ""
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)
+    return compiled.module("sparse_launch", "multiplies unstructured zeros as dense on the CPU")
 
 
 def _check_weight(weight: Tensor) -> None:

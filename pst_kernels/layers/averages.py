@@ -62,6 +62,7 @@ def mend(layer: Any) -> None:
         else:
             say_spoilt(layer.full_name)
             layer.mark_stale()
+            watch.mark_stale()  # of a fixed mask too: it is gone
 
 
 def fits(pattern: Pattern, mask: Tensor, columns: int, count: int) -> bool:

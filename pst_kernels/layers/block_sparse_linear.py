@@ -11,11 +11,10 @@ from .. import ops
 from ..cpu.kept_blocks import row_of_each, starts
 from ..functional import autocasts, operand_dtype, without_autocast
 from ..operands import FLOATING, compute_dtype
+from .stored import StoredParts
 
-PARTS = ("weight", "crow_indices", "col_indices")
 
-
-class BlockSparseLinear(nn.Module):
+class BlockSparseLinear(StoredParts):
     """y = x W^T + bias with a W (out, in) of which only some B x B blocks are stored. For inference and frozen use:
     gradients reach x and the bias, the weight has none.
 
@@ -34,6 +33,7 @@ class BlockSparseLinear(nn.Module):
         layer = BlockSparseLinear.from_linear(pruned_linear, block_size=64)
     """
 
+    PARTS = ("weight", "crow_indices", "col_indices")
     weight: nn.Parameter
     crow_indices: Tensor
     col_indices: Tensor
@@ -191,17 +191,6 @@ class BlockSparseLinear(nn.Module):
         if bool(((columns < 0) | (columns >= grid_columns)).any()) or bool((flat.diff() <= 0).any()):
             return f"col_indices that do not rise within each row, from 0 to below {grid_columns}"
         return None
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        given = [state_dict.get(f"{prefix}{name}") for name in PARTS]
-        if all(isinstance(tensor, Tensor) for tensor in given):
-            if not any(tensor.is_meta for tensor in given) and (wrong := self._wrong(*given)):
-                errors.append(f"{prefix.rstrip('.') or 'this layer'} was given {wrong}")
-                return
-            own = (self.weight, self.crow_indices, self.col_indices)
-            if given[0].shape != self.weight.shape:  # another mask than this layer's
-                self._take(*(mine.new_empty(new.shape) for mine, new in zip(own, given, strict=True)))
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return (

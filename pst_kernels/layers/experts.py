@@ -161,9 +161,13 @@ class PSTExperts(PSTLayer):
             return self.weight
         kept = self._prepare()
         learn_scores = None
-        if self.pattern.block_size is not None:
+        if self.scores_rest:
+            learn_scores = torch.zeros((), dtype=torch.bool)
+        elif self.pattern.block_size is not None:
             learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
-        return self.oriented(masked_stack(self.operands, self.config.through_magnitude, kept, learn_scores))
+        # with a fixed mask no gradient passes by way of a score
+        through_magnitude = self.config.through_magnitude and not self.frozen
+        return self.oriented(masked_stack(self.operands, through_magnitude, kept, learn_scores))
 
     @property
     def operands(self) -> MaskedWeight:

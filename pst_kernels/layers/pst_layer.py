@@ -20,9 +20,12 @@ from . import averages, reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
 from .kept import keeps, takes_lists
 from .recompute import producer_of
+from .rested import masked_with
+from .resting import Resting
 
 NAMES = ("bias", "weight", "pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = NAMES[2:]
+NEVER = 1 << 62  # steps from one mask to the next, of a mask that is fixed
 FROZEN = "pst_weight"  # in a checkpoint whose `weight` is M * W' (whole_model.py): W itself
 
 
@@ -36,9 +39,10 @@ class Ready(NamedTuple):
     made: Made  # M * W' for the product
     options: Options
     look: int  # of the watch, after which it was made
+    added: int = due.NOTHING  # version and address of the trained kept weights
 
 
-class PSTLayer(nn.Module):
+class PSTLayer(Resting, nn.Module):
     """What PSTLinear and PSTConv1D share; they differ in how the weight lies.
 
     Parameters pst_U (out, weight_rank), pst_V (weight_rank, in), pst_A (out, score_rank), pst_B (score_rank, in),
@@ -48,6 +52,9 @@ class PSTLayer(nn.Module):
     The mask is computed when a factor, the weight or the sparsity has changed since the last forward (every
     `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen: saving
     and merging make the mask anew, for a forward call `refresh_mask(force=True)` after one.
+
+    With `PSTConfig(freeze=)` a schedule fixes the mask at last (`freeze_mask`), which the buffer pst_frozen says, and
+    with `train_kept` the parameter pst_kept (kept,) is added to the kept weights from there on.
     """
 
     bias: Any  # a Parameter or None
@@ -106,6 +113,7 @@ class PSTLayer(nn.Module):
         self.reset_factors()
         self.given = averages.Given(0, self)
         self.sparsity = config.sparsity
+        self._add_rest((out, columns))
 
     def _new_guess(self, device: torch.device) -> Tensor:
         return new_guess(device).view(torch.int32).repeat(*self.oriented_weight.shape[:-2], 1)
@@ -172,6 +180,8 @@ class PSTLayer(nn.Module):
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
+        if self.frozen:
+            raise RuntimeError("the mask of this layer is fixed; call unfreeze_mask() before setting its sparsity")
         self.set_num_pruned(self.num_pruned_at(check_sparsity("sparsity", value)))
 
     def set_num_pruned(self, count: int) -> None:
@@ -239,12 +249,13 @@ class PSTLayer(nn.Module):
             averages.mend(self)
         with torch.no_grad():
             ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+            self.added()  # what a compiled forward takes as it is
 
     def settle_mask(self) -> None:
         """Bring the mask up to date for saving or merging: made anew also where no change can be seen.
 
-        One that is meant to be older than its factors (`mask_interval`) stays, and so does one that was loaded with
-        them.
+        One that is meant to be older than its factors (`mask_interval`, or fixed) stays, and so does one that was
+        loaded with them.
         """
         if not self.merged and self._is_suspect():
             self.mark_stale()
@@ -252,7 +263,7 @@ class PSTLayer(nn.Module):
 
     def _is_suspect(self) -> bool:
         """Whether a write that leaves no trace may have made the mask stale."""
-        if self.config.mask_interval > 1 or type(self.weight) not in PLAIN:
+        if self.frozen or self.config.mask_interval > 1 or type(self.weight) not in PLAIN:
             return False
         looks, *sums = self.loaded or (None,)
         return looks != self.watch.looks or tuple(sums) != averages.sums(self._weights())
@@ -261,12 +272,16 @@ class PSTLayer(nn.Module):
         """The weight (out, in) and the factors, whole."""
         return tuple(map(whole, (self.oriented_weight, *self.factors)))
 
+    def scores(self) -> Tensor:
+        """What the mask is decided by, fp32 (out, in)."""
+        return ops.scores(*self._weights(), *self.scales)
+
     def mask_state(self) -> MaskState:
         """What `refresh` takes: the mask, and what says when it is due."""
         guess = self.pst_guess.view(torch.float32)
         config = self.config
         return MaskState(
-            self.pst_num_pruned, self.pst_mask, guess, config.mask_interval, config.pattern
+            self.pst_num_pruned, self.pst_mask, guess, NEVER if self.frozen else config.mask_interval, config.pattern
         )  # fmt: skip
 
     @property
@@ -275,19 +290,24 @@ class PSTLayer(nn.Module):
         return Scales(*map(float.fromhex, self._scales_as_text)) if torch.compiler.is_compiling() else self._scales
 
     def mark_stale(self) -> None:
-        """Let the next forward compute the mask anew."""
-        self.watch.mark_stale()
+        """Let the next forward compute the mask anew, or of a fixed mask M * W' alone."""
+        if self.frozen:
+            self._ready, self._fixed_of = None, due.NOTHING
+        else:
+            self.watch.mark_stale()
 
     def after_load(self, with_mask: bool) -> None:
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
         self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
             self.pst_guess = self._new_guess(self.pst_mask.device)
+        if self.config.freeze and not self.pst_frozen.is_meta:
+            self._set_frozen(bool(self.pst_frozen))
         plain = type(self.pst_num_pruned) is Tensor and not self.pst_num_pruned.is_meta
         if plain:
             self._note_count(int(self.pst_num_pruned))
         if not with_mask:
-            self.mark_stale()
+            self.watch.mark_stale()
             return
         self.has_learned_mask = True
         self._ready = None
@@ -302,8 +322,10 @@ class PSTLayer(nn.Module):
         if self._tensor_parallel() is not None:
             self._refuse_sharded()
         self.refresh_mask()
+        weight, *factors = self._weights()
+        operands = MaskedWeight(weight, Factors(*factors), self.pst_mask, self.scales)
         with torch.no_grad():
-            return ops.masked_weight(*self._weights(), self.pst_mask, *self.scales, self.weight.dtype)
+            return masked_with(operands, self.added(), self.weight.dtype)
 
     def _refuse_sharded(self) -> None:
         raise RuntimeError(
@@ -351,13 +373,19 @@ class PSTLayer(nn.Module):
             if not torch.compiler.is_compiling():
                 self.called = True
         learn_scores = None
+        if self.scores_rest and ready.options.block_size is None:
+            return self._rested_forward(x, ready)
         if ready.options.block_size is not None:
-            learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
+            if self.frozen:
+                learn_scores = torch.zeros((), dtype=torch.bool)
+            else:
+                learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
+        made = ready.made._replace(waiting=self.pst_kept) if self.config.train_kept else ready.made
         return masked_linear(
-            x, ready.operands, self.bias, ready.dtype, ready.options, ready.made, learn_scores, producer
+            x, ready.operands, self.bias, ready.dtype, ready.options, made, learn_scores, producer
         )  # fmt: skip
 
     def _is_ready(self, ready: Ready, x: Tensor) -> bool:
@@ -377,6 +405,7 @@ class PSTLayer(nn.Module):
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and not weight.requires_grad
+            and (ready.added == due.NOTHING or ready.added == due.total_of((self.pst_kept,)))
             and self.watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
             and self.watch.mask == due.total_of((self._buffers["pst_mask"],))  # type: ignore[arg-type]
         )
@@ -395,14 +424,20 @@ class PSTLayer(nn.Module):
                 "a PST layer does not run under the transforms of torch.func (grad, vmap, jvp, ...), which would need"
                 " their own rules; use torch.autograd, or merge the layer first"
             )
-        options = Options(config.through_magnitude, False, self.pattern.block_size)
+        # with a fixed mask no gradient passes by way of a score
+        options = Options(config.through_magnitude and not self.frozen, False, self.pattern.block_size)
+        added = self.added()
         if compiling or type(weight) not in PLAIN:
             self.refresh_mask()
-            return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, -1)
+            made = NOTHING_MADE
+            if added.weights is not None:
+                with torch.no_grad(), ops.without_autocast(weight.device.type):
+                    made = Made(masked_with(operands, added, dtype))
+            return Ready(dtype, x.device, operands, (), made, options, -1)
         reads.notice_rewritten(self)
         averages.mend(self)
         kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
-        any_mask = self.pattern.with_masked_weight
+        any_mask = self.pattern.with_masked_weight or (self.frozen and options.block_size is None)
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
         by_lists = any_mask and not keep and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
         options = options._replace(kept=keep)
@@ -416,12 +451,16 @@ class PSTLayer(nn.Module):
         inference = torch.is_inference_mode_enabled() and self.pst_mask.is_inference()
         with torch.inference_mode(inference), torch.no_grad(), ops.without_autocast(weight.device.type):
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
-            if masked is None and (keep or by_lists):
-                masked = ops.masked_weight(*operands.flat, dtype)
-                masked = self._room_to_keep(dtype).copy_(masked) if keep else masked
-            made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
+            if self.frozen and by_lists:
+                made = self._fixed_lists(factors, dtype)
+            else:
+                if masked is None and (keep or by_lists or added.weights is not None):
+                    masked = masked_with(operands, added, dtype)
+                    masked = self._room_to_keep(dtype).copy_(masked) if keep else masked
+                made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
         parameters = tuple(self._parameters.get(name) for name in NAMES)
-        ready = Ready(dtype, x.device, operands, parameters, made, options, self.watch.looks)
+        version = due.NOTHING if added.weights is None else due.total_of((added.weights,))
+        ready = Ready(dtype, x.device, operands, parameters, made, options, self.watch.looks, version)
         # Under autocast x and the product differ in their dtype, and a parametrised factor is no parameter of the
         # layer: every forward looks at all of it again.
         self._ready = ready if x.dtype == dtype and None not in parameters[1:] else None
@@ -439,7 +478,13 @@ class PSTLayer(nn.Module):
         """Whether a grouped pass can make this layer's mask, where its device has one."""
         held, weight = self._parameters, self.weight
         plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
-        return not self.merged and plain and self.pattern.with_masked_weight and weight.dtype != torch.float64
+        return (
+            not self.merged
+            and not self.frozen
+            and plain
+            and self.pattern.with_masked_weight
+            and weight.dtype != torch.float64
+        )
 
     def grouped_tensors(self) -> tuple[Any, ...]:
         """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""

@@ -15,19 +15,19 @@ from ..functional import autocasts, operand_dtype, without_autocast
 from ..masks.chunks import CHUNK, chunks_of
 from ..operands import FLOATING, compute_dtype
 from .checks import is_conv1d
+from .stored import StoredParts
 
-PARTS = ("weight", "offsets", "pointers")
 
-
-class SparseLinear(nn.Module):
+class SparseLinear(StoredParts):
     """y = x W^T + bias with a W (out, in) of which only the kept weights are stored, wherever they lie.
 
     Parameter `weight` (kept,): the kept weights in chunks of 128 columns, in a chunk row by row, in a row by column;
     buffers `offsets`, uint8 (kept,), a weight's column in its chunk, and `pointers`, int32 (chunks * out + 1,): row i's
     part of chunk c is pointers[c * out + i] to pointers[c * out + i + 1]. The order is the same on every device. It
-    holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk, nothing else; a state dict may bring any number
-    of kept weights. On a CPU, in fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x
-    reaches only outputs that keep a weight for it; elsewhere each product makes the dense weight first.
+    holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk; once it has multiplied one token on a CPU with
+    AVX2, a bit a weight besides, which no state dict has. A state dict may bring any number of kept weights. On a CPU,
+    in fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x reaches only outputs that
+    keep a weight for it; elsewhere each product makes the dense weight first.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
@@ -39,6 +39,7 @@ class SparseLinear(nn.Module):
         layer = SparseLinear.from_linear(pruned_linear)
     """
 
+    PARTS = ("weight", "offsets", "pointers")
     weight: nn.Parameter
     offsets: Tensor
     pointers: Tensor
@@ -125,13 +126,15 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out), in x's dtype, or in autocast's under autocast."""
-        values, shape = self.weight, x.shape
+        parameters: Any = self._parameters  # each lookup as an attribute costs a microsecond
+        buffers: Any = self._buffers
+        values, bias, shape = parameters["weight"], parameters["bias"], x.shape
         self._check(x, values)
         if len(shape) != 2:
             x = x.reshape(-1, self.in_features)
         if x.dtype is not (dtype := operand_dtype(x)):
             x = x.to(dtype)
-        operands = (x, values, self.offsets, self.pointers, self.bias, self.out_features)
+        operands = (x, values, buffers["offsets"], buffers["pointers"], bias, self.out_features)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
             with without_autocast(x.device.type):
                 y = _Product.apply(*operands)
@@ -172,17 +175,6 @@ class SparseLinear(nn.Module):
         if bool(((run * CHUNK + offsets).diff() <= 0).any()):
             return "offsets that do not rise within each row of a chunk"
         return None
-
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        given = [state_dict.get(f"{prefix}{name}") for name in PARTS]
-        if all(isinstance(tensor, Tensor) for tensor in given):
-            if not any(tensor.is_meta for tensor in given) and (wrong := self._wrong(*given)):
-                errors.append(f"{prefix.rstrip('.') or 'this layer'} was given {wrong}")
-                return
-            own = (self.weight, self.offsets, self.pointers)
-            if given[0].shape != self.weight.shape:  # another mask than this layer's
-                self._take(*(mine.detach().new_empty(new.shape) for mine, new in zip(own, given, strict=True)))
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def extra_repr(self) -> str:
         return (

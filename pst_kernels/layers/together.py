@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 from typing import Any
@@ -16,27 +17,36 @@ from .pst_layer import FACTORS, PSTLayer
 GROUPS_KEPT = 8
 WATCHED = ("weight", *FACTORS)
 HELD = ("pst_num_pruned", "pst_guess", "pst_mask")
-_groups: dict[tuple[int, ...], Group] = {}  # by the ids of their layers
+_groups: dict[tuple[int, ...], Group] = {}  # by the ids of their layers; gone when one of these is
 
 
 class Group:
-    """Layers whose masks are made in one pass, and the table of their tensors, as long as none of these moves."""
+    """The table of some layers whose masks are made in one pass, as long as none of their tensors moves.
+
+    It holds the tensors, but not the layers, and goes with the first of them that does.
+    """
 
     def __init__(self, kernels: ModuleType, layers: Sequence[PSTLayer]):
-        self.kernels, self.layers = kernels, layers
+        self.kernels = kernels
         self.table = kernels.MaskTable([kernels.LayerTensors(*layer.grouped_tensors()) for layer in layers])
         self.addresses = [_addresses(layer) for layer in layers]
+        key = _key(layers)
+        self.watched = [weakref.ref(layer, lambda _: _groups.pop(key, None)) for layer in layers]
 
-    def fits(self) -> bool:
-        return self.addresses == [_addresses(layer) for layer in self.layers]
+    def fits(self, layers: Sequence[PSTLayer]) -> bool:
+        return self.addresses == [_addresses(layer) for layer in layers]
 
-    def refresh(self) -> None:
-        for layer in self.layers:
+    def refresh(self, layers: Sequence[PSTLayer]) -> None:
+        for layer in layers:
             if layer._kept_weight is not None:  # a backward that still needs what was there must say so
                 torch.autograd.graph.increment_version(layer._kept_weight)
         self.kernels.prune_masks(self.table)
-        for layer in self.layers:
+        for layer in layers:
             layer.note_grouped_mask(_watched(layer))
+
+
+def _key(layers: Sequence[PSTLayer]) -> tuple[int, ...]:
+    return tuple(map(id, layers))
 
 
 def _watched(layer: PSTLayer) -> list[Tensor]:
@@ -88,14 +98,14 @@ def _is_due(layer: PSTLayer) -> bool:
 
 @torch.no_grad()
 def _refresh_grouped(kernels: ModuleType, layers: Sequence[PSTLayer]) -> None:
-    key = tuple(map(id, layers))
+    key = _key(layers)
     group = _groups.get(key)
-    if group is None or not group.fits():
+    if group is None or not group.fits(layers):
         _groups.pop(key, None)
         while len(_groups) >= GROUPS_KEPT:
-            _groups.pop(next(iter(_groups)))
+            _groups.pop(next(iter(_groups)), None)
         group = _groups[key] = Group(kernels, layers)
-    group.refresh()
+    group.refresh(layers)
 
 
 def release_groups() -> None:
@@ -105,6 +115,9 @@ def release_groups() -> None:
 
 def _after_step(layers: Sequence[PSTLayer]) -> None:
     """After an optimizer step, for layers that no schedule takes care of."""
+    for layer in layers:
+        if layer.config.score_interval > 1 and not layer.scheduled:
+            layer.at_step(layer.steps + 1)
     refresh_layers((layer for layer in layers if not layer.scheduled), only_grouped=True)
 
 

@@ -136,7 +136,8 @@ def _look_up(optimizer: torch.optim.Optimizer) -> list[Any]:
         factors = layer.factors
         # Sharded parameters that are gathered now are other objects than the optimizer's.
         gathered = sharded and not any(hasattr(factor, "full_tensor") for factor in factors)
-        if gathered or any(id(factor) in owned for factor in factors):
+        kept = layer._parameters.get("pst_kept")  # trained kept weights
+        if gathered or id(kept) in owned or any(id(factor) in owned for factor in factors):
             found.append(layer)
     return found
 

@@ -6,7 +6,7 @@ from .tiles import versions  # noqa: F401 (first: where Triton is too old it say
 
 from .block_gradients import block_backward
 from .block_matmul import block_forward
-from .gradients import linear_backward
+from .gradients import linear_backward, rested_backward
 from .group_layer import LayerTensors
 from .group_mask import prune_masks
 from .group_table import MaskTable
@@ -29,5 +29,6 @@ __all__ = [
     "prune_mask",
     "prune_masks",
     "release_scratch",
+    "rested_backward",
     "scores",
 ]  # fmt: skip

@@ -102,14 +102,21 @@ def product_tile(
     return b_g
 
 
+KEPT_ALONE = 2  # the THROUGH of `gate` for steps in which the scores rest
+
+
 @triton.jit
 def gate(b_updated, b_words, THROUGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """M, or with THROUGH M + |W'|, in fp32, from the words of the mask (ROWS, COLUMNS // 32)."""
+    """M, or with THROUGH M + |W'|, or with THROUGH = 2 M (1 + |W'|), in fp32, from the words of the mask (ROWS,
+    COLUMNS // 32).
+    """
     c = tl.arange(0, COLUMNS)
     b_word = tl.broadcast_to(b_words[:, :, None], (ROWS, COLUMNS // 32, 32))
     b_word = tl.reshape(b_word, (ROWS, COLUMNS))
     b_gate = ((b_word >> (c % 32 // 2 + c % 2 * 16)[None, :]) & 1).to(tl.float32)
-    if THROUGH:
+    if THROUGH == 2:
+        b_gate += b_gate * tl.abs(b_updated)
+    elif THROUGH:
         b_gate += tl.abs(b_updated)
     return b_gate
 

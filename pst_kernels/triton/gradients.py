@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..operands import Factors, MaskedWeight, Needs
 from . import scratch
-from .gradient_products import gate, product_of_pairs, product_tile, splitting
+from .gradient_products import KEPT_ALONE, gate, product_of_pairs, product_tile, splitting
 from .gradient_ranks import many_ranks_kernel
 from .matmul import input_gradient, one_stride
 from .ptx import split
@@ -150,8 +150,8 @@ def factor_gradients_kernel(
         if WORDS_AT_ONCE:
             b_words = mask_words(p_mask, words, r_in, i_columns, EVEN, BLOCK_COLUMNS)
         for part in tl.static_range(PARTS):
-            # Always true, here and below, for only a matrix of whole tiles has more than one part: a branch keeps the
-            # compiler from holding operands of several products at once.
+            # True, here and below, for only a matrix of whole tiles has more than one part, and one of one row is
+            # STRAIGHT: a branch keeps the compiler from holding operands of several products at once.
             if columns > part:
                 i = i_columns + part * COLUMNS
                 m_columns = i + c < columns
@@ -236,8 +236,8 @@ def add_partials_kernel(
         tl.store(p_dc + i - tl.full([], RANK_S, tl.int64) * columns, b_sum * alpha2, mask=exists & (rank == RANK_S))
 
 
-def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool) -> Factors:
-    """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`."""
+def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: int) -> Factors:
+    """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`, `through_magnitude` as `gate` takes it."""
     weight, factors, mask, scales = operands
     (rows, columns), tokens = weight.shape, x.shape[0]
     if not tokens or not weight.numel():
@@ -263,8 +263,9 @@ def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magn
         "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
         **splitting(x.dtype, platform), "num_warps": tile.warps, "num_stages": tile.stages,
     }  # fmt: skip
-    # Else Q needs no W', and D has a branch of its own, which takes fewer registers, but not on sm_120.
-    straight = through_magnitude or plan.g_stored or platform.architecture == "sm_120"
+    # Else Q needs no W', and D has a branch of its own, taken with two rows or more: it needs fewer registers, but not
+    # on sm_120.
+    straight = bool(through_magnitude) or plan.g_stored or platform.architecture == "sm_120" or rows == 1
     if plan.few_ranks:
         factor_gradients_kernel[sweeps, down, split_k](
             *tensors, tokens, plan.tokens_per_split, plan.sweep_length, *sizes, PARTS=plan.parts,
@@ -292,3 +293,15 @@ def linear_backward(
     if needs.factors:
         return dx, *factor_gradients(gy, x, operands, through_magnitude)
     return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in operands.factors)
+
+
+def rested_backward(
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dU and dV with Q = G * M * (1 + |W'|), or G * M, by the same kernels: the scores' gradients are dropped."""
+    operands = checked_operands(operands)
+    dx = input_gradient(gy, operands) if needs.input else gy.new_empty(0)
+    if not needs.factors:
+        return dx, gy.new_empty(0, dtype=torch.float32), gy.new_empty(0, dtype=torch.float32)
+    dU, dV, *_ = factor_gradients(gy, x, operands, KEPT_ALONE if through_magnitude else False)
+    return dx, dU, dV

@@ -13,10 +13,7 @@ from .group_row import (
     load_place,
     load_row,
     pointer_of,
-    row_operands,
-    row_scales,
-    row_shape,
-    row_strides,
+    row_sweep,
     tile_indices_at,
 )  # fmt: skip
 from .group_select import search
@@ -38,10 +35,8 @@ def group_mask_kernel(
     b_row = load_row(p_layers, layer)
     (
         p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    ) = row_operands(b_row, W_TYPE, F_TYPE, ALIGNED)  # fmt: skip
-    n_i, n_j = row_shape(b_row, ALIGNED, TRANSPOSED)
-    stride_i, stride_j = row_strides(b_row, ALIGNED)
-    beta, alpha1, alpha2 = row_scales(b_row)
+        n_i, n_j, stride_i, stride_j, beta, alpha1, alpha2,
+    ) = row_sweep(b_row, W_TYPE, F_TYPE, ALIGNED, TRANSPOSED)  # fmt: skip
     key, last_row, last_column = load_threshold(p_state + layer * SLOTS, n_i, n_j, TRANSPOSED)
     p_mask = pointer_of(b_row, MASK, tl.int32, ALIGNED)
     rows_per_program = field_of(b_row, ROWS)

@@ -102,6 +102,21 @@ def row_operands(b_row, W_TYPE: tl.constexpr, F_TYPE: tl.constexpr, ALIGNED: tl.
 
 
 @triton.jit
+def row_sweep(b_row, W_TYPE: tl.constexpr, F_TYPE: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """What a sweep over a layer takes: its operands, n_i and n_j, the strides, the scales."""
+    p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1 = row_operands(
+        b_row, W_TYPE, F_TYPE, ALIGNED
+    )
+    n_i, n_j = row_shape(b_row, ALIGNED, TRANSPOSED)
+    stride_i, stride_j = row_strides(b_row, ALIGNED)
+    beta, alpha1, alpha2 = row_scales(b_row)
+    return (
+        p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1, n_i, n_j, stride_i, stride_j, beta,
+        alpha1, alpha2,
+    )  # fmt: skip
+
+
+@triton.jit
 def load_place(p_tiles):
     """Of this program's tile: the layer, the strip, the block."""
     place = tl.load(p_tiles + tl.program_id(0))

@@ -43,8 +43,7 @@ from .group_row import (
     row_numel,
     row_operands,
     row_scales,
-    row_shape,
-    row_strides,
+    row_sweep,
     tile_indices_at,
 )  # fmt: skip
 from .select import (
@@ -143,10 +142,8 @@ def group_gather_kernel(
     b_row = load_row(p_layers, layer)
     (
         p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-    ) = row_operands(b_row, W_TYPE, F_TYPE, ALIGNED)  # fmt: skip
-    n_i, n_j = row_shape(b_row, ALIGNED, TRANSPOSED)
-    stride_i, stride_j = row_strides(b_row, ALIGNED)
-    beta, alpha1, alpha2 = row_scales(b_row)
+        n_i, n_j, stride_i, stride_j, beta, alpha1, alpha2,
+    ) = row_sweep(b_row, W_TYPE, F_TYPE, ALIGNED, TRANSPOSED)  # fmt: skip
     capacity, first_candidate = field_of(b_row, CAPACITY), field_of(b_row, FIRST_CANDIDATE)
     p_key += first_candidate
     p_index += first_candidate
@@ -210,6 +207,13 @@ def narrow(p_state, p_bins, b_state, shift, stop, indices, capacity):
         tl.store(p_state + STATUS, one - 1 + COLLECT)
 
 
+@triton.jit
+def rare_tile(tile, across, n_i, n_j, BLOCK_J: tl.constexpr, VECTOR: tl.constexpr):
+    """`tile_indices_at` of one of the tiles that all programs share."""
+    place = tl.full([], tile, tl.int64)
+    return tile_indices_at(place // across, place % across, n_i, n_j, RARE_ROWS, BLOCK_J, VECTOR)
+
+
 @triton.jit(do_not_specialize=("layers", "turn"))
 def group_radix_kernel(
     p_layers, p_state, p_bins, layers, turn,
@@ -229,19 +233,14 @@ def group_radix_kernel(
             b_row = load_row(p_layers, layer)
             (
                 p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-            ) = row_operands(b_row, W_TYPE, F_TYPE, ALIGNED)  # fmt: skip
-            n_i, n_j = row_shape(b_row, ALIGNED, TRANSPOSED)
-            stride_i, stride_j = row_strides(b_row, ALIGNED)
-            beta, alpha1, alpha2 = row_scales(b_row)
+                n_i, n_j, stride_i, stride_j, beta, alpha1, alpha2,
+            ) = row_sweep(b_row, W_TYPE, F_TYPE, ALIGNED, TRANSPOSED)  # fmt: skip
             shift = tl.where(indices, field_of(b_row, INDEX_BITS) - DIGIT, 32 - DIGIT * (turn + 1))
             shift = tl.maximum(shift, 0)
             across = tl.cdiv(n_j, BLOCK_J)
             p_layer_bins = p_bins + tl.full([], layer, tl.int64) * (COPIES * RADIX_BINS)
             for tile in range(tl.program_id(0), across * tl.cdiv(n_i, RARE_ROWS), tl.num_programs(0)):
-                place = tl.full([], tile, tl.int64)
-                first_i, length, j, m_j = tile_indices_at(
-                    place // across, place % across, n_i, n_j, RARE_ROWS, BLOCK_J, VECTOR
-                )
+                first_i, length, j, m_j = rare_tile(tile, across, n_i, n_j, BLOCK_J, VECTOR)
                 held_w, held_s, b_right_1 = hold_rights(
                     p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
                 )
@@ -280,18 +279,13 @@ def group_collect_kernel(
             b_row = load_row(p_layers, layer)
             (
                 p_weight, p_left_w, p_right_w, p_left_s, p_right_s, p_left_1, p_right_1,
-            ) = row_operands(b_row, W_TYPE, F_TYPE, ALIGNED)  # fmt: skip
-            n_i, n_j = row_shape(b_row, ALIGNED, TRANSPOSED)
-            stride_i, stride_j = row_strides(b_row, ALIGNED)
-            beta, alpha1, alpha2 = row_scales(b_row)
+                n_i, n_j, stride_i, stride_j, beta, alpha1, alpha2,
+            ) = row_sweep(b_row, W_TYPE, F_TYPE, ALIGNED, TRANSPOSED)  # fmt: skip
             capacity, first_candidate = field_of(b_row, CAPACITY), field_of(b_row, FIRST_CANDIDATE)
             across = tl.cdiv(n_j, BLOCK_J)
             b_below = tl.zeros([BLOCK_J], tl.int32)
             for tile in range(tl.program_id(0), across * tl.cdiv(n_i, RARE_ROWS), tl.num_programs(0)):
-                place = tl.full([], tile, tl.int64)
-                first_i, length, j, m_j = tile_indices_at(
-                    place // across, place % across, n_i, n_j, RARE_ROWS, BLOCK_J, VECTOR
-                )
+                first_i, length, j, m_j = rare_tile(tile, across, n_i, n_j, BLOCK_J, VECTOR)
                 held_w, held_s, b_right_1 = hold_rights(
                     p_right_w, p_right_s, p_right_1, j, m_j, n_j, RANK_W, RANK_S, HELD, TRANSPOSED
                 )

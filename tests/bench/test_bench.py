@@ -479,6 +479,12 @@ def test_roofline_of_a_pst_step():
     partial = 4 * 17 * (4096 * 32 + 4096 * 32)
     assert in_loop["G GEMM with factor gradients"].nbytes == 2 * (2 * 256 * 4096 + numel) + numel / 8 + partial
     assert scratch["reduce partial sums"].nbytes == 2 * partial + 4 * factors  # the tokens of a tile split in two
+    stored_tiles = roofline.Tiles(None, None, tile, 1, 24, "test", g_stored=True)
+    stored = {p.name: p for p in roofline.pst_step(shape, 256, 2, stored_tiles)}
+    assert stored["G GEMM"].nbytes == 2 * (2 * 256 * 4096 + numel)
+    assert stored["factor gradients from G"].nbytes == 4.125 * numel + partial  # G and W are read
+    fused = in_loop["G GEMM with factor gradients"].operations
+    assert stored["G GEMM"].operations + stored["factor gradients from G"].operations == fused
 
 
 def test_roofline_takes_the_tiles_of_the_kernels():
@@ -491,6 +497,7 @@ def test_roofline_takes_the_tiles_of_the_kernels():
         assert found.source == roofline.SHIPPED
         tile = choice.matmul("sm_90", torch.bfloat16, torch.bfloat16, tokens, 4096, 8)
         assert found.forward == (None if tile is None else (tile.rows, tile.columns))
+        assert found.g_stored == (tokens >= 8192)
 
 
 def test_roofline_is_labelled_and_stays_out_of_the_measured_file(tmp_path, capsys):

@@ -25,6 +25,7 @@ RANKS, STEPS, BATCH, WIDTH = 4, 6, 8, 24
 # 33 rows of 40 columns: neither a multiple of the 32 columns of a word, nor of the number of processes; so is rank 3
 PLAN = {"0": ColwiseParallel, "2": RowwiseParallel, "4": lambda: ColwiseParallel(output_layouts=Replicate())}
 MATRICES = {"dyadic": (96, 70), "bf16 ties": (65, 131), "one row more": (13, 260)}
+FROZEN = {"train_kept": True, "freeze": 0.34, "cooldown": 0.4, "score_interval": 2}  # for the last two steps
 SPARSITIES = (0.0, 0.3, 0.31, 0.6, 0.97)
 
 
@@ -185,6 +186,9 @@ def run(rank: int, folder: str) -> None:
             training = Training(engine, mesh).run()
             results[engine, ranks] = (training.made, training.state())
             results["merge", engine, ranks] = refused(training.model[0].merge)
+    for engine, mesh in (("ddp", four), ("fsdp2", two["parts"])):
+        frozen = Training(engine, mesh, **FROZEN).run()
+        results["frozen", engine] = frozen.state(), [getattr(layer, "frozen", None) for layer in frozen.model]
     results["traffic"] = largest_message(four)
     twice = fully_shard(cut(pst.PSTLinear(8, 8), two["parts"]), mesh=two["copies"])
     late = nn.Sequential(cut(nn.Linear(8, 8), four), nn.Linear(8, 2))
@@ -194,6 +198,7 @@ def run(rank: int, folder: str) -> None:
         "converted late": refused(lambda: pst.replace_linear(late)),
         "block pattern": refused(lambda: cut(pruning("block:16"), four)(torch.ones(2, 32))),
         "N:M pattern": refused(lambda: cut(pruning("2:4"), four).mask),
+        "frozen": refused(lambda: cut(pst.PSTLinear(8, 8, config=pst.PSTConfig(freeze=0.2)), four).mask),
         "Conv1D": refused(lambda: cut(pst.PSTConv1D(8, 8), four)),
     }
 

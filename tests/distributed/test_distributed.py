@@ -89,6 +89,18 @@ def test_a_sharded_model_trains_as_one_process(results, single, engine, ranks):
     assert changed.abs().max() > 1e-3  # there was something to agree on
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_kept_weights_train_as_in_one_process(results, engine):
+    """Before the freeze they have no gradient, and nothing waits for one."""
+    torch.manual_seed(0)
+    expected = worker.Training(**worker.FROZEN).run().state()
+    assert expected["2.pst_kept"].abs().max() > 3e-5
+    for found in results:
+        state, frozen = found["frozen", engine]
+        assert frozen[0::2] == [True] * 3 + [None]
+        assert_state(state, expected)
+
+
 @pytest.mark.parametrize("name", worker.MATRICES)
 def test_the_threshold_is_that_of_the_whole_matrix_on_1_2_and_4_ranks(results, name):
     layer = worker.pruning_layer(name)
@@ -146,6 +158,7 @@ def test_what_sharded_layers_refuse(results):
         assert found["errors"][name] == (
             f"RuntimeError: pattern='{pattern}' does not run under tensor parallelism; use pattern='unstructured'"
         )
+    assert "freeze=0.2 does not run under tensor parallelism" in found["errors"]["frozen"]
     # torch's own, for GPT-2's layers with and without PST; quoted in docs/troubleshooting.md
     assert "currently only support nn.Linear and nn.Embedding!" in found["errors"]["Conv1D"]
 

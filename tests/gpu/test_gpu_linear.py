@@ -6,11 +6,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from linear_problem import COMPILED, INTERPRETED, OUTPUTS, SCALES, Problem, relative_error
+from linear_problem import (
+    COMPILED,
+    INTERPRETED,
+    OUTPUTS,
+    SCALES,
+    Problem,
+    operands_of,
+    relative_error,
+    rested_gradients,
+)
 from places import TORCH, Place, same_bits
 from torch import Tensor
 
-from pst_kernels import functional
+from pst_kernels import functional, ops
 from pst_kernels.masks.packing import pack_mask
 
 TINY = Problem(33, 40, 3, 3, "bfloat16")
@@ -48,6 +57,20 @@ def allowed(gpu: Place, problem: Problem, output: str) -> float:
     rounding = Problem.allowed(problem, "y") if g_is_rounded else 0.0
     longer_sums = 4.0 if problem in LARGE else 1.0
     return longer_sums * max(rounding, problem.allowed(output))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("through", [True, False])
+def test_gradients_while_the_scores_rest(gpu: Place, dtype: str, through: bool) -> None:
+    problem = Problem(129, 65, 20, 8, dtype)
+    given = problem.tensors(gpu.device)
+    operands = operands_of(given, given["kept"]).flat
+
+    def run() -> list[Tensor]:
+        return list(ops.rested_backward(given["gy"], given["x"], *operands, through, True, True))
+
+    for name, value, exact in zip(("dx", "dU", "dV"), gpu.twice(run), rested_gradients(given, through), strict=True):
+        assert relative_error(value, exact) <= allowed(gpu, problem, name), name
 
 
 GRADIENTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -8,7 +8,7 @@ import toys
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels import SparseLinear, ops
+from pst_kernels import SparseLinear, notices, ops
 from pst_kernels.model import pst_layers
 
 
@@ -185,9 +185,7 @@ def test_every_family_and_pattern_merges(family, settings):
 
 
 def test_elsewhere_it_is_dense_and_says_so(caplog):
-    from pst_kernels.cpu import kept_weights
-
-    kept_weights._say_once.cache_clear()
+    notices.say_once.cache_clear()
     linear = pruned(dtype=torch.float16)
     layer = SparseLinear.from_linear(linear)
     for _ in range(2):

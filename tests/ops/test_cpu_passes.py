@@ -15,7 +15,7 @@ import pytest
 import torch
 from oracle import SCALES, grouped, make_problem, masked_weight, relative_error
 
-from pst_kernels import cpu, functional, reference
+from pst_kernels import cpu, functional, notices, reference
 from pst_kernels.cpu import compiled, row_blocks, scratch
 from pst_kernels.cpu.compiled import arguments, jit, kernels, launch, row_loops, threads
 from pst_kernels.masks import packing
@@ -228,11 +228,11 @@ def without_numba(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "numba", None)  # an import of it fails
     monkeypatch.delattr(compiled, "launch")
-    compiled._import_launch.cache_clear()
-    compiled._say_once.cache_clear()
+    compiled._import.cache_clear()
+    notices.say_once.cache_clear()
     yield
-    compiled._import_launch.cache_clear()
-    compiled._say_once.cache_clear()
+    compiled._import.cache_clear()
+    notices.say_once.cache_clear()
 
 
 @pytest.mark.usefixtures("without_numba")

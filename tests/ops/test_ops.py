@@ -7,7 +7,7 @@ import torch
 from op_samples import samples
 
 import pst_kernels as pst
-from pst_kernels import functional, ops
+from pst_kernels import functional, notices, ops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,7 +68,7 @@ def test_an_explicit_request_never_falls_back(monkeypatch):
 
 def test_a_fallback_says_once_why(monkeypatch, caplog):
     monkeypatch.setattr(ops.env, "has_triton", lambda: False)
-    ops._say_once.cache_clear()
+    notices.say_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="pst_kernels"):
         ops.kernels_for("cuda")
         ops.kernels_for("cuda")

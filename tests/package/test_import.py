@@ -86,6 +86,7 @@ def test_every_public_name():
         "PSTConfig", "replace_linear", "PSTLinear", "PSTConv1D", "SparsitySchedule", "PSTCallback",
         "print_trainable_parameters", "get_layer_status", "merge_and_unload", "save_pretrained", "load_pretrained",
         "functional", "refresh_masks", "BlockSparseLinear", "SparseLinear", "save_compressed", "load_compressed",
+        "Distillation", "DistillationTrainer", "RewindLR", "parameter_groups",
     }  # fmt: skip
     assert set(pst.__all__) == names
     assert all(getattr(pst, name) is not None for name in names)
@@ -110,7 +111,7 @@ SIGNATURES = {
         "through_magnitude=True", "warmup=0.1", "cooldown=0.3", "target_modules=all-linear", "exclude_modules=None",
         "modules_to_save=None", "train_bias=False", "adapter_dtype=torch.float32", "pattern=unstructured",
         "mask_interval=1", "recompute_input=True", "masked_weight=auto",
-        "products=auto",
+        "products=auto", "score_interval=1", "freeze=0.0", "train_kept=False", "allocation=uniform",
     ]),
     "replace_linear": (pst.replace_linear, ["model", "config=None"]),
     "refresh_masks": (pst.refresh_masks, ["model"]),
@@ -119,8 +120,10 @@ SIGNATURES = {
     "load_pretrained": (pst.load_pretrained, ["model", "directory"]),
     "print_trainable_parameters": (pst.print_trainable_parameters, ["model"]),
     "get_layer_status": (pst.get_layer_status, ["model"]),
-    "SparsitySchedule": (pst.SparsitySchedule, ["model", "total_steps", "step_count=0", "*", "restart=False"]),
-    "PSTCallback": (pst.PSTCallback, ["restart=False"]),
+    "SparsitySchedule": (pst.SparsitySchedule, [
+        "model", "total_steps", "step_count=0", "*", "kind=cubic", "first=0.7", "events=4", "restart=False",
+    ]),
+    "PSTCallback": (pst.PSTCallback, ["restart=False", "*", "kind=cubic", "first=0.7", "events=4", "rewind=True"]),
     "scores": (functional.scores, [*FACTORS, *SCALES]),
     "kth_value": (functional.kth_value, ["scores", "k"]),
     "prune_mask": (functional.prune_mask, [*FACTORS, "num_pruned", *SCALES]),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from silent_driver import silent
 from torch import nn
 
 import pst_kernels as pst
+from pst_kernels.layers import together
 
 pytest.importorskip("triton", reason="triton is not installed")
 GROUPED = 8  # of all masks of a model, for layers of one kind
@@ -70,3 +74,17 @@ def test_a_layer_whose_mask_is_fresh_only_multiplies(sm_90, way):
         with torch.no_grad():
             model(x)
         assert sum(launches.values()) == 4 * (0 if way == "keep" else 2)
+
+
+def test_a_model_takes_its_tables_with_it(sm_90):
+    with silent(90):
+        together.release_groups()
+        goes, stays = model_of(2), model_of(2)
+        pst.refresh_masks(goes)
+        pst.refresh_masks(stays)
+        assert len(together._groups) == 2
+        first = weakref.ref(goes[0])
+        del goes
+        gc.collect()
+        assert first() is None
+        assert len(together._groups) == 1

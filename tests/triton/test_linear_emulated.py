@@ -9,7 +9,7 @@ from pst_kernels.operands import Needs
 
 pytest.importorskip("triton")
 
-from linear_problem import COMPILED, OUTPUTS, SCALES, Problem, operands_of, relative_error
+from linear_problem import COMPILED, OUTPUTS, SCALES, Problem, operands_of, relative_error, rested_gradients
 
 from pst_kernels import ops
 from pst_kernels.triton import gradients, matmul
@@ -26,6 +26,19 @@ def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
     assert {name: errors[name] for name in OUTPUTS if not errors[name] <= problem.allowed(name)} == {}
     assert session.stats["masked_matmul_kernel"].launches == 2
     assert sum(session.stats[name].launches for name in GRADIENT_KERNELS & session.stats.keys()) == 1
+
+
+@pytest.mark.parametrize(
+    "problem", [COMPILED[0], COMPILED[3], COMPILED[5], Problem(33, 65, 3, 20, "bfloat16")], ids=str
+)
+@pytest.mark.parametrize("through", [True, False])
+def test_gradients_while_the_scores_rest(emulator, arch: int, problem: Problem, through: bool) -> None:
+    given = problem.tensors()
+    with emulator.emulate(arch):
+        operands = operands_of(given, given["kept"])
+        found = gradients.rested_backward(given["gy"], given["x"], operands, through, Needs(True, True))
+    for name, value, exact in zip(("dx", "dU", "dV"), found, rested_gradients(given, through), strict=True):
+        assert relative_error(value, exact) <= problem.allowed(name), name
 
 
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:

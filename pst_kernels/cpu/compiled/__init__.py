@@ -14,15 +14,15 @@ in the package above, and so does everything where Numba is not installed.
 from __future__ import annotations
 
 import functools
-import logging
+import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from pst_kernels import env
+from pst_kernels.notices import say_once
 
-logger = logging.getLogger("pst_kernels")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -33,25 +33,30 @@ def passes_for(weight: Tensor, dtype: torch.dtype | None = None) -> ModuleType |
     """
     if weight.device.type != "cpu" or weight.dtype not in DTYPES or (dtype is not None and dtype not in DTYPES):
         return None
-    if not weight.is_contiguous() or weight.numel() == 0 or (requested := env.cpu()) == "torch":
+    if not weight.is_contiguous() or weight.numel() == 0:
         return None
-    launch, reason = _import_launch()
-    if launch is None:
+    return module("launch", "runs its CPU passes in plain PyTorch")
+
+
+def module(name: str, without: str) -> ModuleType | None:
+    """A module of this folder, or None where it is not wanted or, which is said once, Numba cannot be had.
+
+    Raises ImportError where PST_KERNELS_CPU=numba and Numba cannot be had. `without`: what the package does then.
+    """
+    requested = env.cpu()
+    if requested == "torch":
+        return None
+    found, reason = _import(name)
+    if found is None:
         if requested == "numba":
             raise ImportError(f"PST_KERNELS_CPU=numba, but {reason}; install numba or unset the variable")
-        _say_once(f"pst_kernels runs its CPU passes in plain PyTorch, slower: {reason}; install numba")
-    return launch
+        say_once(f"pst_kernels {without}, slower: {reason}; install numba")
+    return found
 
 
 @functools.cache
-def _import_launch() -> tuple[ModuleType | None, str]:
+def _import(name: str) -> tuple[ModuleType | None, str]:
     try:
-        from . import launch
+        return importlib.import_module(f".{name}", __name__), ""
     except ImportError as error:  # not installed, or not for this version of NumPy
         return None, str(error)
-    return launch, ""
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.warning(message)

@@ -7,7 +7,6 @@ above that gives buffers (scratch.get).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +16,11 @@ from torch import Tensor
 from pst_kernels.masks.chunks import CHUNK, chunks_of, fill_pointers
 from pst_kernels.masks.packing import packed_width
 
-from . import sparse_lists, sparse_passes
+from . import one_token, sparse_lists, sparse_passes
 from . import threads as team
+from .expansion import SPREADS
+from .one_token import Lists, Scratch
 from .vectors import WIDTH, WIDTHS
-
-Scratch = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
-Lists = tuple[Tensor, Tensor, Tensor, int, int]
 
 TASK = 1 << 16  # weights of a task of rows of the passes that make lists
 TASKS = 16  # a thread: rows may differ much in how much they keep, and cores in how fast they are
@@ -30,6 +28,7 @@ GROUP_ROWS = 16  # of which a group of rows is a multiple: a line of y in fp32 i
 SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # whose part of gy stays in a core's second cache: 512 KB
 SUMS = sparse_passes.ROWS * WIDTH  # floats of a thread
 _CPU = torch.device("cpu")
+ready = one_token.ready
 
 
 def _frame(names: dict[str, int], **values: int) -> np.ndarray:
@@ -112,6 +111,8 @@ def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch:
     """out (T, rows) = x (T, columns) W^T + bias; x and out with rows of stride 1, bias fp32, T and the sizes not 0."""
     values, offsets, pointers, rows, columns = lists
     tokens, threads = x.shape[0], torch.get_num_threads()
+    if tokens == 1 and SPREADS and x.dtype is out.dtype:
+        return one_token.run(x, lists, bias, out, scratch)
     if tokens > WIDTHS[0] and values.dtype is torch.bfloat16:
         values = scratch("sparse values", values.shape, torch.float32, _CPU).copy_(values)
     plan = _plan(tokens)

@@ -47,11 +47,16 @@ def pointer_to(typing_context, address):
 
 def run(compiled: Any, arguments: np.ndarray, tasks: int) -> None:
     """Call a compiled pass with its arguments on as many threads as PyTorch uses, but no more than there are tasks."""
+    run_at(compiled, arguments.ctypes.data, tasks)
+
+
+def run_at(compiled: Any, address: int, tasks: int) -> None:
+    """`run` with the address of the arguments."""
     if torch.autograd.profiler._is_profiler_enabled:
         with torch.profiler.record_function(f"pst_kernels.cpu: {compiled.__name__}"):
-            _run(compiled, arguments.ctypes.data, min(torch.get_num_threads(), tasks))
+            _run(compiled, address, min(torch.get_num_threads(), tasks))
     else:
-        _run(compiled, arguments.ctypes.data, min(torch.get_num_threads(), tasks))
+        _run(compiled, address, min(torch.get_num_threads(), tasks))
 
 
 def _run(compiled: Any, address: int, threads: int) -> None:

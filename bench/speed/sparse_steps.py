@@ -1,0 +1,93 @@
+"""Training steps of `python -m bench sparse`: dense, LoRA, and PST while its scores learn, rest, and after the freeze.
+
+A step is forward, backward and AdamW over what trains. Mask and lists are made anew in every step, up to the freeze.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pst_kernels as pst
+
+from ..baselines.lora import LoRA
+from .modes import LEARNING_RATE, minilm, settled
+from .sparse_row import DENSE, LORA, Budget, Row, Run, rows
+
+SHAPES = ((768, 3072), (3072, 768))  # in -> out
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+TOKENS = 1024
+INTERVAL = 4
+BATCH, LENGTH = 16, 128
+OF_MODEL = 0.9
+EXACT, RESTED = "training step", f"training step, score_interval={INTERVAL}"
+FROZEN, KEPT = "training step, mask fixed", "training step, mask fixed, kept weights trained"
+SETTINGS: dict[str, dict[str, Any]] = {
+    EXACT: {}, RESTED: {"score_interval": INTERVAL}, FROZEN: {"freeze": 0.2}, KEPT: {"train_kept": True},
+}  # fmt: skip
+
+
+def layer_rows(budget: Budget) -> Iterator[Row]:
+    for columns, out in SHAPES:
+        for sparsity in SPARSITIES:
+            runs = {name: _layer_run(name, (out, columns), sparsity) for name in (DENSE, LORA, *SETTINGS)}
+            case = f"{columns} -> {out}, T = {TOKENS}"
+            # LoRA has no zeros: one row of it is enough
+            what = {LORA: "LoRA's training step"} if sparsity == SPARSITIES[0] else {}
+            yield from rows(case, what | {name: name for name in SETTINGS}, sparsity, runs, budget)
+
+
+def _layer_run(name: str, shape: tuple[int, int], sparsity: float) -> Run:
+    out, columns = shape
+    torch.manual_seed(0)
+    base = nn.Linear(columns, out)
+    layer: Any = base
+    if name == LORA:
+        layer = settled(LoRA.from_linear(base))
+    elif name != DENSE:
+        layer = settled(pst.PSTLinear.from_linear(base, pst.PSTConfig(sparsity=sparsity, **SETTINGS[name])))
+        if layer.config.freeze:
+            layer.freeze_mask()
+    x = torch.randn(TOKENS, columns, requires_grad=True)  # as in the middle of a model
+    gy = torch.randn(TOKENS, out) / TOKENS
+    return _steps(layer, lambda: layer(x).backward(gy), name)
+
+
+def model_rows(budget: Budget) -> Iterator[Row]:
+    """The whole of MiniLM, with its embeddings and head."""
+    dense: Any = minilm("cpu").train()
+    tokens = torch.randint(1000, 30000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(BATCH) % dense.config.num_labels
+    runs = {DENSE: _model_run(DENSE, dense, tokens, labels)}
+    for name in SETTINGS:
+        runs[name] = _model_run(name, copy.deepcopy(dense), tokens, labels)
+    what = {name: f"whole {name}" for name in SETTINGS}
+    yield from rows(f"MiniLM-L6, {BATCH} x {LENGTH}", what, OF_MODEL, runs, budget)
+
+
+def _model_run(name: str, model: Any, tokens: Tensor, labels: Tensor) -> Run:
+    if name != DENSE:
+        pst.replace_linear(model, pst.PSTConfig(sparsity=OF_MODEL, **SETTINGS[name]))
+        for layer in model.modules():
+            if isinstance(layer, pst.PSTLinear):
+                settled(layer)
+                if layer.config.freeze:
+                    layer.freeze_mask()
+    return _steps(model, lambda: model(input_ids=tokens, labels=labels).loss.backward(), name)
+
+
+def _steps(module: nn.Module, run: Callable[[], Any], name: str) -> Run:
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    steps = INTERVAL if name == RESTED else 1
+
+    def call() -> None:
+        for _ in range(steps):
+            run()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return Run(call, steps)

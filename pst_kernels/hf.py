@@ -1,0 +1,164 @@
+"""Folders written by `save_sparse`, for transformers: after `import pst_kernels.hf` any `from_pretrained` loads them.
+
+Where a weight is packed the model gets a `SparseLinear` or a `BlockSparseLinear` before any tensor is read. Its values
+come straight from the file, and the rest of its lists is made of the bits, one layer at a time: no dense copy of a
+pruned weight is made. All files are checked first (export/checked.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .export import checked
+from .export.folder import KEEP, pack_model
+from .export.packed import BLOCK_BITS, WEIGHT_BITS, Shape, blocks, empty, lists
+from .layers.block_sparse_linear import BlockSparseLinear
+from .layers.checks import is_conv1d
+from .layers.sparse_linear import SparseLinear
+
+try:
+    from transformers.core_model_loading import ConversionOps, WeightConverter
+except ModuleNotFoundError as error:
+    here = transformers.__version__
+    raise ImportError(f"pst_kernels.hf needs transformers 5, got {here}; run: pip install -U transformers") from error
+
+
+def load_sparse(directory: str | Path, **settings: Any) -> Any:
+    """Load a folder written by `save_sparse` with the class that its config names.
+
+    `settings` go to that class's `from_pretrained`, `dtype` and `device_map` among them. Raises ValueError for a
+    damaged, incomplete or foreign folder, before anything is loaded, and OSError where there is none.
+    """
+    config = transformers.AutoConfig.from_pretrained(directory)
+    given = getattr(config, "quantization_config", None)
+    checked.check_entry(given if isinstance(given, dict) else {}, str(directory))
+    name = (getattr(config, "architectures", None) or ["none"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(
+            f"{directory} is of the class {name}, which transformers {transformers.__version__} does not have; load it"
+            " with from_pretrained of the class it is of"
+        )
+    return kind.from_pretrained(directory, **settings)
+
+
+@register_quantization_config(checked.METHOD)
+class SparseConfig(QuantizationConfigMixin):
+    """The `quantization_config` of such a folder."""
+
+    quant_method: Any
+    digest: str
+
+    def __init__(self, **fields: Any):
+        self.set_digest(checked.check_entry(fields, "the folder"))
+
+    def set_digest(self, digest: str) -> None:
+        vars(self).update(checked.entry(digest))
+
+
+@register_quantizer(checked.METHOD)
+class SparseQuantizer(HfQuantizer):
+    """What transformers calls while it loads and saves such a folder."""
+
+    quantization_config: SparseConfig
+    requires_calibration = True  # it reads what was saved, and does not prune
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **others: Any) -> None:
+        if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
+            raise ValueError("a model saved by save_sparse is loaded from its safetensors files; pass their folder")
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError("a model saved by save_sparse cannot be cut over processes; load it without a plan")
+        found = checked.check(checkpoint_files, self.quantization_config.digest)
+        modules, prefix = dict(model.named_modules(remove_duplicate=False)), f"{model.base_model_prefix}."
+        for name, (shape, kept) in found.items():
+            here = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+            if here is None:  # of a head that this class does not have
+                continue
+            _check_fit(here, modules[here], shape)
+            old: Any = modules[here]
+            new: Any = empty(shape, kept, old.bias is not None, old.weight.dtype)
+            parent, _, child = here.rpartition(".")
+            setattr(model.get_submodule(parent), child, new.train(old.training))
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        made_of = {WEIGHT_BITS: ("offsets", "pointers"), BLOCK_BITS: ("crow_indices", "col_indices")}
+        return [WeightConverter([bits], list(names), [_FromBits(names)]) for bits, names in made_of.items()]
+
+    def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
+        for layer in model.modules():
+            if isinstance(layer, (SparseLinear, BlockSparseLinear)):
+                layer.weight.requires_grad_(False)  # as merge_and_unload makes them
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config))
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, (SparseLinear, BlockSparseLinear)):
+                continue
+            parent, _, child = name.rpartition(".")
+            plain: Any = twin.get_submodule(name)
+            weight = layer.to_dense().to(dtype)
+            plain.weight = nn.Parameter((weight.T if is_conv1d(plain) else weight).contiguous())
+            plain.bias = layer.bias
+            setattr(model.get_submodule(parent), child, plain.train(layer.training))
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        packed = pack_model(model, KEEP)
+        sums = checked.checksums(packed.state)
+        model.config.quantization_config.set_digest(checked.digest_of(sums))
+        return packed.state, checked.metadata(packed.layers, sums)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _check_fit(name: str, module: Any, shape: Shape) -> None:
+    fits = isinstance(module, nn.Linear) or is_conv1d(module)
+    size = tuple(module.weight.T.shape if is_conv1d(module) else module.weight.shape) if fits else ()
+    if size != (shape.out, shape.columns):
+        raise ValueError(
+            f"the folder does not fit its config: {name} is {type(module).__name__} {size}, its packed weight is"
+            f" {(shape.out, shape.columns)}; save the folder again with save_sparse"
+        )
+
+
+class _FromBits(ConversionOps):
+    """Two index tensors of a layer, made of its bits."""
+
+    def __init__(self, names: tuple[str, str]):
+        self.names = names
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        (bits,) = (tensor[0] if isinstance(tensor, list) else tensor for tensor in input_dict.values())
+        name = about["full_layer_name"].rpartition(".")[0]
+        layer: Any = about["model"].get_submodule(name)
+        in_blocks = isinstance(layer, BlockSparseLinear)
+        made = blocks(bits, Shape.of(layer).grid[1]) if in_blocks else lists(bits, layer.in_features)
+        return {f"{name}.{index}": tensor for index, tensor in zip(self.names, made, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never run: what is saved is packed before transformers asks for reversals."""
+        return self

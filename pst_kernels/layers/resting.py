@@ -1,0 +1,120 @@
+"""Resting: when a PST layer's scores rest, and what it is from the freeze on.
+
+Between two gradients of the scores (`score_interval`) and after the freeze, U, V and, if they train, the kept weights
+learn alone (rested.py). A fixed mask stays until `unfreeze_mask`, through saving and loading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PSTConfig
+from ..functional import Made
+from ..masks import due
+from ..masks.patterns import Pattern
+from ..operands import Factors
+from .checks import whole
+from .fixed import FixedMask
+from .recompute import producer_of
+from .rested import Added, Rest, rested_linear
+
+KEPT = "pst_kept"  # the trained kept weights
+
+
+class Resting:
+    """The part of `PSTLayer` that knows steps and the freeze."""
+
+    config: PSTConfig
+    pattern: Pattern
+    bias: Any
+    pst_U: nn.Parameter
+    pst_mask: Tensor
+    pst_frozen: Tensor
+    pst_kept: nn.Parameter
+    _scales: Any
+    _ready: Any
+
+    frozen = False  # whether the mask is fixed
+    scores_rest = False  # whether A, B, R and C learn nothing from the next backward
+    steps = 0  # of the optimizer, as far as they are counted: by a schedule, or for `score_interval`
+    _fixed: FixedMask | None = None
+    _fixed_of = due.NOTHING  # versions and addresses of what it was made of
+
+    def _add_rest(self: Any, shape: tuple[int, int]) -> None:
+        config, device = self.config, self.weight.device
+        if config.freeze:
+            self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.bool, device=device))
+        if config.train_kept:
+            pruned = self.pattern.weights_pruned(shape, self.num_pruned_at(config.sparsity))
+            kept = shape[0] * shape[1] - (pruned or 0)  # the patterns that allow it know how many they prune
+            self.pst_kept = nn.Parameter(torch.zeros(kept, dtype=config.adapter_dtype, device=device))
+        self.at_step(0)
+
+    def at_step(self, steps: int) -> None:
+        """So many optimizer steps are done: the scores learn on every `score_interval`-th one, until the freeze."""
+        self.steps = steps
+        interval = self.config.score_interval
+        self.scores_rest = self.frozen or steps % interval != interval - 1
+
+    def freeze_mask(self: Any) -> None:
+        """Fix the mask as it is after a last look; from here on A, B, R and C rest and kept weights may train."""
+        if not self.config.freeze:
+            raise RuntimeError("this layer was converted with freeze=0.0; convert it with PSTConfig(freeze=0.2), say")
+        if self._tensor_parallel() is not None:
+            raise RuntimeError("a mask cannot be fixed under tensor parallelism; use PSTConfig(freeze=0.0)")
+        self.refresh_mask()
+        self.pst_frozen.fill_(True)
+        self._set_frozen(True)
+
+    def unfreeze_mask(self) -> None:
+        """Let the mask follow the factors again. Trained kept weights belong to the fixed one, and go back to zero."""
+        if not self.frozen:
+            return
+        self.pst_frozen.fill_(False)
+        if self.config.train_kept:
+            with torch.no_grad():
+                self.pst_kept.zero_()
+        self._set_frozen(False)
+
+    def _set_frozen(self, frozen: bool) -> None:
+        self.frozen = frozen
+        self._ready = self._fixed = None
+        self.at_step(self.steps)
+        if frozen and self.config.train_kept and not self.pst_mask.is_meta:
+            _ = self.added().places  # now, for on a GPU it waits
+
+    def _fixed_mask(self: Any) -> FixedMask:
+        if torch.compiler.is_compiling() and self._fixed is not None:
+            return self._fixed
+        weight = whole(self.oriented_weight)
+        made_of = due.total_of((weight, self.pst_mask))
+        if self._fixed is None or made_of != self._fixed_of:
+            self._fixed, self._fixed_of = FixedMask(weight, self.pst_mask), made_of
+        return self._fixed
+
+    def added(self, kept: Tensor | None = None) -> Added:
+        """The trained kept weights, or `kept` in their place, whole; none before the freeze."""
+        if not (self.frozen and self.config.train_kept):
+            return Added()
+        return Added(whole(self.pst_kept if kept is None else kept), self._fixed_mask().places)
+
+    def _fixed_lists(self, factors: Factors, dtype: torch.dtype) -> Made:
+        """Made at the kept places alone: after the freeze no pass over W is left."""
+        fixed, added = self._fixed_mask(), self.added().weights
+        values = fixed.values(factors, self._scales.beta, added).to(dtype)
+        return Made(None, values, fixed.lists.offsets, fixed.lists.pointers)
+
+    def _rested_forward(self, x: Tensor, ready: Any) -> Tensor:
+        added, options = self.added(), ready.options
+        if ready.made.masked is not None and not options.kept:  # in a buffer, or of kept weights that are about to move
+            self._ready = None
+        rest = Rest(self.frozen, options.through_magnitude, options.kept)
+        producer = producer_of(x) if self.config.recompute_input else None
+        x = x if x.dtype == ready.dtype else x.to(ready.dtype)
+        made = ready.made
+        if self.config.train_kept and not self.frozen:
+            made = made._replace(waiting=self.pst_kept)
+        return rested_linear(x, ready.operands, self.bias, made, rest, added, producer)

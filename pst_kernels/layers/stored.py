@@ -1,0 +1,31 @@
+"""A layer that stores parts of its weight: how many there are is up to the state dict that it loads."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+
+class StoredParts(nn.Module):
+    """`PARTS` names its tensors, the weight first; `_wrong` says what keeps others from being such parts, and `_take`
+    puts them in the place of its own."""
+
+    PARTS: ClassVar[tuple[str, str, str]]
+
+    def _wrong(self, weight: Tensor, one: Tensor, other: Tensor, /) -> str | None:
+        raise NotImplementedError
+
+    def _take(self, weight: Tensor, one: Tensor, other: Tensor, /) -> None:
+        raise NotImplementedError
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        given = [state_dict.get(f"{prefix}{name}") for name in self.PARTS]
+        if all(isinstance(tensor, Tensor) for tensor in given):
+            if not any(tensor.is_meta for tensor in given) and (wrong := self._wrong(*given)):
+                errors.append(f"{prefix.rstrip('.') or 'this layer'} was given {wrong}")
+                return
+            own = [getattr(self, name) for name in self.PARTS]
+            if given[0].shape != own[0].shape:  # another mask than this layer's
+                self._take(*(mine.new_empty(new.shape) for mine, new in zip(own, given, strict=True)))
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

@@ -1,0 +1,49 @@
+"""Learning rates from one number: that of dense fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from .config import check_positive
+from .model import get_config
+
+# Over the rate of dense fine-tuning, as validation chose them in the accuracy study (topics; README).
+SCORES = 5.0
+UPDATE = 5.0  # of U and V at beta = 1; a step of theirs moves W' by beta times as much
+KEPT = 5.0  # magnitude pruning, which trains its kept weights, wanted as much
+OTHERS = 10.0  # the task head, and what else is trained in full: normalisations, biases
+
+
+def parameter_groups(model: nn.Module, lr: float = 1e-4) -> list[dict[str, Any]]:
+    """What trains in a converted model, in the groups that an optimizer takes, each with its learning rate.
+
+    Args:
+        model: converted by `replace_linear`.
+        lr: the learning rate with which one would fine-tune the dense model.
+
+    A group has `name` too: "update" (U and V), "scores" (A, B, R and C), "kept" (trained kept weights), "others".
+
+    Example:
+        optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), weight_decay=0.0)
+    """
+    check_positive("lr", lr)
+    beta = abs(get_config(model).beta)
+    factors = {"update": UPDATE / math.sqrt(beta) if beta else UPDATE, "scores": SCORES, "kept": KEPT, "others": OTHERS}
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in factors}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[_group_of(name.rpartition(".")[2])].append(parameter)
+    return [
+        {"params": found, "lr": lr * factors[name], "name": name} for name, found in groups.items() if found
+    ]  # fmt: skip
+
+
+def _group_of(entry: str) -> str:
+    if entry in ("pst_U", "pst_V"):
+        return "update"
+    if entry == "pst_kept":
+        return "kept"
+    return "scores" if entry.startswith("pst_") else "others"
