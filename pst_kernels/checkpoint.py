@@ -33,7 +33,7 @@ from .targets import find_targets
 logger = logging.getLogger("pst_kernels")
 ADAPTER_NAME = "pst_adapter.safetensors"
 FORMAT, VERSION = "pst_kernels", "1"
-WHOLE_NUMBERS = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64, "pst_frozen": torch.bool}
+WHOLE_NUMBERS = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64, "pst_frozen": torch.uint8}
 RELEASED_NAMES = {
     "weight_U": "pst_U", "weight_V": "pst_V", "mask_scores_A": "pst_A",
     "mask_scores_B": "pst_B", "mask_scores_R": "pst_R", "mask_scores_C": "pst_C",

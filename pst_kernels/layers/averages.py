@@ -26,6 +26,7 @@ class Given:
 
     def __init__(self, count: int, layer: Any = None):
         self.count = count
+        self.mask: Tensor | None = None  # a fixed one
         self.layer = None if layer is None else weakref.ref(layer)
 
     def __deepcopy__(self, memo: Any) -> Given:
@@ -45,6 +46,12 @@ class Given:
         return self
 
 
+def share_fixed_mask(layer: Any) -> None:
+    """Let copies have the mask of a layer that was fixed, or no more."""
+    layer.given = layer.given.now(layer.given.count, layer)
+    layer.given.mask = layer.pst_mask.clone() if layer.frozen and not layer.pst_mask.is_meta else None
+
+
 def mend(layer: Any) -> None:
     """Look for what was written from outside into a layer's count and mask since it was last looked at."""
     count, mask = layer._buffers["pst_num_pruned"], layer._buffers["pst_mask"]
@@ -59,10 +66,14 @@ def mend(layer: Any) -> None:
     if watch.made and total_of((mask,)) != watch.mask:
         if fits(layer.pattern, mask, layer._shape[1], int(count)):
             watch.mask = total_of((mask,))
+            return
+        say_spoilt(layer.full_name)
+        layer.mark_stale()
+        if layer.frozen and layer.given.mask is not None:
+            mask.copy_(layer.given.mask)
+            watch.mask = total_of((mask,))
         else:
-            say_spoilt(layer.full_name)
-            layer.mark_stale()
-            watch.mark_stale()  # of a fixed mask too: it is gone
+            watch.mark_stale()
 
 
 def fits(pattern: Pattern, mask: Tensor, columns: int, count: int) -> bool:

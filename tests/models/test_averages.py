@@ -69,6 +69,23 @@ def test_an_averaged_model_is_as_sparse_as_its_model(settings, interval):
         assert torch.equal(averaged.module(x), y)
 
 
+def test_buffers_of_a_model_with_a_fixed_mask_are_averaged_too():
+    model = under_pst(freeze=0.2)
+    schedule = pst.SparsitySchedule(model, 2)
+    x, averaged = torch.randn(5, 24), AveragedModel(model, use_buffers=True)
+    for _ in range(4):
+        schedule.step()
+        averaged.update_parameters(model)
+    assert all(layer.frozen for _, layer in pst_layers(model))
+    torch.testing.assert_close(averaged.module(x), model(x))
+    move(model, 1)  # and the masks stay
+    later = AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        later.update_parameters(model)
+    torch.testing.assert_close(later.module(x), model(x))
+    assert not fits(later.module)
+
+
 def test_a_copy_that_is_given_a_sparsity_of_its_own_keeps_it():
     model = under_pst()
     other = copy.deepcopy(model)

@@ -212,6 +212,29 @@ def test_the_share_of_the_blocks_that_is_under_pst(capsys, caplog):
     assert "|| 16.6 % of the blocks' weights are under PST\n" in capsys.readouterr().out
 
 
+def test_scores_rest_and_masks_are_fixed_as_those_of_linears_are(tmp_path):
+    model = under_pst(score_interval=2, freeze=0.3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    schedule, seen = pst.SparsitySchedule(model, 6), []
+    for _ in range(7):
+        model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        layers = [layer for _, layer in pst_layers(model)]
+        learn = [(bool(m.pst_A.grad is not None and m.pst_A.grad.any()), bool(m.pst_U.grad.any())) for m in layers]
+        assert len(set(learn)) == 1
+        seen.append(learn[0][0])
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    assert seen == [False, True, False, True, False, False, False]
+    before, expected = toys.snapshot(model.eval()), logits(model)
+    assert not toys.differences(before, toys.snapshot(model))
+    pst.save_sparse(model, tmp_path)
+    torch.testing.assert_close(logits(pst.load_sparse(tmp_path).eval()), expected)
+    torch.testing.assert_close(logits(pst.merge_and_unload(model)), expected)
+    with pytest.raises(TypeError, match=r"gate_up_proj belongs to experts, whose kept weights PST does not train"):
+        pst.replace_linear(mixtral(), pst.PSTConfig(target_modules=["gate_up_proj"], freeze=0.2, train_kept=True))
+
+
 def test_experts_of_a_kind_that_is_not_known_stay_dense_and_are_said(caplog):
     from transformers import DbrxConfig, DbrxForCausalLM
 
