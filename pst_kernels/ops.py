@@ -44,6 +44,20 @@ def kernels_for(device_type: str) -> ModuleType:
     return cpu
 
 
+def goes_direct(tensor: Tensor) -> bool:
+    """Whether a room may be called with plain tensors past PyTorch's dispatch: nobody watches or replaces what goes
+    through it, and the tensor is what it seems. Dispatch costs as much as a launch.
+    """
+    return (
+        type(tensor) in _PLAIN
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.autograd.profiler._is_profiler_enabled  # which shows the ops by name
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 class _Group(NamedTuple):
     """Neighbouring arguments of a schema that are one operand in Python."""
 

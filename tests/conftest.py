@@ -49,22 +49,41 @@ def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return request.param
 
 
-# Fixtures of a module that take long: their tests go to one worker, which makes them once. With --dist loadgroup.
+# Fixtures of a module that take long, and the files that have them: one worker runs such a file, and makes them once.
 SHARED = {"found", "finished", "launched", "trained", "report"}
+TOGETHER = {
+    "test_linear_interpreted.py", "test_blocks_interpreted.py", "test_finetune.py", "test_distributed.py",
+    "test_minilm.py", "test_machine_code.py",
+}  # fmt: skip
 COMPILED = {"emulator", "found", "report"}  # what asks for these is no part of `make test-quick`
+SLOW = {"finished", "launched"}  # nor is what asks for these
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in a hook of its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         given = item.callspec.params if hasattr(item, "callspec") else {}
+        assert not fixtures & SHARED or item.path.name in TOGETHER, f"{item.path.name} shares a fixture: see TOGETHER"
         if fixtures & COMPILED or given.get("gpu") == "emulated":
             item.add_marker(pytest.mark.compiled)
-        if fixtures & SHARED:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {given.get('report', '')}"))
+        if fixtures & SLOW:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None and item.path.name not in TOGETHER)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Test by test, but TOGETHER. (Groups by xdist_group have no effect with pytest 9.2 and pytest-xdist 3.8.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if path.rpartition("/")[2] in TOGETHER else nodeid
+
+    config.option.loadscopereorder = False  # the order above
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

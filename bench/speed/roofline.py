@@ -21,6 +21,7 @@ from pst_kernels.files import replacing
 
 from ..console import Table, console
 from ..tables.rows import RESULTS
+from . import host
 from .cases import SHAPES, Shape, short
 
 RANK = 8  # of U V and of A B
@@ -231,7 +232,7 @@ def main(options: argparse.Namespace) -> int:
         f"[bold]Computed, not measured:[/bold] {device.name}, {device.bandwidth / 1e12:g} TB/s,"
         f" {device.gemm / 1e12:.0f} of {device.peak / 1e12:.0f} TFLOP/s taken for a good GEMM; bf16, ranks {RANK}."
     )
-    out.print(_totals(found))
+    out.print(_totals(found, options.output))
     if options.passes:
         out.print(_passes(found))
     path = options.output / f"roofline_{options.device}.csv"
@@ -242,14 +243,19 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _totals(found: list[Line]) -> Table:
-    table = Table(title="floor of one training step, us (computed)")
+def _totals(found: list[Line], results: Path) -> Table:
+    """With the host's time beside the device's where `python -m bench host` has left it in `results`: the longer of
+    the two is what a layer takes.
+    """
+    table = Table(title="floor of one training step, us (computed; with host: the longer of this and the host's time)")
     for name in (
         "shape",
         "T",
         *(f"dense, {s}" for s in ADAMW),
         "PST",
         *(f"PST / dense, {s}" for s in ADAMW),
+        "dense with host",
+        "PST with host",
         "way",
         "tiles",
     ):
@@ -261,9 +267,14 @@ def _totals(found: list[Line]) -> Table:
         total = {step: sum(line.floor_us for line in passes) for step, passes in steps.items()}
         dense = [total[f"dense, {name}"] for name in ADAMW]
         first = steps["PST"][0]
+        of_host = host.of_shape(results, shape)
+        longer = [
+            "-" if name not in of_host else f"{max(device, of_host[name]):.1f}"
+            for name, device in ((host.DENSE, dense[0]), (host.KEEP, total["PST"]))
+        ]
         table.add_row(
             shape, str(tokens), *(f"{d:.1f}" for d in dense), f"{total['PST']:.1f}",
-            *(f"{total['PST'] / d:.2f}" for d in dense), first.way, first.tiles,
+            *(f"{total['PST'] / d:.2f}" for d in dense), *longer, first.way, first.tiles,
         )  # fmt: skip
     return table
 

@@ -129,9 +129,9 @@ def _rows_of(name: str, options: argparse.Namespace) -> Iterator[Row]:
         for sparsity in options.sparsities:
             for what in (DENSE, INT8) if sparsity == 0 else (SPARSE, BLOCK):
                 kept = _kept(dense, what, sparsity, Path(folder))
-                costs: dict[str, Any] = dict(kept.costs)
                 for batch in options.batches:
-                    row = Row(label, what, sparsity, batch, 0.0, 1.0, own_time=options.own_time, **costs)
+                    row = Row(label, what, sparsity, batch, 0.0, 1.0, own_time=options.own_time)
+                    row = dataclasses.replace(row, **kept.costs)
                     yield _timed(row, dense, kept.model, options, clock)
         for sparsity in options.sparsities:
             for batch in options.batches:
@@ -142,7 +142,7 @@ def _rows_of(name: str, options: argparse.Namespace) -> Iterator[Row]:
 @dataclasses.dataclass
 class _Kept:
     model: Any
-    costs: dict[str, float]
+    costs: dict[str, Any]  # fields of a row
 
 
 def _kept(dense: Any, what: str, sparsity: float, folder: Path) -> _Kept:
@@ -157,7 +157,7 @@ def _kept(dense: Any, what: str, sparsity: float, folder: Path) -> _Kept:
     place = folder / what.replace(":", "-")
     pst.save_sparse(pruned, place, format=what)
     size = sum(path.stat().st_size for path in place.glob("*.safetensors"))
-    costs = {"disk_mb": size / 1e6} | _loading(place)
+    costs: dict[str, Any] = {"disk_mb": size / 1e6} | _loading(place)
     if what == DENSE:
         return _Kept(dense, costs)
     model = pst.load_sparse(place).requires_grad_(False)
@@ -223,7 +223,7 @@ print(json.dumps({"load_s": seconds, "load_mb": (after - before) * (1 if sys.pla
 """
 
 
-def _loading(place: Path) -> dict[str, float]:
+def _loading(place: Path) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", LOADING, str(place)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"loading {place} in a fresh process failed: {done.stderr.strip().splitlines()[-1]}")

@@ -11,13 +11,16 @@ from .ops import (
     masked_weight,
     prune_mask,
     scores,
+    split_for,
 )
 from .rested import rested_backward
 from .scratch import release as release_scratch
+from .small_layer import bound_to
 
 __all__ = [
     "block_backward",
     "block_forward",
+    "bound_to",
     "forward_scratch",
     "kth_value",
     "linear_backward",
@@ -28,4 +31,5 @@ __all__ = [
     "release_scratch",
     "rested_backward",
     "scores",
+    "split_for",
 ]  # fmt: skip

@@ -38,7 +38,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dx = gy W (T, in) in gy's dtype, and the values' gradient (kept,), fp32 or float64; empty where not needed.
 
-    x is not looked at where only dx is needed.
+    Of x only dtype and device are looked at where only dx is needed.
     """
     lists = SparseRows(values, offsets, pointers, gy.shape[1], in_features)
     dx, of_values = gy.new_empty(0), values.new_empty(0, dtype=compute_dtype(values.dtype))

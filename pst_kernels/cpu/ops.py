@@ -34,13 +34,13 @@ def widened(columns: Tensor) -> Tensor:
     return pad(columns, (0, -columns.shape[1] % 16))
 
 
-def _is_small(weight: Tensor) -> bool:
+def is_small(weight: Tensor) -> bool:
     """Whether a few operators serve best; not where the variable asks for one of the other ways."""
     return small.serves(weight) and requested() == "auto"
 
 
 def scores(weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
-    if _is_small(weight):
+    if is_small(weight):
         return small.scores(weight, factors, scales)
     if (passes := passes_for(weight)) is not None:
         return passes.scores(weight, factors, scales)
@@ -86,7 +86,7 @@ def prune_mask(
         kept = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         kept.view(-1)[torch.sort(everything, stable=True).indices[:k]] = False
         return pack_mask(kept)
-    if _is_small(weight):
+    if is_small(weight):
         return small.prune_mask(weight, factors, scales, k, masked)
     last = Guess.load(guess)
 
@@ -121,7 +121,7 @@ def _masked_buffer(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _masked_into(out: Tensor, operands: MaskedWeight) -> Tensor:
     weight, factors, mask, scales = operands
-    if _is_small(weight):
+    if is_small(weight):
         return small.masked_into(out, operands)
     passes = passes_for(weight, out.dtype)
     if passes is not None:
@@ -134,13 +134,17 @@ def masked_weight(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
     return _masked_into(out, operands)
 
 
-def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> Tensor:
+def split_for(x: Tensor, operands: MaskedWeight) -> None:
+    """What both products of a step take beside M * W': nothing."""
+
+
+def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, split: None = None) -> Tensor:
     masked = _masked_into(_masked_buffer(operands.weight, x.dtype), operands)
     return linear(x, masked, None if bias is None else bias.to(x.dtype))
 
 
 def linear_backward(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs, split: None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx and the six factor gradients from one pass over G = gy^T x, of which a group of rows exists at a time.
 
@@ -151,7 +155,7 @@ def linear_backward(
     if not needs.factors:
         dx = gy.new_empty(0) if masked is None else gy @ _masked_into(masked, operands)
         return dx, *operands.factors.map(lambda factor: factor.new_empty(0, dtype=compute_dtype(weight.dtype)))
-    if _is_small(weight):
+    if is_small(weight):
         dx = gy.new_empty(0) if masked is None else gy @ small.masked_into(masked, operands)
         return dx, *small.factor_gradients(gy, x, operands, through_magnitude)
     passes = passes_for(weight, gy.dtype)

@@ -1,9 +1,12 @@
 """The ops for a weight so small that setting up a pass over it costs more than the pass: each a few operators, whole.
 
-Scores, masks and gradients are those of the other ways but for the order in which sums round.
+Where weight and factors are contiguous and fp32, and Numba is there, each is one compiled call instead. Scores, masks
+and gradients are those of the other ways but for the order in which sums round.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +14,23 @@ from torch import Tensor
 
 from ..masks.packing import pack_mask, unpack_flags
 from ..operands import Factors, MaskedWeight, Scales, compute_dtype
+from .compiled import passes_for
 
 WEIGHTS = 1 << 13  # up to so many
 
 
 def serves(weight: Tensor) -> bool:
     return weight.numel() <= WEIGHTS and weight.device.type == "cpu"
+
+
+def compiled(weight: Tensor, factors: Factors, scales: Scales) -> Any:
+    """What does it in one call, a compiled/small_launch.Bound; None where that does not serve."""
+    passes = passes_for(weight) if all(map(_is_plain, (weight, *factors))) else None
+    return None if passes is None else passes.small.Bound(weight, factors, scales)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.dtype is torch.float32 and tensor.is_contiguous()
 
 
 def updated_weight(weight: Tensor, U: Tensor, V: Tensor, beta: float) -> Tensor:
@@ -32,11 +46,15 @@ def _scores(updated: Tensor, factors: Factors, scales: Scales) -> Tensor:
 
 
 def scores(weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
+    if (bound := compiled(weight, factors, scales)) is not None:
+        return bound.scores()
     return _scores(updated_weight(weight, factors.U, factors.V, scales.beta), factors, scales)
 
 
 def prune_mask(weight: Tensor, factors: Factors, scales: Scales, count: int, masked: Tensor | None) -> Tensor:
     """The packed mask of the `count` smallest scores, from 1; `masked` (out, in) gets M * W'."""
+    if (masked is None or _is_plain(masked)) and (bound := compiled(weight, factors, scales)) is not None:
+        return bound.prune(count, masked)
     updated = updated_weight(weight, factors.U, factors.V, scales.beta)
     kept = _kept(_scores(updated, factors, scales).numpy(), count)
     if masked is not None:
@@ -62,6 +80,8 @@ def _kept(scores: np.ndarray, count: int) -> Tensor:
 def masked_into(out: Tensor, operands: MaskedWeight) -> Tensor:
     """Fill `out` with M * W' in its dtype."""
     weight, factors, mask, scales = operands
+    if _is_plain(out) and (bound := compiled(weight, factors, scales)) is not None:
+        return bound.masked_into(out, mask.contiguous())
     updated = updated_weight(weight, factors.U, factors.V, scales.beta)
     kept = unpack_flags(mask)[:, : weight.shape[1]] != 0
     return out.copy_(torch.where(kept, updated, 0.0))
@@ -72,9 +92,12 @@ def factor_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dU, dV, dA, dB, dR and dC from all of G."""
     weight, factors, mask, (beta, alpha1, alpha2) = operands
+    G = torch.mm(gy.t(), x)
+    if G.dtype is torch.float32 and (bound := compiled(weight, factors, operands.scales)) is not None:
+        return tuple(bound.factor_gradients(G, mask.contiguous(), through_magnitude))
     updated = updated_weight(weight, factors.U, factors.V, beta)
     U, V, A, B, _, _ = factors.map(lambda factor: factor.to(updated.dtype))
-    G = torch.mm(gy.t(), x).to(updated.dtype)
+    G = G.to(updated.dtype)
     D = G * updated
     flags = unpack_flags(mask)[:, : weight.shape[1]]
     Q = G.mul_(updated.abs_().add_(flags)) if through_magnitude else torch.where(flags != 0, G, 0.0)

@@ -173,7 +173,7 @@ class PSTExperts(PSTLayer):
     def operands(self) -> MaskedWeight:
         return MaskedWeight(self.oriented_weight, self.factors, self.pst_mask, self.scales)
 
-    def _prepare(self) -> Tensor | None:  # type: ignore[override]
+    def _prepare(self) -> Tensor | None:
         """Bring the masks up to date; M * W' if it is kept."""
         weight, factors = self.oriented_weight, self.factors
         if torch.compiler.is_compiling() or type(self.weight) not in PLAIN:
@@ -194,11 +194,11 @@ class PSTExperts(PSTLayer):
         with torch.inference_mode(inference), torch.no_grad(), ops.without_autocast(weight.device.type):
             made = refresh(
                 kernels, Weights(weight, factors, self._scales), state, self.watch,
-                functools.partial(self._room_to_keep, dtype) if with_masked else None,
+                functools.partial(self._room_to_keep, weight, dtype) if with_masked else None,
             )  # fmt: skip
             if keep and made is None and self._kept_at != self.watch.looks:
                 made = ops.masked_weight(weight, *factors, self.pst_mask, *self._scales, dtype)
-                self._room_to_keep(dtype).copy_(made)
+                self._room_to_keep(weight, dtype).copy_(made)
         self._kept_at = self.watch.looks if keep else -1
         return self._kept_weight if keep else None
 

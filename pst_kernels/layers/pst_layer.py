@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +37,8 @@ class Ready(NamedTuple):
     parameters: tuple[Tensor | None, ...]  # of the layer, in the order of its `NAMES`
     made: Made  # M * W' for the product
     options: Options
+    state: MaskState | None  # of the layer
+    addresses: int  # of the weight and the factors, summed up
     look: int  # of the watch, after which it was made
     added: int = due.NOTHING  # version and address of the trained kept weights
 
@@ -155,9 +156,11 @@ class PSTLayer(Resting, nn.Module):
         """What the layer's "weight" or "bias" is called in a model where the layer is called `name`."""
         return f"{name}.{what}" if name else what
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ready": None, "_kept_weight": None}  # made again where it is needed
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ready = self._kept_weight = None
         self.seen_count = due.NOTHING
         due.register(self)  # a copy has optimizers of its own
 
@@ -365,11 +368,12 @@ class PSTLayer(Resting, nn.Module):
         if self.merged:
             return self._merged_forward(x)
         ready = self._ready
-        if ready is None or torch.compiler.is_compiling() or not self._is_ready(ready, x):
+        fits = ready is not None and not torch.compiler.is_compiling() and self._fits(ready, x)
+        if ready is None or not fits or not self._is_fresh(ready):
             if (shards := self._tensor_parallel()) is not None:
                 self.called = True
                 return shards.forward(self, x)
-            ready = self._prepare(x)
+            ready = self._renewed(ready if ready is not None and fits else self._checked(x), x)
             if not torch.compiler.is_compiling():
                 self.called = True
         learn_scores = None
@@ -384,37 +388,46 @@ class PSTLayer(Resting, nn.Module):
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
         made = ready.made._replace(waiting=self.pst_kept) if self.config.train_kept else ready.made
+        bias = ready.parameters[0] if ready.parameters else self.bias
         return masked_linear(
-            x, ready.operands, self.bias, ready.dtype, ready.options, made, learn_scores, producer
+            x, ready.operands, bias, ready.dtype, ready.options, made, learn_scores, producer
         )  # fmt: skip
 
-    def _is_ready(self, ready: Ready, x: Tensor) -> bool:
-        """Whether a forward of x needs nothing but its product: nothing has changed that a look can tell."""
-        held, weight = self._parameters, ready.operands.weight
-        if (
-            ready.look != self.watch.looks
-            or x.dtype is not ready.dtype
-            or torch.is_autocast_enabled(weight.device.type)
-        ):
+    def _fits(self, ready: Ready, x: Tensor) -> bool:
+        """Whether what was checked for `ready` holds for a forward of x: the same tensors, and an x of this kind."""
+        held, buffers, weight = self._parameters, self._buffers, ready.operands.weight
+        if ready.state is None or x.dtype is not ready.dtype or torch.is_autocast_enabled(weight.device.type):
             return False
         for name, parameter in zip(NAMES, ready.parameters, strict=True):
             if held.get(name) is not parameter:
                 return False
         return (
-            x.device == ready.device == weight.device
+            x.device == ready.device
             and x.dim() > 0
             and x.shape[-1] == weight.shape[1]
             and not weight.requires_grad
-            and (ready.added == due.NOTHING or ready.added == due.total_of((self.pst_kept,)))
-            and self.watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
-            and self.watch.mask == due.total_of((self._buffers["pst_mask"],))  # type: ignore[arg-type]
+            and buffers["pst_mask"] is ready.operands.mask
+            and buffers["pst_num_pruned"] is ready.state.num_pruned
+            and ready.addresses == due.addresses_of(ready.parameters[1:])
         )
 
-    def _prepare(self, x: Tensor) -> Ready:
-        """Check the operands of a forward of x, bring the mask up to date, and M * W' where it is made before.
+    def _is_fresh(self, ready: Ready) -> bool:
+        """Whether nothing has changed that a look can tell: a forward needs nothing but its product."""
+        watch = self.watch
+        return (
+            ready.look == watch.looks
+            and watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
+            and watch.mask == due.total_of((self._buffers["pst_mask"],))  # type: ignore[arg-type]
+            and (ready.added == due.NOTHING or ready.added == due.total_of((self.pst_kept,)))
+        )
 
-        The pass that makes a mask makes M * W' too. An op does it under a compiler, and for tensors of other kinds.
-        """
+    @property
+    def _any_mask(self) -> bool:
+        """Whether M * W' may be made before a product: with blocks the product itself skips."""
+        return self.pattern.with_masked_weight or (self.frozen and self.pattern.block_size is None)
+
+    def _checked(self, x: Tensor) -> Ready:
+        """Check the operands of a forward of x; nothing is made yet."""
         weight, factors, dtype, config = self.oriented_weight, self.factors, operand_dtype(x), self.config
         operands = MaskedWeight(weight, factors, self.pst_mask, self.scales)
         check(x, operands, self.bias)
@@ -426,49 +439,63 @@ class PSTLayer(Resting, nn.Module):
             )
         # with a fixed mask no gradient passes by way of a score
         options = Options(config.through_magnitude and not self.frozen, False, self.pattern.block_size)
-        added = self.added()
         if compiling or type(weight) not in PLAIN:
+            return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
+        kernels, any_mask = ops.kernels_for(weight.device.type), self._any_mask
+        keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
+        parameters = tuple(self._parameters.get(name) for name in NAMES)
+        addresses = due.NOTHING if None in parameters[1:] else due.addresses_of(parameters[1:])
+        if self.pattern.with_masked_weight and addresses != due.NOTHING and hasattr(kernels, "bound_to"):
+            kernels = kernels.bound_to(operands, dtype) or kernels
+        options = options._replace(kept=keep, kernels=kernels)
+        return Ready(dtype, x.device, operands, parameters, NOTHING_MADE, options, self.mask_state(), addresses, -1)
+
+    def _renewed(self, ready: Ready, x: Tensor) -> Ready:
+        """With a mask that is up to date, and M * W' where it is made before a product.
+
+        The pass that makes a mask makes M * W' too. An op does it under a compiler, and for tensors of other kinds.
+        """
+        kernels, config, dtype, (weight, factors, *_) = ready.options.kernels, self.config, ready.dtype, ready.operands
+        state, added = ready.state, self.added()
+        if state is None:
             self.refresh_mask()
-            made = NOTHING_MADE
-            if added.weights is not None:
-                with torch.no_grad(), ops.without_autocast(weight.device.type):
-                    made = Made(masked_with(operands, added, dtype))
-            return Ready(dtype, x.device, operands, (), made, options, -1)
+            if added.weights is None:
+                return ready
+            with torch.no_grad(), ops.without_autocast(weight.device.type):
+                made = Made(masked_with(ready.operands, added, dtype))
+            return Ready(dtype, ready.device, ready.operands, (), made, ready.options, None, due.NOTHING, -1)
+        if torch.is_inference_mode_enabled() and not self.pst_mask.is_inference():
+            with torch.inference_mode(False):  # what is made in an evaluation must serve training too
+                return self._renewed(ready, x)
         reads.notice_rewritten(self)
         averages.mend(self)
-        kernels, state = ops.kernels_for(weight.device.type), self.mask_state()
-        any_mask = self.pattern.with_masked_weight or (self.frozen and options.block_size is None)
-        keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
-        by_lists = any_mask and not keep and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
-        options = options._replace(kept=keep)
+        keep, lists = ready.options.kept, self._any_mask and not ready.options.kept
+        by_lists = lists and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
 
         def room() -> Tensor | None:
             if keep:
-                return self._room_to_keep(dtype)
+                return self._room_to_keep(weight, dtype)
             return kernels.forward_scratch(x.numel() // max(1, x.shape[-1]), dtype, weight, factors.weight_rank)
 
-        # What is made in an evaluation must serve training too.
-        inference = torch.is_inference_mode_enabled() and self.pst_mask.is_inference()
-        with torch.inference_mode(inference), torch.no_grad(), ops.without_autocast(weight.device.type):
+        with torch.no_grad(), ops.without_autocast(weight.device.type):
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
             if self.frozen and by_lists:
                 made = self._fixed_lists(factors, dtype)
             else:
                 if masked is None and (keep or by_lists or added.weights is not None):
-                    masked = masked_with(operands, added, dtype)
-                    masked = self._room_to_keep(dtype).copy_(masked) if keep else masked
+                    masked = masked_with(ready.operands, added, dtype)
+                    masked = self._room_to_keep(weight, dtype).copy_(masked) if keep else masked
                 made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
-        parameters = tuple(self._parameters.get(name) for name in NAMES)
         version = due.NOTHING if added.weights is None else due.total_of((added.weights,))
-        ready = Ready(dtype, x.device, operands, parameters, made, options, self.watch.looks, version)
+        ready = Ready(*ready[:4], made, *ready[5:8], self.watch.looks, version)
         # Under autocast x and the product differ in their dtype, and a parametrised factor is no parameter of the
         # layer: every forward looks at all of it again.
-        self._ready = ready if x.dtype == dtype and None not in parameters[1:] else None
+        self.__dict__["_ready"] = ready if x.dtype == dtype and ready.addresses != due.NOTHING else None
         return ready
 
-    def _room_to_keep(self, dtype: torch.dtype) -> Tensor:
-        """Where M * W' is kept: the same place from step to step, which a captured graph reads."""
-        weight, kept = self.oriented_weight, self._kept_weight
+    def _room_to_keep(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where M * W' (out, in) is kept: the same place from step to step, which a captured graph reads."""
+        kept = self._kept_weight
         if kept is None or kept.dtype != dtype or kept.device != weight.device:
             kept = self._kept_weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         torch.autograd.graph.increment_version(kept)  # a backward that still needs what was there must say so
@@ -476,30 +503,33 @@ class PSTLayer(Resting, nn.Module):
 
     def can_be_grouped(self) -> bool:
         """Whether a grouped pass can make this layer's mask, where its device has one."""
-        held, weight = self._parameters, self.weight
+        held = self._parameters
         plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
         return (
-            not self.merged
+            plain
+            and not self.merged
             and not self.frozen
-            and plain
             and self.pattern.with_masked_weight
-            and weight.dtype != torch.float64
+            and held["weight"].dtype != torch.float64  # type: ignore[union-attr]
         )
 
     def grouped_tensors(self) -> tuple[Any, ...]:
         """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""
         ready = self._ready
-        masked = self._room_to_keep(ready.dtype) if ready is not None and ready.options.kept else None
-        guess = self.pst_guess.view(torch.float32)
-        return self.oriented_weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
+        weight, guess = self.oriented_weight, self.pst_guess.view(torch.float32)
+        masked = self._room_to_keep(weight, ready.dtype) if ready is not None and ready.options.kept else None
+        return weight, self.factors, self._scales, self.pst_num_pruned, guess, self.pst_mask, masked
 
-    def note_grouped_mask(self, watched: Sequence[Tensor]) -> None:
+    def note_grouped_mask(self, watched: tuple[Tensor, ...], count: Any, total: int) -> None:
         """The mask of these tensors, and M * W' where there was room for it, were made in a grouped pass."""
-        self.watch.note(self.pst_num_pruned, watched, made=True, mask=self.pst_mask)
-        ready = self._ready
-        if ready is not None:
-            made = Made(self._kept_weight) if ready.options.kept else NOTHING_MADE
-            self.__dict__["_ready"] = ready._replace(made=made, look=self.watch.looks)
+        watch, ready = self.watch, self._ready
+        watch.note_look(count, total, watched, made=True, mask=self.pst_mask)
+        if ready is None:
+            return
+        masked = self._kept_weight if ready.options.kept else None
+        if ready.look != watch.looks or ready.made.masked is not masked:  # else all of it is where it was
+            # past nn.Module's own __setattr__, which looks for parameters
+            self.__dict__["_ready"] = Ready(*ready[:4], Made(masked), *ready[5:8], watch.looks)
 
     def _merged_forward(self, x: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():

@@ -55,11 +55,11 @@ def _counts(code: CodeType, line: int) -> bool:
 def notice_rewritten(layer: Any) -> None:
     """Say once that a frozen weight was written in place since the last look, other than by loading."""
     weight = layer._parameters.get("weight")
-    # A process group may write the same numbers anew, when a model is wrapped for instance.
-    if type(weight) is not nn.Parameter or weight.is_inference() or _in_process_group():
+    if type(weight) is not nn.Parameter or weight.is_inference():
         return
     seen, now = layer.seen_weight, (id(weight), weight.data_ptr(), weight._version)
-    if now == seen:
+    # A process group may write the same numbers anew, when a model is wrapped for instance.
+    if now == seen or _in_process_group():
         return
     layer.seen_weight = now
     if seen is not None and seen[:2] == now[:2] and not layer.rewritten:

@@ -24,10 +24,10 @@ class SparseLinear(StoredParts):
     Parameter `weight` (kept,): the kept weights in chunks of 128 columns, in a chunk row by row, in a row by column;
     buffers `offsets`, uint8 (kept,), a weight's column in its chunk, and `pointers`, int32 (chunks * out + 1,): row i's
     part of chunk c is pointers[c * out + i] to pointers[c * out + i + 1]. The order is the same on every device. It
-    holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk; once it has multiplied one token on a CPU with
-    AVX2, a bit a weight besides, which no state dict has. A state dict may bring any number of kept weights. On a CPU,
-    in fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x reaches only outputs that
-    keep a weight for it; elsewhere each product makes the dense weight first.
+    holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk; once it has multiplied a single token on a CPU,
+    a bit a weight besides, which no state dict has. A state dict may bring any number of kept weights. On a CPU, in
+    fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x reaches only outputs that keep
+    a weight for it; elsewhere each product makes the dense weight first.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.

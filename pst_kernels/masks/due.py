@@ -9,6 +9,8 @@ merging make the mask anew, and `refresh_masks` is for the rest.
 from __future__ import annotations
 
 import functools
+import itertools
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,22 +39,35 @@ class Watch:
 
     def is_fresh(self, num_pruned: Any, tensors: Sequence[Any]) -> bool:
         """Whether nothing has changed since the last look."""
-        return not self.stepped and self.total == total_of(tensors) and self.count == _count(num_pruned)
+        return not self.stepped and self.is_fresh_at(count_of(num_pruned), total_of(tensors))
+
+    def is_fresh_at(self, count: Any, total: int) -> bool:
+        """`is_fresh` of what was looked up already, by `count_of` and `total_of`."""
+        return not self.stepped and self.total == total and self.count == count
 
     def is_due(self, num_pruned: Tensor, interval: int) -> bool:
         """Whether to make the mask now that something has changed: a changed sparsity is due at once, changed factors
         at the `interval`-th look that finds them changed.
         """
-        moved = self.count is not None and self.count != _count(num_pruned)
+        return self.is_due_at(count_of(num_pruned), interval)
+
+    def is_due_at(self, count: Any, interval: int) -> bool:
+        moved = self.count is not None and self.count != count
         return not self.made or moved or self.changes + 1 >= interval
 
     def note(self, num_pruned: Tensor, tensors: Sequence[Tensor], made: bool, mask: Tensor | None = None) -> None:
         """Remember this look; `made` says that the mask belongs to these tensors as they are."""
+        self.looks += 1
+        self.note_look(count_of(num_pruned), total_of(tensors), tuple(tensors), made, mask)
+
+    def note_look(
+        self, count: Any, total: int, tensors: tuple[Tensor, ...], made: bool, mask: Tensor | None = None
+    ) -> None:
+        """`note` of what was looked up already; what was made before stays right."""
         self.changes = 0 if made else self.changes + 1
         self.mask = self.mask if mask is None else total_of((mask,))
         self.made, self.stepped = True, False
-        self.looks += 1
-        self.count, self.total, self.tensors = _count(num_pruned), total_of(tensors), tuple(tensors)
+        self.count, self.total, self.tensors = count, total, tensors
 
     def mark_stale(self) -> None:
         """Make the mask before the next use, whatever the counters say."""
@@ -70,16 +85,34 @@ def total_of(tensors: Sequence[Tensor]) -> int:
     """One number that differs after a write, which moves a tensor's version, and after a tensor was replaced by
     another, whose address tells it from its predecessor. Inference tensors have no version.
     """
-    total = 0
     try:
-        for tensor in tensors:
-            total += tensor._version + tensor.data_ptr()
+        return sum(map(version_of, tensors)) + sum(map(address_of, tensors))
     except RuntimeError:
         return sum((0 if t.is_inference() else t._version) + t.data_ptr() for t in tensors)
-    return total
 
 
-def _count(num_pruned: Tensor) -> Any:
+# Called for every tensor of a model after each step, so without a frame of Python's.
+version_of: Callable[[Tensor], int] = operator.attrgetter("_version")
+address_of: Callable[[Tensor], int] = Tensor.data_ptr
+
+
+def addresses_of(tensors: Sequence[Any]) -> int:
+    """One number that differs after a tensor was replaced by another, or its memory by other memory."""
+    return sum(map(address_of, tensors))
+
+
+def addresses_and_versions(tensors: Sequence[Sequence[Tensor]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Of every part, which are equally long: the addresses, and the sum of the versions. Together `total_of` each."""
+    every, size = list(itertools.chain.from_iterable(tensors)), len(tensors[0]) if tensors else 1
+    try:
+        versions = list(map(version_of, every))
+    except RuntimeError:
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in every]
+    addresses = zip(*[map(address_of, every)] * size, strict=True)
+    return list(addresses), list(map(sum, zip(*[iter(versions)] * size, strict=True)))
+
+
+def count_of(num_pruned: Tensor) -> Any:
     # A process group may write the same count anew in every forward, so it is compared by value where reading is free.
     if num_pruned.is_cpu:
         return int(num_pruned)

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..operands import Factors, Scales
-from .due import Watch
+from .due import Watch, count_of, total_of
 from .patterns import parse
 
-_making = threading.RLock()  # of two threads at a first forward one makes the mask, and the other waits for it
+making = threading.RLock()  # of two threads at a first forward one makes the mask, and the other waits for it
 
 
 class MaskState(NamedTuple):
@@ -46,11 +46,13 @@ def refresh(
     weight, factors, _ = weights
     watched = sharded or (weight, *factors)
     # Shards are made by all processes at once, and they may be threads of this one.
-    with _making if sharded is None else contextlib.nullcontext():
-        if watch.is_fresh(state.num_pruned, watched):
+    with making if sharded is None else contextlib.nullcontext():
+        count, total = count_of(state.num_pruned), total_of(watched)
+        if watch.is_fresh_at(count, total):
             return None
-        if not watch.is_due(state.num_pruned, state.interval):
-            watch.note(state.num_pruned, watched, made=False)
+        if not watch.is_due_at(count, state.interval):
+            watch.note_look(count, total, tuple(watched), made=False)
+            watch.looks += 1
             return None
         if any(factor.device != weight.device for factor in factors):
             return None  # the forward is about to say which tensor has to be moved
@@ -58,7 +60,8 @@ def refresh(
         masked = room() if room is not None and pattern.with_masked_weight else None
         for part in _single(weights, state, masked):
             part.mask.copy_(pattern.prune(kernels, *part.weights, state.num_pruned, part.guess, part.masked))
-        watch.note(state.num_pruned, watched, made=True, mask=state.mask)
+        watch.note_look(count, total, tuple(watched), made=True, mask=state.mask)
+        watch.looks += 1
         return masked
 
 

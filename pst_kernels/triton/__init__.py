@@ -11,9 +11,8 @@ from .group_layer import LayerTensors
 from .group_mask import prune_masks
 from .group_table import MaskTable
 from .mask import masked_weight, prune_mask
-from .matmul import forward_scratch, linear_forward
+from .matmul import forward_scratch, linear_forward, split_for
 from .score import scores
-from .scratch import release as release_scratch
 from .select import kth_value
 
 __all__ = [
@@ -28,7 +27,7 @@ __all__ = [
     "masked_weight",
     "prune_mask",
     "prune_masks",
-    "release_scratch",
     "rested_backward",
     "scores",
+    "split_for",
 ]  # fmt: skip

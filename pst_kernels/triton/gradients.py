@@ -6,7 +6,7 @@ With D = G * W' and Q = G * (M + |W'|), or G * M, all six are low-rank reduction
     dV = beta U^T Q    dB = alpha1 A^T D    dC = alpha2 D.sum(0)
 
 G stays in the accumulator, a tile of it at a time. For many tokens (tables.G_STORED_TOKENS) the library makes it
-instead, in the shared scratch buffer, and the same kernels read its tiles there.
+instead, and the same kernels read its tiles there.
 
 A program makes (out, in) tiles of G over one of `split_k` parts of the tokens, with few ranks a sweep of several tiles
 along a row. It gates each and reduces it, adds up the sums of its rows, and stores its partial sums in a place of its
@@ -27,20 +27,24 @@ save 0.7 MB of traffic, 0.2 us.
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..operands import Factors, MaskedWeight, Needs
-from . import scratch
+from ..masks.packing import packed_width
+from ..operands import Factors, MaskedWeight, Needs, Scales
 from .gradient_products import KEPT_ALONE, gate, product_of_pairs, product_tile, splitting
 from .gradient_ranks import many_ranks_kernel
-from .matmul import input_gradient, one_stride
+from .launch import Launch
+from .matmul import Split, input_gradient, one_stride
 from .ptx import split
 from .score import checked_operands
 from .tiles import choice, targets
-from .tiles.targets import cdiv
+from .tiles.targets import Platform, cdiv
 
 
 @triton.jit
@@ -236,60 +240,84 @@ def add_partials_kernel(
         tl.store(p_dc + i - tl.full([], RANK_S, tl.int64) * columns, b_sum * alpha2, mask=exists & (rank == RANK_S))
 
 
+class Problem(NamedTuple):
+    """What the launches depend on beside their plan."""
+
+    dtypes: tuple[torch.dtype, ...]  # of x, gy, W, U, V, A and B
+    shape: tuple[int, int]
+    ranks: tuple[int, int]  # of W', of S
+    stride: int  # of W, along the dimension whose stride is not 1
+    along_columns: bool
+    tokens: int
+    through_magnitude: int
+    scales: Scales
+
+
+@functools.lru_cache(maxsize=1024)
+def _launches(problem: Problem, plan: choice.GradientPlan, platform: Platform) -> tuple[Launch, Launch]:
+    """Of the partial sums, and of their sums."""
+    (rows, columns), (rank_w, rank_s), x = problem.shape, problem.ranks, problem.dtypes[0]
+    tile, sweeps, down, split_k = plan.tile, plan.sweeps, plan.down, plan.split_k
+    sizes = rows, columns, problem.stride, packed_width(columns), problem.scales.beta
+    constants = {
+        "RANK_W": rank_w, "RANK_S": rank_s, "WEIGHT_ALONG_ROWS": not problem.along_columns,
+        "THROUGH": problem.through_magnitude, "G_STORED": plan.g_stored, "UPCAST": platform.interpreted,
+        "EVEN": rows % tile.rows == 0 and columns % tile.columns == 0,
+        "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
+        **splitting(x, platform), "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    tokens = problem.tokens, plan.tokens_per_split
+    if plan.few_ranks:
+        # Else Q needs no W', and D has a branch of its own, taken with two rows or more: it needs fewer registers, but
+        # not on sm_120.
+        straight = bool(problem.through_magnitude) or plan.g_stored or platform.architecture == "sm_120" or rows == 1
+        sums = Launch(
+            factor_gradients_kernel, (sweeps, down, split_k), (*tokens, plan.sweep_length, *sizes), PARTS=plan.parts,
+            WORDS_AT_ONCE=plan.words_at_once, STRAIGHT=straight, **constants, **platform.all_registers,
+        )  # fmt: skip
+    else:
+        registers = platform.all_registers if x == torch.float32 else {}  # the others take what they need
+        sums = Launch(many_ranks_kernel, (sweeps, down, split_k), (*tokens, *sizes), WIDTH=16, **constants, **registers)
+    block, ranks = 256, rank_w + rank_s + 1
+    add = Launch(
+        add_partials_kernel, (cdiv(rows * ranks, block) + cdiv(columns * ranks, block),),
+        (split_k * sweeps, split_k * down, rows, columns, *problem.scales),
+        RANK_W=rank_w, RANK_S=rank_s, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return sums, add
+
+
 def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: int) -> Factors:
     """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`, `through_magnitude` as `gate` takes it."""
     weight, factors, mask, scales = operands
     (rows, columns), tokens = weight.shape, x.shape[0]
     if not tokens or not weight.numel():
         return factors.map(lambda factor: torch.zeros_like(factor, dtype=torch.float32))
-    found = factors.map(lambda factor: torch.empty(factor.shape, dtype=torch.float32, device=x.device))
     weight, stride, along_columns = one_stride(weight)
-    platform = targets.platform(x.device)
-    rank_w, rank_s = factors.weight_rank, factors.score_rank
-    plan = choice.gradient_plan(platform.architecture, x.dtype, weight.dtype, (rows, columns), tokens, (rank_w, rank_s))
-    tile, sweeps, down, split_k = plan.tile, plan.sweeps, plan.down, plan.split_k
-    g = scratch.get((rows, columns), x.dtype, x.device) if plan.g_stored else x
-    if plan.g_stored:
-        torch.mm(gy.T, x, out=g)
-    ranks = rank_w + rank_s + 1
-    row_sums = torch.empty((split_k * sweeps, rows, ranks), dtype=torch.float32, device=x.device)
-    column_sums = torch.empty((split_k * down, ranks, columns), dtype=torch.float32, device=x.device)
-    tensors = gy, x, g, weight, *factors[:4], mask, row_sums, column_sums
-    sizes = rows, columns, stride, mask.shape[1], scales.beta
-    constants = {
-        "RANK_W": rank_w, "RANK_S": rank_s, "WEIGHT_ALONG_ROWS": not along_columns, "THROUGH": through_magnitude,
-        "G_STORED": plan.g_stored, "UPCAST": platform.interpreted,
-        "EVEN": rows % tile.rows == 0 and columns % tile.columns == 0,
-        "BLOCK_ROWS": tile.rows, "BLOCK_COLUMNS": tile.columns, "BLOCK_DEPTH": tile.depth,
-        **splitting(x.dtype, platform), "num_warps": tile.warps, "num_stages": tile.stages,
-    }  # fmt: skip
-    # Else Q needs no W', and D has a branch of its own, taken with two rows or more: it needs fewer registers, but not
-    # on sm_120.
-    straight = bool(through_magnitude) or plan.g_stored or platform.architecture == "sm_120" or rows == 1
-    if plan.few_ranks:
-        factor_gradients_kernel[sweeps, down, split_k](
-            *tensors, tokens, plan.tokens_per_split, plan.sweep_length, *sizes, PARTS=plan.parts,
-            WORDS_AT_ONCE=plan.words_at_once, STRAIGHT=straight, **constants, **platform.all_registers,
-        )  # fmt: skip
-    else:
-        registers = platform.all_registers if x.dtype == torch.float32 else {}  # the others take what they need
-        many_ranks_kernel[sweeps, down, split_k](
-            *tensors, tokens, plan.tokens_per_split, *sizes, WIDTH=16, **constants, **registers
-        )
-    block = 256
-    add_partials_kernel[(cdiv(rows * ranks, block) + cdiv(columns * ranks, block),)](
-        row_sums, column_sums, *found, split_k * sweeps, split_k * down, rows, columns, *scales,
-        RANK_W=rank_w, RANK_S=rank_s, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    platform, ranks = targets.platform(x.device), (factors.weight_rank, factors.score_rank)
+    plan = choice.gradient_plan(platform.architecture, x.dtype, weight.dtype, (rows, columns), tokens, ranks)
+    dtypes = tuple([t.dtype for t in (x, gy, weight, *factors[:4])])
+    problem = Problem(dtypes, (rows, columns), ranks, stride, along_columns, tokens, through_magnitude, scales)
+    sums, add = _launches(problem, plan, platform)
+    g = gy.T @ x if plan.g_stored else x
+    like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+    row_sums = torch.empty((plan.split_k * plan.sweeps, rows, sum(ranks) + 1), **like)
+    column_sums = torch.empty((plan.split_k * plan.down, sum(ranks) + 1, columns), **like)
+    found = Factors(*[torch.empty_like(factor, dtype=torch.float32) for factor in factors])
+    sums(gy, x, g, weight, *factors[:4], mask, row_sums, column_sums)
+    add(row_sums, column_sums, *found)
     return found
 
 
 def linear_backward(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
-) -> tuple[Tensor, ...]:
-    """dx in gy's dtype and the six factor gradients in fp32; empty tensors in place of what is not needed."""
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs, split: Split | None = None
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """dx in gy's dtype and the six factor gradients in fp32; empty tensors in place of what is not needed.
+
+    `split` is that of the forward, if it made one.
+    """
     operands = checked_operands(operands)
-    dx = input_gradient(gy, operands) if needs.input else gy.new_empty(0)
+    dx = input_gradient(gy, operands, split) if needs.input else gy.new_empty(0)
     if needs.factors:
         return dx, *factor_gradients(gy, x, operands, through_magnitude)
     return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in operands.factors)

@@ -16,8 +16,9 @@ from .group_row import (
     row_sweep,
     tile_indices_at,
 )  # fmt: skip
-from .group_select import search
-from .group_table import MaskTable
+from .group_select import Search
+from .group_table import Group, MaskTable
+from .launch import Launch
 from .mask import kept, load_threshold, store_masked, store_words
 from .select import SLOTS
 from .sweep import hold_rights, step_scores
@@ -59,11 +60,22 @@ def group_mask_kernel(
             store_masked(p_out, b_updated, b_kept, i, j, m_tile, wide_i, wide_j, TRANSPOSED)
 
 
+class Passes:
+    """All launches over a group."""
+
+    def __init__(self, group: Group) -> None:
+        self.search = Search(group)
+        tiling = group.mask
+        self.mask = Launch(group_mask_kernel, tiling.grid, MASKED_TYPE=group.masked_type, **tiling.constants)
+
+    def __call__(self, group: Group) -> None:
+        self.search(group)
+        self.mask(group.rows, group.mask.places, group.state)
+
+
 def prune_masks(table: MaskTable) -> None:
     """Make the mask of every layer, and M * W' where it has room for it, on the current stream."""
     for group in table.groups:
-        search(group)
-        launch = group.mask
-        group_mask_kernel[launch.grid](
-            group.rows, launch.places, group.state, MASKED_TYPE=group.masked_type, **launch.constants
-        )
+        if group.passes is None:
+            group.passes = Passes(group)
+        group.passes(group)

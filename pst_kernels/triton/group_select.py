@@ -46,6 +46,7 @@ from .group_row import (
     row_sweep,
     tile_indices_at,
 )  # fmt: skip
+from .launch import Launch
 from .select import (
     BELOW,
     COLLECT,
@@ -305,14 +306,23 @@ def group_collect_kernel(
                 refine_layer(b_row, p_layer, p_layer_bins, p_key + first_candidate, p_index + first_candidate, FEW)
 
 
-def search(group: Group) -> None:
-    """Leave the threshold of every layer in the group's state, and its next guess."""
-    key, index = group.candidates()
-    rows, state, bins, layers = group.rows, group.state, group.bins, len(group.members)
-    group_bracket_kernel[(layers,)](rows, state, key, **group.bracket_constants)
-    usual, rare = group.gather, group.rare
-    group_gather_kernel[usual.grid](rows, usual.places, state, bins, key, index, **usual.constants)
-    if group.can_miss:  # else every layer was collected whole
-        for turn in range(KEY_TURNS.value + 1):
-            group_radix_kernel[rare.grid](rows, state, bins, layers, turn, **rare.constants)
-        group_collect_kernel[rare.grid](rows, state, bins, key, index, layers, **rare.constants)
+class Search:
+    """Leaves the threshold of every layer in the group's state, and its next guess."""
+
+    def __init__(self, group: Group) -> None:
+        layers, usual, rare = len(group.members), group.gather, group.rare
+        self.bracket = Launch(group_bracket_kernel, (layers,), **group.bracket_constants)
+        self.gather = Launch(group_gather_kernel, usual.grid, **usual.constants)
+        turns = range(KEY_TURNS.value + 1) if group.can_miss else ()  # else every layer is collected whole
+        self.radix = [Launch(group_radix_kernel, rare.grid, (layers, turn), **rare.constants) for turn in turns]
+        self.collect = Launch(group_collect_kernel, rare.grid, (layers,), **rare.constants)
+
+    def __call__(self, group: Group) -> None:
+        key, index = group.candidates()
+        rows, state, bins = group.rows, group.state, group.bins
+        self.bracket(rows, state, key)
+        self.gather(rows, group.gather.places, state, bins, key, index)
+        for turn in self.radix:
+            turn(rows, state, bins)
+        if self.radix:
+            self.collect(rows, state, bins, key, index)

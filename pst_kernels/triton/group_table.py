@@ -53,8 +53,8 @@ class Kind(NamedTuple):
         }  # fmt: skip
 
 
-class Launch(NamedTuple):
-    """Of one kernel over a group."""
+class Tiling(NamedTuple):
+    """What a kernel over a group is launched with."""
 
     grid: tuple[int]
     places: Tensor | None  # of each program's tile; None where programs share out the tiles themselves
@@ -77,6 +77,7 @@ class Group:
         self.state = torch.zeros((len(numels), select.SLOTS.value), dtype=torch.int64, device=self.device)
         bins = (len(numels), row.COPIES.value, row.RADIX_BINS.value)
         self.bins = torch.zeros(bins, dtype=torch.int32, device=self.device)
+        self.passes: Any = None  # of group_mask.py, made at the first call
 
     def _place(self, kind: Kind, rooms: list[tuple[int, int]]) -> None:
         """The launches, and the rows of the table; `rooms` are those for candidates, and where they begin."""
@@ -86,9 +87,9 @@ class Group:
         of_words = tile_for_words(tile, kind.transposed)
         usual = cut(shapes, tile, programs)
         of_mask = usual._replace(block_j=of_words.block_j)
-        self.gather = Launch((sum(usual.counts),), usual.places(self.device), kind.constants(tile, platform))
-        self.mask = Launch((sum(of_mask.counts),), of_mask.places(self.device), kind.constants(of_words, platform))
-        self.rare = Launch((programs,), None, kind.constants(RARE, platform))
+        self.gather = Tiling((sum(usual.counts),), usual.places(self.device), kind.constants(tile, platform))
+        self.mask = Tiling((sum(of_mask.counts),), of_mask.places(self.device), kind.constants(of_words, platform))
+        self.rare = Tiling((programs,), None, kind.constants(RARE, platform))
         self.bracket_constants = {"num_warps": 4} | {
             name: value for name, value in self.gather.constants.items() if name in BRACKET
         }

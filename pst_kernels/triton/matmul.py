@@ -9,11 +9,15 @@ starts as W, in fp32), one to round the pair to x's dtype, 1.5 to turn two bits 
 Precision. beta U V inside the loop is U_hi V_hi + U_lo V_hi + U_hi V_lo in bf16 (hi + lo holds 16 bits of a factor),
 added to W in fp32, and W' is rounded once, to x's dtype. With fp32 x everything is fp32 multiply-add, no tf32.
 
-For many tokens, and for high ranks, the masked weight is made once, in a scratch buffer shared by all layers, and the
-library multiplies: choice.matmul is the switch.
+For many tokens, and for high ranks, the masked weight is made once and the library multiplies: choice.matmul is the
+switch. It is freed with the product, so that the next layer's lies in the same memory: the allocator gives it out in
+the order of a stream, to whatever thread.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight
-from . import scratch
+from .launch import Launch
 from .mask import fill_masked_weight
 from .ptx import MASKING, keep, used, widen
 from .score import checked_operands
@@ -203,71 +207,115 @@ def split_factors_kernel(
         tl.store(p_right + i[:, None] * WIDTH + k[None, :], b.to(p_right.dtype.element_ty), mask=(i < columns)[:, None])
 
 
-def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> tuple[Tensor, Tensor]:
+Split = tuple[Tensor, Tensor]  # beta U (out, width) and V^T (in, width)
+
+
+@functools.lru_cache(maxsize=256)
+def _splitting(rows: int, columns: int, rank: int, beta: float, split: bool, dtypes: tuple[torch.dtype, ...]) -> Launch:
+    """`dtypes` are those of U and V."""
+    width = choice.factor_width(rank, split)
+    block = 32 if width <= 128 else 16
+    return Launch(
+        split_factors_kernel, (cdiv(rows, block) + cdiv(columns, block),), (rows, columns, rank, beta),
+        SPLIT=split, WIDTH=width, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def split_factors(U: Tensor, V: Tensor, beta: float, split: bool) -> Split:
     """beta U and V^T, padded to what a tensor core multiplies; with `split` as bf16 pairs that hold 16 bits of each."""
     rows, rank, columns = U.shape[0], V.shape[0], V.shape[1]
     width = choice.factor_width(rank, split)
     dtype = torch.bfloat16 if split else torch.float32
     left = torch.empty((rows, width), dtype=dtype, device=U.device)
     right = torch.empty((columns, width), dtype=dtype, device=U.device)
-    block = 32 if width <= 128 else 16
-    grid = (cdiv(rows, block) + cdiv(columns, block),)
-    split_factors_kernel[grid](
-        U, V, left, right, rows, columns, rank, beta, SPLIT=split, WIDTH=width, BLOCK=block, num_warps=4
-    )  # fmt: skip
+    _splitting(rows, columns, rank, beta, split, (U.dtype, V.dtype))(U, V, left, right)
     return left, right
 
 
+class Product(NamedTuple):
+    """What a launch depends on beside its tile."""
+
+    dtypes: tuple[torch.dtype, ...]  # of x, W and the bias, or y where there is none
+    tokens: int
+    rows: int
+    depth: int
+    stride: int
+    words: int  # of a packed row
+    width: int  # of the split factors
+    transposed: bool
+    along_columns: bool  # whether columns of W are what has stride 1
+    with_bias: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def _multiplying(product: Product, tile: Tile, platform: Platform) -> Launch:
+    x, weight, _ = product.dtypes
+    tokens, rows, depth, transposed = product.tokens, product.rows, product.depth, product.transposed
+    along_rows = product.along_columns == transposed  # of the tile: its rows are W's columns where it is transposed
+    assembly, constraints = "", ""
+    if x != torch.float32 and platform.assembly:
+        assembly, constraints = MASKING[x, transposed != along_rows, weight == torch.float32]
+    return Launch(
+        masked_matmul_kernel, (cdiv(tokens, tile.columns), cdiv(rows, tile.rows)),
+        (tokens, rows, depth, product.stride, product.words, int(product.with_bias)),
+        WIDTH=product.width, BITS_ALONG_ROWS=transposed, WEIGHT_ALONG_ROWS=along_rows,
+        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=platform.interpreted,
+        ASSEMBLY=assembly, CONSTRAINTS=constraints, WAIT=platform.architecture == "sm_90" and assembly != "",
+        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
 def masked_matmul(
-    x: Tensor, operands: MaskedWeight, bias: Tensor | None, tile: Tile, platform: Platform, transposed: bool
-) -> Tensor:
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, tile: Tile, platform: Platform, transposed: bool,
+    split: Split | None = None,
+) -> Tensor:  # fmt: skip
     """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself, masked in the loop.
 
     Operands as of `checked_operands`; nothing is empty.
     """
     weight, factors, mask, scales = operands
     rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
-    left, right = split_factors(factors.U, factors.V, scales.beta, platform.pairs(x.dtype))
+    left, right = split or split_factors(factors.U, factors.V, scales.beta, platform.pairs(x.dtype))
     if transposed:
         left, right = right, left
     tokens = x.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     weight, stride, along_columns = one_stride(weight)
-    along_rows = along_columns == transposed  # of the tile, whose rows are the columns of W where it is transposed
-    assembly, constraints = "", ""
-    if x.dtype != torch.float32 and platform.assembly:
-        assembly, constraints = MASKING[x.dtype, transposed != along_rows, weight.dtype == torch.float32]
-    grid = (cdiv(tokens, tile.columns), cdiv(rows, tile.rows))
-    masked_matmul_kernel[grid](
-        x, weight, left, right, y if bias is None else bias, mask, y,
-        tokens, rows, depth, stride, mask.shape[1], int(bias is not None),
-        WIDTH=left.shape[1], BITS_ALONG_ROWS=transposed, WEIGHT_ALONG_ROWS=along_rows,
-        EVEN=depth % tile.depth == 0 and (rows % tile.rows == 0 or not along_rows), UPCAST=platform.interpreted,
-        ASSEMBLY=assembly, CONSTRAINTS=constraints,
-        WAIT=platform.architecture == "sm_90" and assembly != "",
-        BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
+    added = y if bias is None else bias
+    product = Product(
+        (x.dtype, weight.dtype, added.dtype), tokens, rows, depth, stride, mask.shape[1], left.shape[1], transposed,
+        along_columns, bias is not None,
     )  # fmt: skip
+    _multiplying(product, tile, platform)(x, weight, left, right, added, mask, y)
     return y
 
 
-def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> Tensor:
+def split_for(x: Tensor, operands: MaskedWeight) -> Split | None:
+    """What both products of a step take, made once; None where the library multiplies in the forward."""
+    operands, platform = checked_operands(operands), targets.platform(x.device)
+    if in_loop_tile(x, operands, platform, transposed=False) is None:
+        return None
+    return split_factors(operands.factors.U, operands.factors.V, operands.scales.beta, platform.pairs(x.dtype))
+
+
+def linear_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, split: Split | None = None) -> Tensor:
     """y = x (M * W')^T + bias."""
     operands, platform = checked_operands(operands), targets.platform(x.device)
     bias = None if bias is None else bias.to(x.dtype)
     tile = in_loop_tile(x, operands, platform, transposed=False)
     if tile is None:
-        return torch.nn.functional.linear(x, masked_in_scratch(operands, x.dtype, platform), bias)
-    return masked_matmul(x, operands, bias, tile, platform, transposed=False)
+        return torch.nn.functional.linear(x, masked_for_library(operands, x.dtype, platform), bias)
+    return masked_matmul(x, operands, bias, tile, platform, False, split)
 
 
-def input_gradient(gy: Tensor, operands: MaskedWeight) -> Tensor:
+def input_gradient(gy: Tensor, operands: MaskedWeight, split: Split | None = None) -> Tensor:
     """dx = gy (M * W'); operands as of `checked_operands`."""
     platform = targets.platform(gy.device)
     tile = in_loop_tile(gy, operands, platform, transposed=True)
     if tile is None:
-        return gy @ masked_in_scratch(operands, gy.dtype, platform)
-    return masked_matmul(gy, operands, None, tile, platform, transposed=True)
+        return gy @ masked_for_library(operands, gy.dtype, platform)
+    return masked_matmul(gy, operands, None, tile, platform, True, split)
 
 
 def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) -> Tensor | None:
@@ -277,7 +325,7 @@ def forward_scratch(tokens: int, dtype: torch.dtype, weight: Tensor, rank: int) 
     architecture = targets.architecture(weight.device)
     if choice.matmul(architecture, dtype, weight.dtype, tokens, weight.shape[1], rank) is not None:
         return None
-    return scratch.get(weight.shape, dtype, weight.device)
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
 
 def in_loop_tile(x: Tensor, operands: MaskedWeight, platform: Platform, transposed: bool) -> Tile | None:
@@ -300,6 +348,6 @@ def one_stride(weight: Tensor) -> tuple[Tensor, int, bool]:
     return weight, weight.stride(0), True
 
 
-def masked_in_scratch(operands: MaskedWeight, dtype: torch.dtype, platform: Platform) -> Tensor:
-    out = scratch.get(operands.weight.shape, dtype, operands.weight.device)
+def masked_for_library(operands: MaskedWeight, dtype: torch.dtype, platform: Platform) -> Tensor:
+    out = torch.empty(operands.weight.shape, dtype=dtype, device=operands.weight.device)
     return fill_masked_weight(operands, out, platform)

@@ -24,7 +24,8 @@ from pst_kernels.model import pst_layers
 LAUNCH = """
 import sys, torch.multiprocessing as mp, distributed_worker as worker
 if __name__ == "__main__":
-    mp.start_processes(worker.run, (sys.argv[1],), nprocs=worker.RANKS, start_method="spawn")
+    mp.get_context("forkserver").set_forkserver_preload(["distributed_worker"])  # imported once for all
+    mp.start_processes(worker.run, (sys.argv[1],), nprocs=worker.RANKS, start_method="forkserver")
 """
 SHARDED = ("fsdp2", "tensor parallel")
 

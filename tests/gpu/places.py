@@ -66,7 +66,6 @@ class Place:
                 step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # the stream of the warm-up: its scratch buffers are not the graph's own, which would be freed with it
         with torch.cuda.graph(graph, stream=stream):
             step()
         return graph.replay

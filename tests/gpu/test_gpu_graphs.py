@@ -52,7 +52,7 @@ class Training:
     ("dtype", "tokens"),
     [
         (torch.bfloat16, 24), (torch.float32, 24),
-        pytest.param(torch.bfloat16, 2048, marks=pytest.mark.large),  # by the library, with a scratch buffer
+        pytest.param(torch.bfloat16, 2048, marks=pytest.mark.large),  # by the library
     ],
     ids=str,
 )  # fmt: skip

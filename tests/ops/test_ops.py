@@ -10,6 +10,7 @@ import pst_kernels as pst
 from pst_kernels import functional, notices, ops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype):
     checked = set()

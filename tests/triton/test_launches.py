@@ -15,7 +15,7 @@ from pst_kernels.layers import together
 
 pytest.importorskip("triton", reason="triton is not installed")
 GROUPED = 8  # of all masks of a model, for layers of one kind
-OF_A_STEP = {"keep": 2, "remake": 6}  # of a layer's forward and backward, masks fresh
+OF_A_STEP = {"keep": 2, "remake": 5}  # of a layer's forward and backward, masks fresh
 
 
 @pytest.fixture
@@ -59,6 +59,23 @@ def test_a_schedule_makes_the_masks_once_a_step(sm_90):
             optimizer.step()
             schedule.step()
             assert sum(launches.values()) == GROUPED
+
+
+def test_a_kept_masked_weight_follows_the_factors_between_two_masks(sm_90):
+    with silent(90) as launches:
+        model = model_of(2, masked_weight="keep", mask_interval=2)
+        optimizer, x = trained(model), torch.randn(16, 192)
+        made = []
+        for _ in range(4):
+            model(x).sum().backward()
+            launches.clear()
+            optimizer.step()
+            of_the_step = sum(launches.values())
+            launches.clear()
+            with torch.no_grad():
+                model(x)
+            made.append((of_the_step, dict(launches)))
+        assert made == [(0, {"masked_weight_kernel": 2}), (GROUPED, {})] * 2
 
 
 @pytest.mark.parametrize("way", OF_A_STEP)

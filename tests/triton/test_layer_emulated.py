@@ -69,8 +69,8 @@ def test_mask_and_masked_weight_come_from_one_pass_for_many_tokens(emulator, mon
     ours, plain = layer(torch.float32), layer(torch.float32)
     x = torch.randn(tables.FLOAT_TOKENS + 6, 70)
     expected, first_mask = step(plain, x), plain.pst_mask.clone()
-    made_again, masked_in_scratch = [], matmul.masked_in_scratch
-    monkeypatch.setattr(matmul, "masked_in_scratch", lambda *args: made_again.append(1) or masked_in_scratch(*args))
+    made_again, masked_for_library = [], matmul.masked_for_library
+    monkeypatch.setattr(matmul, "masked_for_library", lambda *args: made_again.append(1) or masked_for_library(*args))
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
     monkeypatch.setenv("PST_KERNELS_ARCH", f"sm_{arch}")
     with emulator.emulate(arch):

@@ -146,14 +146,3 @@ def test_tables_of_a_context_come_first_and_change_no_other(monkeypatch: pytest.
         assert chosen(101) is not None  # 100 is the file's limit
         assert tables.GRADIENTS["sm_90"] == shipped
     assert gradient_tile() == tables.Tile(64, 64, 64, 4, 2)
-
-
-def test_scratch_is_shared_and_can_be_freed() -> None:
-    from pst_kernels import triton as kernels
-    from pst_kernels.triton import scratch
-
-    kernels.release_scratch()
-    first = scratch.get((4, 8), FP32, torch.device("cpu"))
-    assert scratch.get((2, 8), FP32, torch.device("cpu")).data_ptr() == first.data_ptr()
-    kernels.release_scratch()
-    assert not scratch._buffers

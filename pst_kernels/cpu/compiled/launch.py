@@ -15,9 +15,10 @@ from pst_kernels.masks.guess import Bracket, Candidates
 from pst_kernels.masks.packing import packed_width
 from pst_kernels.operands import Factors, MaskedWeight, Scales
 
-from . import kernels
+from . import kernels, small_launch
 from .arguments import Arguments, rows_per_reduction_task, rows_per_task
 
+small = small_launch
 Scratch = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 TASKS = 8  # of the rows of G that are there at once: each has its own sums over rows, as large as the factors

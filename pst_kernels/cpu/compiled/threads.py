@@ -59,6 +59,15 @@ def run_at(compiled: Any, address: int, tasks: int) -> None:
         _run(compiled, address, min(torch.get_num_threads(), tasks))
 
 
+def run_alone(compiled: Any, address: int) -> None:
+    """Call a compiled pass with the address of its arguments on this thread."""
+    if torch.autograd.profiler._is_profiler_enabled:
+        with torch.profiler.record_function(f"pst_kernels.cpu: {compiled.__name__}"):
+            compiled.ctypes(address)
+    else:
+        compiled.ctypes(address)
+
+
 def _run(compiled: Any, address: int, threads: int) -> None:
     parallel = _openmp()
     if threads <= 1:

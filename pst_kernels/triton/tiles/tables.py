@@ -96,9 +96,9 @@ ODD_SLOTS = 8.0  # the small tile of odd shapes
 FLOAT_TOKENS = 64  # fp32 multiply-adds: the library's own are so much faster that only reading W once less pays
 WIDEST_FACTOR = 64  # padded columns of U and V that a loop step multiplies; for higher ranks the masked weight is made
 
-# From here on the library makes G, in the scratch buffer, and the gradient kernel reads it: 4 B a weight more, written
-# and read, against a main loop that runs at an assumed 0.9 of the library's speed. 4 B / bandwidth = T (1 / 0.9 - 1) /
-# rate gives 3,500 tokens on sm_90 and 2,250 on sm_80; some twice that, because G in x's dtype costs a rounding.
+# From here on the library makes G, and the gradient kernel reads it: 4 B a weight more, written and read, against a
+# main loop that runs at an assumed 0.9 of the library's speed. 4 B / bandwidth = T (1 / 0.9 - 1) / rate gives 3,500
+# tokens on sm_90 and 2,250 on sm_80; some twice that, because G in x's dtype costs a rounding.
 # fp32 multiply-adds of this kernel are so much slower than the library's that G is worth making for few tokens already.
 G_STORED_TOKENS = {"half": 8192, "mixed": 8192, "float": 64}
 SPLIT_K_TOKENS = 1024  # at least so many a split of a tile of G: storing its sums costs as much as about 200

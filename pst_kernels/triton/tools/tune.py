@@ -166,8 +166,8 @@ def _in_loop(problem: Problem, x: Tensor, gy: Tensor, tile: Tile) -> list[Tensor
 
 def _made_first(problem: Problem, x: Tensor, gy: Tensor) -> list[Tensor]:
     platform = targets.platform(x.device)
-    y = x @ matmul.masked_in_scratch(problem.operands, x.dtype, platform).T
-    return [y, gy @ matmul.masked_in_scratch(problem.operands, x.dtype, platform)]
+    y = x @ matmul.masked_for_library(problem.operands, x.dtype, platform).T
+    return [y, gy @ matmul.masked_for_library(problem.operands, x.dtype, platform)]
 
 
 def _switch(problem: Problem, rows: Sequence[tuple[int, Tile]]) -> int:
