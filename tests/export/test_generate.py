@@ -50,7 +50,7 @@ def test_compiled_without_a_break(tmp_path):
 
 @pytest.mark.parametrize("format", ["sparse", "block:16"])
 def test_one_token_through_a_compiled_layer(format, tmp_path):
-    """Inductor's graph calls the same op, at one token too."""
+    """The graph calls the same op, at one token too."""
     model = pst.merge_and_unload(toys.trained("gpt2", pattern="block:16", sparsity=0.5))
     pst.save_sparse(model, tmp_path, format=format)
     kind = SparseLinear if format == "sparse" else BlockSparseLinear
