@@ -266,37 +266,37 @@ class _PSTLinear(torch.autograd.Function):
 
 
 def masked_stack(
-    operands: MaskedWeight, through_magnitude: bool, kept: Tensor | None = None, learn_scores: Tensor | None = None
+    operands: MaskedWeight, through_magnitude: bool, kept: Tensor | None = None, interval: int = 0
 ) -> Tensor:
     """M * W' of a stack of weights (experts, out, in), with the same straight-through gradient for its factors.
 
-    In the weight's dtype. `kept` is M * W', if it is made already and stays as it is until the backward; `learn_scores`
-    as of `masked_linear`.
+    In the weight's dtype. `kept` is M * W', if it is made already and stays as it is until the backward. With an
+    `interval`, U and V learn from kept weights alone, and the scores on the last step before a mask of that interval.
     """
     weight, factors, mask, scales = operands
-    return _MaskedStack.apply(weight, *factors, mask, kept, learn_scores, (*scales, through_magnitude))
+    return _MaskedStack.apply(weight, *factors, mask, kept, (*scales, through_magnitude, interval))
 
 
 class _MaskedStack(torch.autograd.Function):
     """What `_PSTLinear` does to the weight alone: its gradient G comes from the products of others."""
 
     @staticmethod
-    def forward(ctx: Any, weight, U, V, A, B, R, C, mask, kept, learn_scores, constants) -> Tensor:
-        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores)
+    def forward(ctx: Any, weight, U, V, A, B, R, C, mask, kept, constants) -> Tensor:
+        ctx.save_for_backward(weight, U, V, A, B, R, C, mask)
         ctx.constants = constants
-        *scales, _ = constants
+        *scales, _, _ = constants
         return ops.masked_weight(weight, U, V, A, B, R, C, mask, *scales, weight.dtype) if kept is None else kept
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
-        *operands, learn_scores = ctx.saved_tensors
-        *scales, through_magnitude = ctx.constants
+        operands = ctx.saved_tensors
+        *scales, through_magnitude, interval = ctx.constants
         needs = ctx.needs_input_grad[1:7]
-        found = ops.stack_gradients(G, *operands, *scales, learn_scores, through_magnitude)
+        found = ops.stack_gradients(G, *operands, *scales, interval, through_magnitude)
         of_factors = zip(found, operands[1:7], needs, strict=True)
         gradients = [gradient.to(factor.dtype) if need else None for gradient, factor, need in of_factors]
-        return None, *gradients, *[None] * 4
+        return None, *gradients, *[None] * 3
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

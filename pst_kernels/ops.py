@@ -146,6 +146,12 @@ def _block_backward(kernels, gy, x, operands, size, interval, through_magnitude,
     return kernels.block_backward(gy, x, operands, size, learns, through_magnitude, needs)
 
 
+def _stack_gradients(gradient, operands, interval, through_magnitude):
+    """With no interval the scores learn on every step."""
+    learns = not interval or due.watch_of(operands.factors.U).is_last_before_refresh(interval)
+    return stacks.factor_gradients(gradient, operands, learns, interval != 0, through_magnitude)
+
+
 def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
     refresh(kernels, weights, state, due.watch_of(weights.factors.U))
 
@@ -176,12 +182,12 @@ _define(
 )  # fmt: skip
 _define(
     "stack_gradients",
-    ["Tensor gradient", MASKED_WEIGHT, "Tensor? learn_scores", "bool through_magnitude"],
+    ["Tensor gradient", MASKED_WEIGHT, "SymInt interval", "bool through_magnitude"],
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda _, operands, *__: tuple(
         operands.factors.map(lambda f: f.new_empty(f.shape, dtype=compute_dtype(operands.weight.dtype)))
     ),
-    run=lambda _, *operands: stacks.factor_gradients(*operands),
+    run=lambda _, *operands: _stack_gradients(*operands),
 )  # fmt: skip
 _define(
     "linear_forward", ["Tensor x", MASKED_WEIGHT, "Tensor? bias"], "Tensor",

@@ -33,12 +33,11 @@ def room(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def factor_gradients(
-    gradient: Tensor, operands: MaskedWeight, learn_scores: Tensor | None, through_magnitude: bool
+    gradient: Tensor, operands: MaskedWeight, learn_scores: bool, kept_alone: bool, through_magnitude: bool
 ) -> tuple[Tensor, ...]:
     """dU, dV, dA, dB, dR and dC, in fp32 (float64 for a float64 weight), from G (experts, out, in).
 
-    `learn_scores` (bool, 0-d, on the CPU) is given for masks of blocks: Q is that of kept blocks then, and the scores
-    have their gradients or zeros.
+    Without `learn_scores` the scores' gradients are zeros; with `kept_alone`, Q is that of kept weights.
     """
     weight, factors, mask, (beta, alpha1, alpha2) = operands
     dtype, (experts, out, columns) = compute_dtype(weight.dtype), weight.shape
@@ -50,14 +49,14 @@ def factor_gradients(
         U, V, A, B, _, _ = (factor[few].to(dtype) for factor in factors)
         updated, G = torch.baddbmm(weight[few].to(dtype), U, V, alpha=beta), gradient[few].to(dtype)
         kept = unpack_mask(mask[few].flatten(0, 1), columns).view(updated.shape)
-        if learn_scores is None or bool(learn_scores):
+        if learn_scores:
             D = G * updated
             dA.copy_(D @ B.mT).mul_(alpha1)
             dB.copy_(A.mT @ D).mul_(alpha1)
             torch.sum(D, 2, out=dR).mul_(alpha2)
             torch.sum(D, 1, out=dC).mul_(alpha2)
         gate = updated.abs_().add_(kept) if through_magnitude else kept
-        if learn_scores is not None:
+        if kept_alone:
             gate = gate * kept
         Q = G * gate
         dU.copy_(Q @ V.mT).mul_(beta)

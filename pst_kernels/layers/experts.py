@@ -31,7 +31,7 @@ from ..operands import MaskedWeight
 from . import averages
 from .checks import PLAIN
 from .kept import keeps
-from .pst_layer import FROZEN, PSTLayer
+from .pst_layer import FROZEN, NEVER, PSTLayer
 from .recompute import hooks_on_saved_tensors
 
 PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -160,14 +160,14 @@ class PSTExperts(PSTLayer):
                 raise RuntimeError("these experts are merged, so their factors would not train; call unmerge() first")
             return self.weight
         kept = self._prepare()
-        learn_scores = None
+        interval = 0
         if self.scores_rest:
-            learn_scores = torch.zeros((), dtype=torch.bool)
+            interval = NEVER
         elif self.pattern.block_size is not None:
-            learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
+            interval = self.config.mask_interval
         # with a fixed mask no gradient passes by way of a score
         through_magnitude = self.config.through_magnitude and not self.frozen
-        return self.oriented(masked_stack(self.operands, through_magnitude, kept, learn_scores))
+        return self.oriented(masked_stack(self.operands, through_magnitude, kept, interval))
 
     @property
     def operands(self) -> MaskedWeight:
