@@ -265,6 +265,40 @@ class _PSTLinear(torch.autograd.Function):
         return dx if needs_input else None, dbias, None, *gradients, *[None] * 9
 
 
+def masked_stack(
+    operands: MaskedWeight, through_magnitude: bool, kept: Tensor | None = None, learn_scores: Tensor | None = None
+) -> Tensor:
+    """M * W' of a stack of weights (experts, out, in), with the same straight-through gradient for its factors.
+
+    In the weight's dtype. `kept` is M * W', if it is made already and stays as it is until the backward; `learn_scores`
+    as of `masked_linear`.
+    """
+    weight, factors, mask, scales = operands
+    return _MaskedStack.apply(weight, *factors, mask, kept, learn_scores, (*scales, through_magnitude))
+
+
+class _MaskedStack(torch.autograd.Function):
+    """What `_PSTLinear` does to the weight alone: its gradient G comes from the products of others."""
+
+    @staticmethod
+    def forward(ctx: Any, weight, U, V, A, B, R, C, mask, kept, learn_scores, constants) -> Tensor:
+        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores)
+        ctx.constants = constants
+        *scales, _ = constants
+        return ops.masked_weight(weight, U, V, A, B, R, C, mask, *scales, weight.dtype) if kept is None else kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        *operands, learn_scores = ctx.saved_tensors
+        *scales, through_magnitude = ctx.constants
+        needs = ctx.needs_input_grad[1:7]
+        found = ops.stack_gradients(G, *operands, *scales, learn_scores, through_magnitude)
+        of_factors = zip(found, operands[1:7], needs, strict=True)
+        gradients = [gradient.to(factor.dtype) if need else None for gradient, factor, need in of_factors]
+        return None, *gradients, *[None] * 4
+
+
 def operand_dtype(x: Tensor) -> torch.dtype:
     """What the product is computed in: x's own dtype, or autocast's."""
     return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype

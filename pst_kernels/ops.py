@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import env
-from .cpu import kept_blocks, kept_weights
+from .cpu import kept_blocks, kept_weights, stacks
 from .masks import due
 from .masks.packing import packed_width
 from .masks.patterns import parse
@@ -171,7 +171,17 @@ _define(
 )  # fmt: skip
 _define(
     "masked_weight", [MASKED_WEIGHT, "ScalarType dtype"], "Tensor",
-    lambda operands, dtype: operands.weight.new_empty(operands.weight.shape, dtype=dtype),
+    lambda operands, dtype: stacks.room(operands.weight, dtype),
+    run=lambda kernels, operands, dtype: stacks.masked_weight(kernels, operands, dtype),
+)  # fmt: skip
+_define(
+    "stack_gradients",
+    ["Tensor gradient", MASKED_WEIGHT, "Tensor? learn_scores", "bool through_magnitude"],
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda _, operands, *__: tuple(
+        operands.factors.map(lambda f: f.new_empty(f.shape, dtype=compute_dtype(operands.weight.dtype)))
+    ),
+    run=lambda _, *operands: stacks.factor_gradients(*operands),
 )  # fmt: skip
 _define(
     "linear_forward", ["Tensor x", MASKED_WEIGHT, "Tensor? bias"], "Tensor",
@@ -224,6 +234,7 @@ kth_value = _ops.kth_value.default
 prune_mask = _ops.prune_mask.default
 refresh_mask = _ops.refresh_mask.default
 masked_weight = _ops.masked_weight.default
+stack_gradients = _ops.stack_gradients.default
 linear_forward = _ops.linear_forward.default
 linear_backward = _ops.linear_backward.default
 rested_backward = _ops.rested_backward.default

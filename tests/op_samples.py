@@ -36,6 +36,11 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
         yield "refresh_mask", (*weights, pruned, mask.clone(), new(), 1, pattern)
     unstructured, of_blocks = ((weight, *factors, mask, *scales) for mask in (packed, blocks))
     yield "masked_weight", (*unstructured, dtype)
+    stack = weight.repeat(2, 1, 1), *(factor.repeat(2, *[1] * factor.dim()) for factor in factors)
+    masks = packed.repeat(2, 1, 1)
+    yield "refresh_mask", (*stack, *scales, count(200), masks.clone(), new().repeat(2, 1), 1, "unstructured")
+    yield "masked_weight", (stack[0].mT.contiguous().mT, *stack[1:], masks, *scales, dtype)
+    yield "stack_gradients", (torch.randn_like(stack[0]), *stack, masks, *scales, None, True)
     yield "linear_forward", (x, *unstructured, bias)
     yield "linear_forward", (x, *unstructured, None)
     for needs_input, needs_factors in ((True, True), (False, True), (True, False)):

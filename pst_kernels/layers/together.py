@@ -105,7 +105,7 @@ def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> No
     rooms: dict[str, Any] = {}
     grouped: dict[torch.device, list[PSTLayer]] = {}
     for layer in layers:
-        device = layer._parameters["weight"].device  # type: ignore[union-attr]
+        device = layer.weight.device
         if device.type not in rooms:
             kernels = ops.kernels_for(device.type)
             rooms[device.type] = kernels if hasattr(kernels, "prune_masks") else None
