@@ -176,11 +176,6 @@ _define(
     run=lambda kernels, weight, factors, scales, state: _refresh(kernels, Weights(weight, factors, scales), state),
 )  # fmt: skip
 _define(
-    "is_last_before_refresh", ["Tensor U", "SymInt interval"], "Tensor",
-    lambda *_: torch.empty((), dtype=torch.bool, device="cpu"),
-    run=lambda _, U, interval: torch.tensor(due.watch_of(U).is_last_before_refresh(interval), device="cpu"),
-)  # fmt: skip
-_define(
     "masked_weight", [MASKED_WEIGHT, "ScalarType dtype"], "Tensor",
     lambda operands, dtype: stacks.room(operands.weight, dtype),
     run=lambda kernels, operands, dtype: stacks.masked_weight(kernels, operands, dtype),
@@ -244,7 +239,6 @@ scores = _ops.scores.default
 kth_value = _ops.kth_value.default
 prune_mask = _ops.prune_mask.default
 refresh_mask = _ops.refresh_mask.default
-is_last_before_refresh = _ops.is_last_before_refresh.default
 masked_weight = _ops.masked_weight.default
 stack_gradients = _ops.stack_gradients.default
 linear_forward = _ops.linear_forward.default

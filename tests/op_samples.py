@@ -34,7 +34,6 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
     for pattern, pruned, mask in (("unstructured", count(200), packed), ("block:16", count(1), blocks)):
         yield "prune_mask", (*weights, pruned, new(), pattern)
         yield "refresh_mask", (*weights, pruned, mask.clone(), new(), 1, pattern)
-    yield "is_last_before_refresh", (factors[0], 16)
     unstructured, of_blocks = ((weight, *factors, mask, *scales) for mask in (packed, blocks))
     yield "masked_weight", (*unstructured, dtype)
     stack = weight.repeat(2, 1, 1), *(factor.repeat(2, *[1] * factor.dim()) for factor in factors)
