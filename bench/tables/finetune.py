@@ -13,6 +13,12 @@ from .table import replace_between
 BEGIN, END = "<!-- finetune:begin -->", "<!-- finetune:end -->"
 
 
+def _teacher(settings: dict[str, Any]) -> str:
+    if not settings.get("hardness") or settings["method"] != "both":
+        return ""
+    return f", PST ({settings['preset']}) with the dense model as its teacher"
+
+
 def markdown(results: dict[str, Any]) -> str:
     """One column a method, and under the table the conditions."""
     settings, machine, data = results["settings"], results["machine"], results["data"]
@@ -29,8 +35,9 @@ def markdown(results: dict[str, Any]) -> str:
     conditions = (
         f"MiniLM (6 layers, 384 wide) on BBC News, {data['train']:,} articles for training and {data['test']:,} for the"
         f" test; {settings['steps']} steps of {settings['batch_size']} x {settings['max_length']} tokens, the same"
-        f" batches for both, seed {results['seed']}. Measured on CPU: {machine['processor']}, {machine['threads']}"
-        f" threads, fp32, torch {versions['torch']}, transformers {versions['transformers']}, {results['date'][:10]}."
+        f" batches for both{_teacher(settings)}, seed {results['seed']}. Measured on CPU: {machine['processor']},"
+        f" {machine['threads']} threads, fp32, torch {versions['torch']}, transformers"
+        f" {versions['transformers']}, {results['date'][:10]}."
         " Zeros are counted in the saved file; memory is the process's own, Python and libraries included."
     )
     return "\n".join([*lines, "", conditions])

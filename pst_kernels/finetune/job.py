@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> int:
     report.write_results(settings.folder / "results.json", results, settings, dataset)
     report.print_table(results, settings.sparsity)
     print(f"Written to {settings.folder} in {time.monotonic() - started:.0f} s:")
-    for name in ("results.json", "curves.png", "dense", "pst/adapter", "pst/merged"):
+    for name in ("results.json", "curves.png", "dense", "pst/adapter", "pst/sparse", "pst/merged"):
         if (settings.folder / name).exists():
             print(f"  {settings.folder / name}")
     return 0

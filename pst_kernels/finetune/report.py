@@ -34,7 +34,7 @@ def print_table(results: Mapping[str, Result], sparsity: float) -> None:
     console.print(table)
     console.print(
         "Zeros are counted in the saved file. Movement pruning trains every weight and a score for every prunable one."
-        " The checkpoint of PST is its adapter; merged, it is as large as the dense model.",
+        " The checkpoint of PST is its adapter; its folder is the whole model, pruned weights as bits and values.",
         style="dim",
     )
 

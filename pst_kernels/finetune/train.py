@@ -20,13 +20,14 @@ import numpy as np
 import torch
 import transformers
 
-from .. import PSTCallback, merge_and_unload, replace_linear, save_pretrained
+from .. import PSTCallback, load_sparse, merge_and_unload, replace_linear, save_pretrained, save_sparse
 from ..distillation_trainer import DistillationTrainer
 from ..files import write_json
 from ..targets import find_targets
 from . import models, presets, processes
 from .callbacks import MarkComplete, Progress, Recorder, StopOnNaN, newest_checkpoint
 from .data import Dataset, Example
+from .inference import TEXTS, forward_ms
 from .measure import count_zeros, memory_mb, weights_mb
 from .settings import Settings
 
@@ -105,14 +106,16 @@ def _save_and_judge(
     shutil.rmtree(building, ignore_errors=True)
     if method == "pst":
         save_pretrained(trained_model, building / "adapter")
+        sparse = _save_sparse(trained_model, tokenizer, building / "sparse")
         whole, checkpoint_mb = building / "merged", weights_mb(building / "adapter")
         models.save(merge_and_unload(trained_model, safe_merge=True), tokenizer, whole)
     else:
-        whole = building
+        whole, sparse = building, None
         models.save(trained_model, tokenizer, whole)
         checkpoint_mb = weights_mb(whole)
 
     saved = _predict(models.load_saved(whole), tokenizer, dataset.test, settings)
+    used, inference = _inference(settings, dataset, tokenizer, whole, sparse)
     zeros = count_zeros(whole, facts.layers)
     prunable = sum(facts.layers.values())
     result = Result(
@@ -125,6 +128,8 @@ def _save_and_judge(
             "step_ms": statistics.median(entry["step_ms"] for entry in steps),
             "peak_mb": peak_mb,
             "checkpoint_mb": checkpoint_mb,
+            "inference_ms": inference,
+            "folder_mb": weights_mb(sparse or whole),
         },
         details={
             "model_numel": facts.model_numel,
@@ -134,6 +139,7 @@ def _save_and_judge(
             "trainable_of_movement": facts.trainable / (facts.model_numel + prunable),
             "memory_before_model_mb": facts.base_mb,
             "saved_model_mb": weights_mb(whole),
+            "inference": used,
             "saved_and_trained_agree": bool((saved.argmax(1) == trained.argmax(1)).all()),
             "saved_and_trained_max_difference": float(np.abs(saved - trained).max()),
             "zeros": zeros.to_dict(),
@@ -143,6 +149,29 @@ def _save_and_judge(
     shutil.rmtree(final, ignore_errors=True)
     building.rename(final)
     write_json(work / f"{method}.json", {"row": result.row, "details": result.details, "history": result.history})
+
+
+def _save_sparse(model: Any, tokenizer: Any, folder: Path) -> Path | None:
+    """The folder that stays sparse; None, and said, where it can't be had."""
+    try:
+        save_sparse(model, folder, tokenizer=tokenizer)
+    except (ValueError, RuntimeError, ImportError) as error:
+        print(f"note: no folder of the sparse model: {error}")
+        return None
+    return folder
+
+
+def _inference(
+    settings: Settings, dataset: Dataset, tokenizer: Any, whole: Path, sparse: Path | None
+) -> tuple[dict[str, float], float]:
+    """Times by what is used, and this method's own: of the sparse folder where there is one."""
+    used = {"this": load_sparse(sparse) if sparse is not None else models.load_saved(whole)}
+    if sparse is not None and (settings.folder / "dense").is_dir():
+        used["dense"] = models.load_saved(settings.folder / "dense")
+    texts = [example.text for example in dataset.test[:TEXTS]]
+    batch = tokenizer(texts, truncation=True, max_length=settings.max_length, padding=True, return_tensors="pt")
+    found = forward_ms({name: model.eval() for name, model in used.items()}, batch)
+    return found, found["this"]
 
 
 def read_result(work: Path, method: str) -> Result | None:

@@ -85,6 +85,7 @@ def test_results_hold_every_number_of_the_table(finished):
     results = json.loads((folder / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
     columns = {"test_accuracy", "zeros_pruned", "zeros_model", "trainable", "step_ms", "peak_mb", "checkpoint_mb"}
+    columns |= {"inference_ms", "folder_mb"}
     assert list(rows) == ["dense", "pst"]
     for row in rows.values():
         assert set(row) == {"method", *columns}
@@ -110,6 +111,10 @@ def test_results_hold_every_number_of_the_table(finished):
     assert set(results["history"]["dense"]["sparsity"]) == {0.0}
     for text in ("test accuracy", f"{rows['pst']['trainable']:,}", "of what movement pruning trains"):
         assert text in printed
+    assert set(pst["inference"]) == {"this", "dense"}
+    assert rows["pst"]["inference_ms"] == pst["inference"]["this"] > 0
+    files = [path.stat().st_size / 1e6 for path in (folder / "pst" / "sparse").glob("*.safetensors")]
+    assert rows["pst"]["folder_mb"] == pytest.approx(sum(files), rel=1e-6)
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert not list(folder.rglob("checkpoint-*"))
     assert not list(folder.rglob("*.tmp"))
