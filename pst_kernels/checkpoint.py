@@ -76,7 +76,7 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
     path = directory / ADAPTER_NAME
     if not path.is_file():
         return _load_released(model, directory)
-    tensors, config = _read(path)
+    tensors, config = read_adapter(path)
     converted = dict(pst_layers(model))
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise RuntimeError(
@@ -85,7 +85,7 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
     layers: dict[str, Any] = converted or _without_duplicates(find_targets(model, config))
     _check_settings(converted, config, path)
     _check_fit(model, layers, config, tensors, path)
-    _compare_base(layers, path)
+    compare_base({name: layer.weight for name, layer in layers.items()}, path)
     if not converted:
         model = replace_linear(model, config)
     _fill(model, tensors)
@@ -107,13 +107,13 @@ def _fingerprint(weights: dict[str, Tensor]) -> str:
     return " ".join((*dtypes, digest.hexdigest()[:16]))
 
 
-def _compare_base(layers: dict[str, Any], path: Path) -> None:
+def compare_base(weights: dict[str, Tensor], path: Path) -> None:
     """Warn when an adapter meets other base weights than it was trained on; the same ones in another dtype pass."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         saved = (file.metadata() or {}).get("base")
-    here = _fingerprint({name: layer.weight for name, layer in layers.items()}) if saved else ""
+    here = _fingerprint(weights) if saved else ""
     if saved and here and saved != here and saved.split()[:-1] == here.split()[:-1]:
         logger.warning(
             "%s was trained over other base weights than this model's, which fit in shape alone; load the adapter into"
@@ -158,7 +158,8 @@ def _without_duplicates(layers: dict[str, Any]) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if first[id(layer)] == name}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
+    """Raises ValueError for a file that is damaged, or not an adapter of this version."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -228,11 +229,11 @@ def _check_fit(
         prefix = f"{name}." if name else ""
         pattern = parse((layer.config if isinstance(layer, PSTLayer) else config).pattern)
         mask, pruned = tensors[f"{prefix}pst_mask"], int(tensors[f"{prefix}pst_num_pruned"])
-        _check_mask(name, layer, pattern, mask, pruned, path)
+        check_mask(name, _shape(layer)[1], pattern, mask, pruned, path)
 
 
-def _check_mask(name: str, layer: Any, pattern: Pattern, mask: Tensor, pruned: int, path: Path) -> None:
-    kept, columns = unpack_mask(mask, WORD * mask.shape[1]), _shape(layer)[1]
+def check_mask(name: str, columns: int, pattern: Pattern, mask: Tensor, pruned: int, path: Path) -> None:
+    kept = unpack_mask(mask, WORD * mask.shape[1])
     if not pattern.fits(kept[:, :columns], pruned) or bool(kept[:, columns:].any()):
         raise ValueError(
             f"{path} is damaged: the mask of {name or 'the layer'} keeps {int(kept.sum())} weights and prunes"
