@@ -1,6 +1,7 @@
 """What a saved folder holds of each pruned layer: zeros, empty rows and columns, bytes, and the spread of its numbers.
 
-One layer is dense in memory at a time. Of a folder of `save_sparse` every checksum is compared first.
+Of a folder one layer is dense in memory at a time, of an adapter with its base model all pruned layers are. Of a folder
+of `save_sparse` every checksum is compared first.
 """
 
 from __future__ import annotations
