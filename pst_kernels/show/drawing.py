@@ -61,18 +61,14 @@ def draw(folder: Folder, path: Path) -> None:
     """Panels with an axis of layers in common: zeros, histograms where there is anything to measure, empty lines,
     bytes.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, whose backend belongs to the caller
 
     layers = folder.layers
     measured = any(layer.quantiles is not None for layer in layers)
     widths = [3, *([5] if measured else []), 2, 2]
     height = min(max(0.22 * len(layers) + 1.6, 3.0), 60.0)
-    figure, axes = pyplot.subplots(
-        1, len(widths), figsize=(sum(widths) + 2, height), sharey=True, width_ratios=widths, layout="constrained"
-    )
+    figure = Figure(figsize=(sum(widths) + 2, height), layout="constrained")
+    axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
     first, *middle, lines, sizes = axes
     places = np.arange(len(layers))
     numbers = [layer.shape[0] * layer.shape[1] for layer in layers]
@@ -90,10 +86,7 @@ def draw(folder: Folder, path: Path) -> None:
     sizes.barh(places, [layer.bytes / 1e3 for layer in layers], color="tab:gray")
     sizes.set(xlabel="on disk, kB")
     figure.suptitle(f"{folder.path.resolve().name} ({folder.kind}): {folder.bytes / 1e6:,.3g} MB", fontsize=9)
-    try:
-        save_figure(figure, path)
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def _draw_histograms(axes: Any, folder: Folder) -> None:
