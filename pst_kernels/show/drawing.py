@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..files import save_figure
@@ -22,7 +23,7 @@ def print_table(folder: Folder) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    table = Table(title=f"Zeros of {folder.path} ({folder.kind})", show_footer=True)
+    table = Table(title=escape(f"Zeros of {folder.path} ({folder.kind})"), show_footer=True)
     rows = [_cells(layer, folder) for layer in folder.layers]
     footer = dict.fromkeys(rows[0], "") | _total(folder.layers)
     for name in rows[0]:

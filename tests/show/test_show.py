@@ -173,7 +173,9 @@ def test_the_command_prints_a_table_and_writes_one_picture(arguments, saved, tmp
 def test_a_name_for_the_picture(saved, tmp_path, capsys):
     here, _ = saved
     target = tmp_path / "new" / "one.png"
-    assert cli.main(["show", str(here / "dense"), "--output", str(target)]) == 0
+    odd = shutil.copytree(here / "dense", tmp_path / "[bold]")
+    assert cli.main(["show", str(odd), "--output", str(target)]) == 0
+    assert "[bold] (dense folder)" in capsys.readouterr().out
     assert target.is_file()
 
 
