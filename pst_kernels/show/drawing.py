@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,10 @@ def print_table(folder: Folder) -> None:
 
 
 def _cells(layer: Layer, folder: Folder) -> dict[str, str]:
-    out, columns = layer.shape
+    shape = " x ".join(map(str, layer.shape))
     cells = {
-        "layer": layer.name or "(the model)", "out x in": f"{out} x {columns}", "zeros": f"{layer.zeros:,}",
-        "share": f"{layer.zeros / (out * columns):.1%}", "empty rows": f"{layer.empty_rows:,}",
+        "layer": layer.name or "(the model)", "out x in": shape, "zeros": f"{layer.zeros:,}",
+        "share": f"{layer.zeros / math.prod(layer.shape):.1%}", "empty rows": f"{layer.empty_rows:,}",
         "empty columns": f"{layer.empty_columns:,}", "bytes": f"{layer.bytes:,}",
     }  # fmt: skip
     if any(other.threshold is not None for other in folder.layers):
@@ -49,7 +50,7 @@ def _cells(layer: Layer, folder: Folder) -> dict[str, str]:
 
 
 def _total(layers: Sequence[Layer]) -> dict[str, str]:
-    zeros, places = sum(layer.zeros for layer in layers), sum(layer.shape[0] * layer.shape[1] for layer in layers)
+    zeros, places = sum(layer.zeros for layer in layers), sum(math.prod(layer.shape) for layer in layers)
     return {
         "layer": f"{len(layers)} layers", "zeros": f"{zeros:,}", "share": f"{zeros / places:.1%}",
         "empty rows": f"{sum(layer.empty_rows for layer in layers):,}",
@@ -72,14 +73,14 @@ def draw(folder: Folder, path: Path) -> None:
     axes = figure.subplots(1, len(widths), sharey=True, width_ratios=widths)
     first, *middle, lines, sizes = axes
     places = np.arange(len(layers))
-    numbers = [layer.shape[0] * layer.shape[1] for layer in layers]
+    numbers = [math.prod(layer.shape) for layer in layers]
     first.barh(places, [100 * layer.zeros / count for layer, count in zip(layers, numbers, strict=True)])
     first.set(xlim=(0, 100), xlabel="zeros, %", ylim=(len(layers) - 0.5, -0.5))
     first.set_yticks(places, _short([layer.name for layer in layers]), fontsize=7)
     if measured:
         _draw_histograms(middle[0], folder)
-    rows = [100 * layer.empty_rows / layer.shape[0] for layer in layers]
-    columns = [100 * layer.empty_columns / layer.shape[1] for layer in layers]
+    rows = [100 * layer.empty_rows / math.prod(layer.shape[:-1]) for layer in layers]
+    columns = [100 * layer.empty_columns * layer.shape[-2] / math.prod(layer.shape) for layer in layers]
     lines.barh(places - 0.2, rows, 0.4, label="rows")
     lines.barh(places + 0.2, columns, 0.4, label="columns")
     lines.set(xlabel="empty, %", xlim=(0, 1.05 * max(1.0, *rows, *columns)))

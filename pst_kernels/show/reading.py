@@ -32,10 +32,10 @@ MAGNITUDES, SCORES = "|weight| of what is not zero", "score"
 
 
 class Layer(NamedTuple):
-    """Rows are outputs and columns inputs, also of a Conv1D."""
+    """Rows are outputs and columns inputs, also of a Conv1D; each expert has its own."""
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # (out, in), or (experts, out, in)
     zeros: int
     empty_rows: int
     empty_columns: int
@@ -122,7 +122,7 @@ def _packed(directory: Path, given: dict[str, Any]) -> Folder:
         shape, _ = shapes[name]
         weight = unpack(shape, tensors[f"{name}.{WEIGHT}"], tensors[f"{name}.{shape.bits}"])
         layers.append(_of_weight(name, weight.T if shape.transposed else weight, tensors.bytes_of(name)))
-    notes = ["Layers that are stored dense are not shown."]
+    notes = ["Layers that are stored dense, experts among them, are not shown."]
     return Folder(directory, "sparse folder", layers, tensors.bytes, MAGNITUDES, notes)
 
 
@@ -140,6 +140,8 @@ def _dense(directory: Path) -> Folder:
     if not layers:
         raise ValueError(f"no linear layer of {directory} has a zero; give a folder of a pruned model, or an adapter")
     notes = [f"Linear layers without a zero, which are not shown: {whole}."] if whole else []
+    if any("experts" in name and parameter.dim() == 3 for name, parameter in model.named_parameters()):
+        notes.append("Experts are shown of adapters alone.")
     return Folder(directory, "dense folder", layers, tensors.bytes, MAGNITUDES, notes)
 
 
@@ -165,9 +167,9 @@ def _of_weight(name: str, weight: Tensor, size: int) -> Layer:
 
 
 def _of_mask(name: str, kept: Tensor, size: int) -> Layer:
-    out, columns = kept.shape
-    empty_rows, empty_columns = (int((~kept.any(axis)).sum()) for axis in (1, 0))
-    return Layer(name, (out, columns), int((~kept).sum()), empty_rows, empty_columns, size)
+    """Of a bool mask (out, in) or (experts, out, in)."""
+    empty_rows, empty_columns = (int((~kept.any(axis)).sum()) for axis in (-1, -2))
+    return Layer(name, tuple(kept.shape), int((~kept).sum()), empty_rows, empty_columns, size)
 
 
 def _quantiles(values: Tensor) -> np.ndarray | None:
@@ -194,12 +196,18 @@ def _adapter(directory: Path, base: Path | None) -> Folder:
     folder = Folder(directory, "adapter", layers, path.stat().st_size, "", [])
     if base is None:
         return folder._replace(notes=["Scores need the base model: --model BASE."])
-    weights = _base_weights(base, layers)
-    compare_base(weights, path)
+    linears = [layer for layer in layers if len(layer.shape) == 2]
+    weights = _base_weights(base, linears)
     has_threshold = type(parse(config.pattern)) is Unstructured
     notes = [] if has_threshold else [f"pattern={config.pattern!r} has no threshold of single scores."]
+    if len(linears) == len(layers):
+        compare_base(weights, path)
+    else:
+        notes.append("The scores of experts are not shown.")
     stale = 0
     for place, layer in enumerate(layers):
+        if layer.name not in weights:
+            continue
         factors = [tensors[_entry(layer.name, factor)] for factor in FACTORS]
         scores = scores_of(weights[layer.name], *factors, beta=config.beta, alpha1=config.alpha1, alpha2=config.alpha2)
         threshold = _smallest(scores, layer.zeros) if has_threshold and layer.zeros else None
@@ -220,10 +228,10 @@ def _entry(name: str, what: str) -> str:
 
 
 def _mask(name: str, tensors: dict[str, Tensor], config: PSTConfig, path: Path) -> Tensor:
-    """bool (out, in)."""
-    packed, columns = tensors[_entry(name, "pst_mask")], tensors[_entry(name, "pst_V")].shape[1]
+    """bool, in the shape of the weight."""
+    packed, columns = tensors[_entry(name, "pst_mask")], tensors[_entry(name, "pst_V")].shape[-1]
     check_mask(name, columns, parse(config.pattern), packed, int(tensors[_entry(name, "pst_num_pruned")]), path)
-    return unpack_mask(packed, columns)
+    return unpack_mask(packed.flatten(0, -2), columns).view(*packed.shape[:-1], columns)
 
 
 def _base_weights(base: Path, layers: Sequence[Layer]) -> dict[str, Tensor]:

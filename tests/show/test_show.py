@@ -133,6 +133,33 @@ def test_a_base_without_its_head_and_blocks(tmp_path):
         assert len(layer.quantiles) == 1001
 
 
+def test_experts(tmp_path, capsys):
+    """Each has rows and columns of its own."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, vocab_size=50)
+    model = MixtralForCausalLM(config)
+    model.save_pretrained(tmp_path / "base")
+    model = toys.perturb(pst.replace_linear(model, pst.PSTConfig(sparsity=0.9)))
+    pst.refresh_masks(model)
+    pst.save_pretrained(model, tmp_path / "adapter")
+    found = look(tmp_path / "adapter")
+    layers = dict(pst_layers(model))
+    assert {layer.name for layer in found.layers} == layers.keys()
+    assert {len(layer.shape) for layer in found.layers} == {2, 3}
+    for layer in found.layers:
+        mask = layers[layer.name].mask
+        assert layer.shape == mask.shape
+        assert layer.zeros == int((~mask).sum())
+        assert layer.empty_rows == int((~mask).all(-1).sum())
+        assert layer.empty_columns == int((~mask).all(-2).sum())
+    picture, base = str(tmp_path / "one.png"), str(tmp_path / "base")
+    assert cli.main(["show", str(tmp_path / "adapter"), "--model", base, "--output", picture]) == 0
+    assert "The scores of experts are not shown." in capsys.readouterr().out
+
+
 def test_masks_that_are_not_of_these_scores_are_told(saved, caplog):
     here, _ = saved
     torch.manual_seed(1)
@@ -201,7 +228,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(saved, tmp_path, monke
         ([here / "dense" / "config.json"], "is a file; give the folder that it lies in"),
         (["empty"], f"empty has neither {ADAPTER_NAME} nor config.json"),
         ([here / "base"], "has a zero; give a folder of a pruned model, or an adapter"),
-        (["damaged"], "is damaged: the mask of transformer.h.0.attn.c_attn keeps"),
+        (["damaged"], "is damaged: the mask of transformer.h.0.attn.c_attn prunes other weights"),
         (["broken"], "save the folder again"),
         (["cut"], "is damaged"),
         ([here / "sparse", "--model", here / "base"], "--model is for adapters"),
