@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: finetune test test-quick record lint gpu test-gpu docs bench bench-quick bench-ops clean
+.PHONY: finetune test test-quick record lint gpu test-gpu docs notebook bench bench-quick bench-ops clean
 
 finetune: $(VENV)/demo.stamp
 	$(RUN) -m pst_kernels.cli finetune --output runs/finetune $(ARGS)
@@ -41,6 +41,10 @@ test-gpu: $(VENV)/dev.stamp
 # The pages of docs/ as a site in runs/site; fails on a broken link, or a name that does not exist
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
+# The notebook of examples/ with its pictures, as a page in runs/
+notebook: $(VENV)/notebook.stamp
+	$(RUN) -m nbconvert --to html --execute --output-dir runs examples/where_the_zeros_lie.ipynb
 
 bench: $(VENV)/dev.stamp
 	$(RUN) -m bench $(ARGS)

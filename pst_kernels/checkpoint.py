@@ -79,7 +79,7 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
     path = directory / ADAPTER_NAME
     if not path.is_file():
         return _load_released(model, directory)
-    tensors, config = _read(path)
+    tensors, config = read_adapter(path)
     converted = dict(pst_layers(model))
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise RuntimeError(
@@ -88,7 +88,7 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
     layers: dict[str, Any] = converted or _without_duplicates(_to_be(find_targets(model, config)))
     _check_settings(converted, config, path)
     _check_fit(model, layers, config, tensors, path)
-    _compare_base(layers, path)
+    compare_base({name: layer.weight for name, layer in layers.items()}, path)
     if not converted:
         model = replace_linear(model, config)
     _fill(model, tensors)
@@ -110,13 +110,13 @@ def _fingerprint(weights: dict[str, Tensor]) -> str:
     return " ".join((*dtypes, digest.hexdigest()[:16]))
 
 
-def _compare_base(layers: dict[str, Any], path: Path) -> None:
+def compare_base(weights: dict[str, Tensor], path: Path) -> None:
     """Warn when an adapter meets other base weights than it was trained on; the same ones in another dtype pass."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
         saved = (file.metadata() or {}).get("base")
-    here = _fingerprint({name: layer.weight for name, layer in layers.items()}) if saved else ""
+    here = _fingerprint(weights) if saved else ""
     if saved and here and saved != here and saved.split()[:-1] == here.split()[:-1]:
         logger.warning(
             "%s was trained over other base weights than this model's, which fit in shape alone; load the adapter into"
@@ -174,7 +174,8 @@ def _without_duplicates(layers: dict[str, Any]) -> dict[str, Any]:
     return {name: layer for name, layer in layers.items() if first[id(layer)] == name}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
+def read_adapter(path: Path) -> tuple[dict[str, Tensor], PSTConfig]:
+    """Raises ValueError for a file that is damaged, or not an adapter of this version."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -244,11 +245,12 @@ def _check_fit(
         prefix = f"{name}." if name else ""
         pattern = parse((layer.config if isinstance(layer, PSTLayer) else config).pattern)
         mask, pruned = tensors[f"{prefix}pst_mask"], int(tensors[f"{prefix}pst_num_pruned"])
-        _check_mask(name, layer, pattern, mask, pruned, path)
+        check_mask(name, _shape(layer)[-1], pattern, mask, pruned, path)
 
 
-def _check_mask(name: str, layer: Any, pattern: Pattern, mask: Tensor, pruned: int, path: Path) -> None:
-    if not fits(pattern, mask, _shape(layer)[-1], pruned):
+def check_mask(name: str, columns: int, pattern: Pattern, mask: Tensor, pruned: int, path: Path) -> None:
+    """Raise ValueError where a mask has not the structure or the count that it should have."""
+    if not fits(pattern, mask, columns, pruned):
         raise ValueError(
             f"{path} is damaged: the mask of {name or 'the layer'} prunes other weights than its pattern and"
             f" pst_num_pruned={pruned} say; save the checkpoint again"

@@ -10,6 +10,7 @@ from pst_kernels import subcommands as jobs
 JOBS = {
     "finetune": ("pst_kernels.finetune", "fine-tune a model dense and sparse, and compare the two"),
     "convert": ("pst_kernels.export.convert", "pack a sparse transformers folder into a small one, or back"),
+    "show": ("pst_kernels.show", "show where the zeros of a saved folder lie, in a table and a picture"),
     "env": ("pst_kernels.env_report", "print versions, devices, and the backend of every op"),
     "kernels": (
         "pst_kernels.triton.tools.machine_code",

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     convert(options.directory, options.out, to=options.to)
-    before, after = (sum(path.stat().st_size for path in _files(d)) for d in (options.directory, options.out))
+    before, after = (sum(path.stat().st_size for path in weight_files(d)) for d in (options.directory, options.out))
     print(f"{options.out}: {after:,} bytes of weights, from {before:,}")
     return 0
 
@@ -57,7 +57,7 @@ def convert(directory: str | Path, out: str | Path, *, to: str = "sparse") -> No
     if to == "block":
         raise ValueError("to='block' needs a size; use 'block:64', say")
     block_size(to)
-    config, files = read_json(directory / "config.json", "a transformers folder"), _files(directory)
+    config, files = read_json(directory / "config.json", "a transformers folder"), weight_files(directory)
     given = config.pop("quantization_config", None)
     if to != "dense" and given is not None:
         method = given.get("quant_method")
@@ -79,7 +79,7 @@ def convert(directory: str | Path, out: str | Path, *, to: str = "sparse") -> No
 Shard = tuple[str, dict[str, Tensor], dict[str, str]]  # a file's name, tensors and metadata
 
 
-def _files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The files of weights that transformers would load. Raises FileNotFoundError where there are none."""
     if (directory / INDEX).is_file():
         index = read_json(directory / INDEX, "an index of shards")
@@ -149,15 +149,7 @@ def _linears(directory: Path) -> dict[str, nn.Module]:
 
     Without those that are tied, or whose weights its code reads past them.
     """
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(directory)
-    name = (getattr(config, "architectures", None) or ["none"])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ValueError(f"transformers {transformers.__version__} has no class {name}, which {directory} names")
-    with torch.device("meta"):
-        model = kind(config)
+    model = without_data(directory)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     bypassed = weights_read_past_their_layers(model)
     found = {}
@@ -168,6 +160,19 @@ def _linears(directory: Path) -> dict[str, nn.Module]:
             found[name] = module
     prefix = f"{model.base_model_prefix}."  # files of a base model's own class go without
     return {name.removeprefix(prefix): module for name, module in found.items()} | found
+
+
+def without_data(directory: Path) -> Any:
+    """The model that a folder's config names, on the meta device."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(directory)
+    name = (getattr(config, "architectures", None) or ["none"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ValueError(f"transformers {transformers.__version__} has no class {name}, which {directory} names")
+    with torch.device("meta"):
+        return kind(config)
 
 
 def _dense_files(directory: Path, files: list[Path]) -> Iterator[Shard]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
 import shutil
 import statistics
 import time
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 from transformers import TrainerCallback
 
@@ -18,6 +20,7 @@ from .measure import memory_mb
 
 COMPLETE = "complete"
 WARMUP_STEPS = 3  # the first steps of a process allocate memory and pick kernels; they are not timed
+RECENT_STEPS = 50  # of which the progress bar takes the mean
 
 
 class Recorder(TrainerCallback):
@@ -45,25 +48,51 @@ class Recorder(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with loss, sparsity and validation accuracy; where there is no terminal, a line per evaluation."""
+    """A bar with loss, sparsity, validation accuracy, tokens a second and the time left; where there is no terminal, a
+    line per evaluation.
 
-    def __init__(self, method: str) -> None:
-        self.method = method
-        self.values: dict[str, Any] = {"loss": "-", "sparsity": "0 %", "validation": "-"}
+    Tokens are those of an average step of the training texts, without padding: asking the device for them would make
+    it wait. Time is that of the last steps, without evaluations and checkpoints between them.
+    """
+
+    def __init__(self, method: str, tokens_a_step: float = 0.0) -> None:
+        self.method, self.tokens_a_step = method, tokens_a_step
+        self.values: dict[str, Any] = {
+            "loss": "-", "sparsity": "0 %", "validation": "-", "tokens/s": "-", "time left": "-"
+        }  # fmt: skip
+        self.seconds: collections.deque[float] = collections.deque(maxlen=RECENT_STEPS)
+        self.since: float | None = None  # when the last step ended, or what came after it
         self.console = Console()
+        told = [f"{name} {{task.fields[values][{name}]}}" for name in self.values]
+        text = "  ".join(told[:3]) + "\n" + "  ".join(told[3:])  # in two lines it fits into 80 columns
         self.bar = Bar(
-            TextColumn("{task.description:5}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]}  sparsity {task.fields[sparsity]}"),
-            TextColumn("validation {task.fields[validation]}"),
+            TextColumn("{task.description:5}"), BarColumn(14), MofNCompleteColumn(), TextColumn(text),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.start()
-        self.task = self.bar.add_task(self.method, total=state.max_steps, completed=state.global_step, **self.values)
+        self.task = self.bar.add_task(
+            self.method, total=state.max_steps, completed=state.global_step, values=self.values
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step, **self.values)
+        now = time.perf_counter()
+        if self.since is not None:
+            self.seconds.append(now - self.since)
+        self.since = now
+        if self.seconds:
+            a_step = max(statistics.fmean(self.seconds), 1e-9)
+            self.values["tokens/s"] = f"{self.tokens_a_step / a_step:,.0f}"
+            self.values["time left"] = str(
+                datetime.timedelta(seconds=round(a_step * (state.max_steps - state.global_step)))
+            )
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.since = time.perf_counter()
+
+    on_save = on_evaluate
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         logs = logs or {}
@@ -78,7 +107,7 @@ class Progress(TrainerCallback):
                 print(f"{self.method}: step {state.global_step} of {state.max_steps}, {told}", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(self.task, completed=state.global_step, **self.values)
+        self.bar.update(self.task, completed=state.global_step)
         self.bar.stop()
 
 

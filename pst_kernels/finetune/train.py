@@ -219,8 +219,10 @@ def _trainer(
             " with torchrun or accelerate launch, and without other ACCELERATE_ variables"
         )
     callbacks = [*([PSTCallback()] if method == "pst" else []), recorder, StopOnNaN(), MarkComplete()]
+    train = models.encode(dataset.train, dataset.labels, tokenizer, settings.max_length)
     if processes.is_first():
-        callbacks.append(Progress(method))
+        tokens = sum(len(text["input_ids"]) for text in train)
+        callbacks.append(Progress(method, tokens / math.ceil(len(train) / settings.batch_size)))
     teacher = settings.teacher_folder if method == "pst" else None
     kind: Any = transformers.Trainer
     if teacher is not None:
@@ -229,7 +231,7 @@ def _trainer(
     trainer = kind(
         model=model,
         args=arguments,
-        train_dataset=models.encode(dataset.train, dataset.labels, tokenizer, settings.max_length),
+        train_dataset=train,
         eval_dataset=models.encode(dataset.validation, dataset.labels, tokenizer, settings.max_length),
         data_collator=transformers.DataCollatorWithPadding(tokenizer),
         compute_metrics=_metrics,

@@ -29,6 +29,7 @@ ALLOWED = {
     "bypass": set(),
     "refusals": {"operands", "layers", "bypass"},
     "targets": {"config", "layers", "bypass", "refusals"},
+    "show": {"files", "masks", "layers", "operands", "config", "functional", "export", "checkpoint"},
     "export": {"files", "masks", "layers", "operands", "bypass", "targets"},
 }
 # Files that measure or compare, and so look at what they serve.
