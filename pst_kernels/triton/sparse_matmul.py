@@ -77,12 +77,11 @@ def kept_tile(
     pair = bit // 2
     below = ((1 << pair) - 1) * PAIR  # of both columns of each pair before; of an odd column's own pair, the even one
     below = (below | tl.where(bit % 2 == 1, 1 << pair, 0)).to(tl.uint32, bitcast=True)
-    shift = (pair + BITS // 2 * (bit % 2)).to(tl.uint32, bitcast=True)
+    own = (tl.full(bit.shape, 1, tl.int32) << (pair + BITS // 2 * (bit % 2))).to(tl.uint32, bitcast=True)
     b_word = tl.reshape(tl.broadcast_to(b_words[:, :, None], (BLOCK_ROWS, WORDS, BITS)), (BLOCK_ROWS, BLOCK_DEPTH))
     b_place = tl.reshape(tl.broadcast_to(b_before[:, :, None], (BLOCK_ROWS, WORDS, BITS)), (BLOCK_ROWS, BLOCK_DEPTH))
     b_place += ones(b_word & below[None, :]).to(tl.int32)
-    kept = ((b_word >> shift[None, :]) & 1) != 0
-    return tl.load(p_values + b_place, mask=kept, other=0.0)
+    return tl.load(p_values + b_place, mask=(b_word & own[None, :]) != 0, other=0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "steps", "has_bias"])
