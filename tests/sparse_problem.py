@@ -77,9 +77,12 @@ INTERPRETED = [
 ]  # fmt: skip
 
 COMPILED = [  # as shipped, for the emulator and for GPUs
-    Problem(37, 300, 1), Problem(70, 200, 8, "float32"), Problem(69, 150, 33), Problem(33, 130, 64, "float16"),
-    Problem(7, 33, 64, "float32"), Problem(40, 257, 8, kept=1.0, weight="float32"), Problem(33, 130, 8, kept=0.0),
-    Problem(37, 150, 65),
+    Problem(37, 300, 1), Problem(35, 150, 8, "float32"), Problem(37, 150, 33), Problem(33, 130, 64, "float16"),
+    Problem(33, 130, 8, kept=0.0), Problem(37, 150, 65),
+]  # fmt: skip
+FOR_GPUS = [
+    Problem(7, 33, 64, "float32"), Problem(40, 257, 8, kept=1.0, weight="float32"), Problem(1000, 3000, 8, kept=0.1),
+    Problem(1000, 3000, 64, kept=0.5), Problem(1000, 3000, 200, "float32"),
 ]  # fmt: skip
 
 if __name__ == "__main__":
