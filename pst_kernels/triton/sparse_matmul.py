@@ -1,10 +1,10 @@
-"""Products with a weight that is stored as bits and packed kept values, for few tokens: y = x W^T + bias, and dx = gy W.
+"""y = x W^T + bias and dx = gy W for few tokens, with a weight that is stored as bits and packed kept values.
 
-The values lie chunk by chunk of 128 columns, in a chunk row by row, so those of a tile of whole rows of a chunk lie side
-by side. A weight's place is where its tile begins, plus the bits of the tile's words before its own, plus the bits of
-its word below its own: a word a 32 weights and the kept values are all that is read, 16 + 1 / density bits a kept
-16-bit weight, beside one pointer a tile. A load of the kept values alone makes the dense tile in registers, which a
-tensor core multiplies. dx is the same tile turned over, so there is no second copy of the weight.
+The values lie chunk by chunk of 128 columns, in a chunk row by row, so those of a tile of whole rows of a chunk lie
+side by side. A weight's place is where its tile begins, plus the bits of the tile's words before its own, plus the bits
+of its word below its own: a word of bits for 32 weights and the kept values are all that is read of W, 16 + 1 / density
+bits a kept 16-bit weight, beside one pointer a tile. A load of the kept values alone makes the dense tile in registers,
+which a tensor core multiplies. dx is the same tile turned over, so there is no second copy of the weight.
 
 Few tokens have few tiles of y, so the depth is shared among programs. Their sums are added in a fixed order by a second
 kernel: the same bits in every run. For many tokens W is written out once and the library multiplies; it is freed with
@@ -90,8 +90,8 @@ def sparse_matmul_kernel(
     TRANSPOSED: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """y[t, row] = bias[row] + sum over columns of W[row, column] x[t, column], over `steps` tiles of a row of tiles; or,
-    TRANSPOSED, y[t, column] = sum over rows of W[row, column] x[t, row], down a column of tiles.
+    """y[t, row] = bias[row] + sum over columns of W[row, column] x[t, column], along `steps` tiles; or, TRANSPOSED,
+    y[t, column] = sum over rows of W[row, column] x[t, row], down `steps` tiles.
 
     A tile is BLOCK_ROWS rows and BLOCK_DEPTH columns of W: a chunk. x and y are contiguous. The program's third number
     says which steps are its own, and to which (tokens, ...) part of p_y their sum belongs.
@@ -122,9 +122,7 @@ def sparse_matmul_kernel(
         b_y = tl.dot(b_kept, b_x, b_y, input_precision="ieee")
 
     p_y += i_split.to(tl.int64) * tokens * width
-    store_result(
-        b_y, p_y, p_bias, has_bias, i_tokens, i_tile.to(tl.int64) * WIDTH, tokens, width, WIDTH, BLOCK_COLUMNS
-    )
+    store_result(b_y, p_y, p_bias, has_bias, i_tokens, i_tile.to(tl.int64) * WIDTH, tokens, width, WIDTH, BLOCK_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["numel", "splits", "has_bias"])

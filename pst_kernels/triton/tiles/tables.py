@@ -153,4 +153,5 @@ _SPARSE = {
     "half": ((16, Tile(32, 16, 128, 4, 2)), (32, Tile(32, 32, 128, 4, 2)), (64, Tile(64, 64, 128, 4, 2))),
     "float": ((16, Tile(16, 16, 128, 4, 1)), (64, Tile(16, 32, 128, 4, 1))),
 }  # fmt: skip
-SPARSE_MATMUL = {name: _SPARSE for name in TARGETS}
+SPARSE_MATMUL = dict.fromkeys(TARGETS, _SPARSE)
+SPARSE_INSTRUCTIONS = 19  # budget of the main loop, instructions of a thread a weight (16-bit W and x, whole tiles)
