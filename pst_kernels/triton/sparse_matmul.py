@@ -200,12 +200,14 @@ def sparse_matmul(
     splits = cdiv(cdiv(depth, length), steps)
     y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     sums = y if splits == 1 else torch.empty((splits, tokens, width), dtype=torch.float32, device=x.device)
+    # in 16 bits nothing spills, and registers that are not taken let more programs run at a time
+    registers = platform.all_registers if x.dtype == torch.float32 else {}
     added, has_bias = y if bias is None else bias, int(bias is not None)
     sparse_matmul_kernel[across, down, splits](
         x, values, words, pointers, added, sums, tokens, rows, columns, words.shape[1], steps,
         has_bias if splits == 1 else 0, TRANSPOSED=transposed, UPCAST=platform.interpreted,
         BLOCK_ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, BLOCK_DEPTH=tile.depth,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, **registers,
     )  # fmt: skip
     if splits > 1:
         add_sums_kernel[cdiv(y.numel(), ADDED),](

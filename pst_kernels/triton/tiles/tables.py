@@ -154,4 +154,4 @@ _SPARSE = {
     "float": ((16, Tile(16, 16, 128, 4, 1)), (64, Tile(16, 32, 128, 4, 1))),
 }  # fmt: skip
 SPARSE_MATMUL = dict.fromkeys(TARGETS, _SPARSE)
-SPARSE_INSTRUCTIONS = 19  # budget of the main loop, instructions of a thread a weight (16-bit W and x, whole tiles)
+SPARSE_INSTRUCTIONS = 21  # budget of the main loop, instructions of a thread a weight (16-bit W and x, whole tiles)

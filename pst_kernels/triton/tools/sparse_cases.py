@@ -14,24 +14,26 @@ from ..tiles import tables
 from ..tiles.targets import TARGETS
 from .cases import BF16, FP16, FP32, Case, architecture, empty, pair_name
 
-ODD = (1003, 1001)
+EVEN, ODD = (1024, 1024), (1003, 1001)
 
 
 def of_products() -> Iterator[Case]:
-    """Every tile of the table in both directions with the dtypes it serves; the first of each odd, and with fp32 values
-    besides; W written out.
+    """Every tile of the table in both directions; the first one also with an odd shape, and for 16-bit x with fp16 and
+    with fp32 values; W written out.
     """
     table = tables.SPARSE_MATMUL[architecture()]
+    first = table["half"][0][0]
     for transposed in (False, True):
-        for dtype, key in ((BF16, "half"), (FP16, "half"), (FP32, "float")):
-            for tokens, tile in table[key]:
-                yield _product(dtype, dtype, tokens, transposed, slots=_budget(tile) if dtype == BF16 else None)
-            yield _product(dtype, dtype, table[key][0][0], transposed, ODD)
-        yield _product(FP32, BF16, table["half"][0][0], transposed)
-    for dtype in (BF16, FP16, FP32):
-        lists = _lists(dtype, (1024, 1024))
+        for tokens, tile in table["half"]:
+            yield _product(BF16, BF16, tokens, transposed, slots=_budget(tile))
+        for tokens, _ in table["float"]:
+            yield _product(FP32, FP32, tokens, transposed)
+        for weight, x, shape in ((BF16, BF16, ODD), (FP32, FP32, ODD), (FP16, FP16, EVEN), (FP32, BF16, EVEN)):
+            yield _product(weight, x, first, transposed, shape)
+    for dtype in (BF16, FP32):
         yield Case(
-            f"W written out, {pair_name(dtype, dtype)}", partial(sparse_matmul.expanded, *lists, (1024, 1024), dtype)
+            f"W written out, {pair_name(dtype, dtype)}",
+            partial(sparse_matmul.expanded, *_lists(dtype, EVEN), EVEN, dtype),
         )
 
 
@@ -50,7 +52,7 @@ def _lists(dtype: torch.dtype, shape: tuple[int, int]) -> tuple[torch.Tensor, to
 
 
 def _product(
-    weight: torch.dtype, x: torch.dtype, tokens: int, transposed: bool, shape: tuple[int, int] = (1024, 1024),
+    weight: torch.dtype, x: torch.dtype, tokens: int, transposed: bool, shape: tuple[int, int] = EVEN,
     slots: float | None = None,
 ) -> Case:  # fmt: skip
     def call() -> None:
