@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import env
+from . import cpu, env
 from .cpu import kept_blocks, kept_weights, stacks
 from .masks import due
 from .masks.packing import packed_width
@@ -39,8 +39,6 @@ def kernels_for(device_type: str) -> ModuleType:
         return triton
     if device_type == "cuda" and env.backend() == "auto":
         say_once(f"pst_kernels runs in plain PyTorch on the GPU, slowly: {reason}")
-    from . import cpu
-
     return cpu
 
 
@@ -152,6 +150,25 @@ def _stack_gradients(gradient, operands, interval, through_magnitude):
     return stacks.factor_gradients(gradient, operands, learns, interval != 0, through_magnitude)
 
 
+def sparse_product(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    """The op sparse_forward past PyTorch's dispatch, for a caller who has turned autocast off."""
+    return _sparse_forward(kernels_for(x.device.type), x, values, *rest)
+
+
+def _sparse_forward(kernels: ModuleType, x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    if kernels is cpu or not kernels.takes_sparse(x, values):
+        return kept_weights.forward(x, values, *rest)
+    return kernels.sparse_forward(x, values, *rest)
+
+
+def _sparse_backward(kernels: ModuleType, gy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *lists, in_features, needs_input, needs_values = rest
+    if kernels is cpu or not kernels.takes_sparse(gy, values):
+        return kept_weights.backward(gy, x, values, *rest)
+    dx = kernels.sparse_input_gradient(gy, values, *lists, in_features) if needs_input else gy.new_empty(0)
+    return dx, kept_weights.backward(gy, x, values, *lists, in_features, False, needs_values)[1]
+
+
 def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
     refresh(kernels, weights, state, due.watch_of(weights.factors.U))
 
@@ -225,13 +242,12 @@ _LISTS = ["Tensor values", "Tensor offsets", "Tensor pointers"]  # of SparseRows
 _define(
     "sparse_forward", ["Tensor x", *_LISTS, "Tensor? bias", "SymInt out_features"], "Tensor",
     lambda x, *operands: x.new_empty((x.shape[0], operands[-1])),
-    run=lambda _, *operands: kept_weights.forward(*operands),
+    run=_sparse_forward,
 )  # fmt: skip
 _define(
     "sparse_backward",
     ["Tensor gy", "Tensor x", *_LISTS, "SymInt in_features", "bool needs_input", "bool needs_values"],
-    "(Tensor, Tensor)", _fake_sparse_backward,
-    run=lambda _, *operands: kept_weights.backward(*operands),
+    "(Tensor, Tensor)", _fake_sparse_backward, run=_sparse_backward,
 )  # fmt: skip
 
 _ops = getattr(torch.ops, NAMESPACE)

@@ -1,7 +1,7 @@
 """The ops of a layer that stores lists of kept weights: y = x W^T + bias, and the gradients of x and of the values.
 
 On a CPU, in fp32 and bf16, they are products with the lists. Other devices and dtypes get the dense weight back first:
-right, but slower than a dense layer.
+right, but slower than a dense layer. (On a GPU, triton/sparse_matmul.py multiplies in place of this for y and dx.)
 """
 
 from __future__ import annotations
@@ -47,10 +47,14 @@ def backward(
             # made anew each time: a twentieth of the product, and no second copy of the weight to hold and keep equal
             dx = sparse_products.multiply(gy, lists.transpose())
         return dx, sparse_products.sampled(gy, x, lists) if needs_values else of_values
-    _say_if_slow(gy, values)
     if needs_input:
+        _say_if_slow(gy, values)
         dx = gy @ lists.to_dense().to(gy.dtype)
     if needs_values:
+        say_once(
+            f"the kept weights of a SparseLinear take their gradient from a dense one for {gy.dtype} on"
+            f" {gy.device.type}: as slow as a dense layer's, and as large while it is made"
+        )
         of_values = (gy.T @ x)[lists.places()].to(of_values.dtype)
     return dx, of_values
 
@@ -58,6 +62,6 @@ def backward(
 def _say_if_slow(x: Tensor, values: Tensor) -> None:
     if x.device.type != "cpu" or x.dtype not in sparse_products.DTYPES or values.dtype not in sparse_products.DTYPES:
         say_once(
-            f"a SparseLinear multiplies {x.dtype} on {x.device.type} as a dense layer, slower than one: its product is"
-            " for float32 and bfloat16 on a CPU"
+            f"a SparseLinear multiplies {x.dtype} on {x.device.type} as a dense layer, slower than one: its products"
+            " are for float32 and bfloat16 on a CPU, and by Triton for these and float16 on a GPU"
         )

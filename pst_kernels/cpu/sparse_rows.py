@@ -69,7 +69,8 @@ class SparseRows(NamedTuple):
 
     def places(self) -> tuple[Tensor, Tensor]:
         """Row and column of every entry, int64 (kept,) each."""
-        run = torch.repeat_interleave(self.pointers.diff().to(torch.int64))
+        counts = self.pointers.diff().to(torch.int64)
+        run = torch.repeat_interleave(counts, output_size=len(self.values))  # told of it, a GPU is not waited for
         chunk = torch.div(run, max(1, self.rows), rounding_mode="floor")
         return run - chunk * self.rows, chunk * CHUNK + self.offsets.to(torch.int64)
 

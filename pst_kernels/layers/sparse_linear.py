@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..cpu import kept_weights
 from ..cpu.sparse_rows import SparseRows
 from ..functional import autocasts, operand_dtype, without_autocast
 from ..masks.chunks import CHUNK, chunks_of
@@ -25,9 +24,10 @@ class SparseLinear(StoredParts):
     buffers `offsets`, uint8 (kept,), a weight's column in its chunk, and `pointers`, int32 (chunks * out + 1,): row i's
     part of chunk c is pointers[c * out + i] to pointers[c * out + i + 1]. The order is the same on every device. It
     holds 5 bytes a kept fp32 weight (3 in bf16) and 4 a row and chunk; once it has multiplied a single token on a CPU,
-    a bit a weight besides, which no state dict has. A state dict may bring any number of kept weights. On a CPU, in
-    fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x reaches only outputs that keep
-    a weight for it; elsewhere each product makes the dense weight first.
+    or anything on a GPU, a bit a weight besides, which no state dict has. A state dict may bring any number of kept
+    weights. On a CPU, in fp32 and bf16, the products skip what is not kept, so that a NaN or an infinity of x reaches
+    only outputs that keep a weight for it. On a GPU with Triton, in fp32, fp16 and bf16, products of up to 64 tokens
+    read the bits and the kept weights alone. Elsewhere each product makes the dense weight first.
 
     Args:
         in_features, out_features, bias, device, dtype: as in `nn.Linear`.
@@ -140,7 +140,7 @@ class SparseLinear(StoredParts):
                 y = _Product.apply(*operands)
         else:  # the dispatcher costs as much as the product of a small layer
             with without_autocast(x.device.type):
-                y = kept_weights.forward(*operands)
+                y = ops.sparse_product(*operands)
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     def _check(self, x: Tensor, values: Tensor) -> None:

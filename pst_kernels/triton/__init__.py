@@ -14,6 +14,8 @@ from .mask import masked_weight, prune_mask
 from .matmul import forward_scratch, linear_forward, split_for
 from .score import scores
 from .select import kth_value
+from .sparse_matmul import sparse_forward, sparse_input_gradient
+from .sparse_matmul import takes as takes_sparse
 
 __all__ = [
     "LayerTensors",
@@ -29,5 +31,8 @@ __all__ = [
     "prune_masks",
     "rested_backward",
     "scores",
+    "sparse_forward",
+    "sparse_input_gradient",
     "split_for",
+    "takes_sparse",
 ]  # fmt: skip

@@ -29,9 +29,11 @@ from pst_kernels.triton.tools import machine_code
 PATH = Path(__file__).with_name("machine_code.json")
 NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
 PRODUCTS, BLOCKS = ("matmul", "gradients"), ("block_lists", "block_matmul", "block_gradients")
+PACKED = ("sparse_matmul",)
 SWEEPS, SELECTION, TABLES = ("score", "select", "mask"), ("select", "mask"), ("group_mask",)
 ASKED_FOR = [
-    *((target, files) for target in NVIDIA for files in (PRODUCTS, BLOCKS, SWEEPS, TABLES)), ("gfx942", SELECTION),
+    *((target, files) for target in NVIDIA for files in (PRODUCTS, BLOCKS, PACKED, SWEEPS, TABLES)),
+    ("gfx942", SELECTION),
 ]  # fmt: skip
 NOT_KEPT = ("seconds", "file")  # of a row
 READING = ("_row", "_blocks", "_read_cubin", "_read_amdgcn", "_main_loop", "_multiply_adds", "_opcode")

@@ -120,6 +120,19 @@ def test_block_kernels_keep_their_budgets(target: str) -> None:
 
 @pytest.mark.compiled
 @pytest.mark.parametrize("target", TARGETS)
+def test_kernels_for_packed_weights_keep_their_budgets(target: str) -> None:
+    rows = recorded.report(target, files=recorded.PACKED)
+    assert {row.case: row.problems for row in rows if row.problems} == {}
+    assert {row.kernel for row in rows} == {
+        "words_kernel", "sparse_matmul_kernel", "add_sums_kernel", "expand_kernel"
+    }  # fmt: skip
+    products = [row for row in rows if row.kernel == "sparse_matmul_kernel"]
+    assert all(row.products or "float32, " in row.case for row in products)
+    assert sum(row.budget is not None for row in products) == 6  # three tiles, two directions
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("target", TARGETS)
 def test_selection_and_masks_spill_nothing(target: str) -> None:
     rows = recorded.report(target, files=SWEEPS)
     assert {row.case: row.problems for row in rows if row.problems} == {}

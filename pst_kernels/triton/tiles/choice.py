@@ -79,6 +79,23 @@ def block_gradients(architecture: str, x: torch.dtype, size: int, rank: int, rag
     return tile._replace(columns=min(tile.columns, 64)) if ragged or rank > 16 else tile
 
 
+def sparse_matmul(architecture: str, x: torch.dtype, tokens: int) -> Tile:
+    """The tile of a product with packed weights, for at most SPARSE_TOKENS tokens."""
+    table = tables.SPARSE_MATMUL[architecture]["float" if x == torch.float32 else "half"]
+    return next(tile for most, tile in table if tokens <= most)
+
+
+def steps_per_split(architecture: str, tiles: int, depth: int, length: int) -> int:
+    """How many steps of `length` a program takes of the depth of a product with packed weights.
+
+    As few as give every multiprocessor a program, and at best four: more than that only where their sums are little
+    beside the weights.
+    """
+    processors, steps = TARGETS[architecture].multiprocessors, cdiv(depth, length)
+    splits = max(1, processors // tiles, min(4 * processors // tiles, depth // tables.SPARSE_DEPTH))
+    return cdiv(steps, min(splits, steps))
+
+
 def few_ranks(architecture: str, ranks: int) -> bool:
     """Whether a program holds the factors of W' and of S side by side; `ranks` is the number of both together."""
     return architecture in tables.FEW_RANKS and ranks <= 16

@@ -144,3 +144,14 @@ BLOCK_GRADIENTS = {
 
 # Budgets of the main loops for whole blocks of 64 and 128, 16-bit W and x, rank 8: products, gradients.
 BLOCK_SLOTS = {"sm_80": (0.75, 0.28), "sm_90": (0.55, 0.38), "sm_120": (0.65, 0.26)}
+
+# Packed weights: rows of W, tokens, and the columns of a chunk, by the number of tokens. For more than SPARSE_TOKENS W
+# is written out, and the library multiplies. A split has SPARSE_DEPTH of depth at least where that is enough programs
+# for every multiprocessor: its sums, written and read in fp32, are 8 B a token and row for each 2,048 weights of it.
+SPARSE_TOKENS, SPARSE_DEPTH = 64, 2048
+_SPARSE = {
+    "half": ((16, Tile(32, 16, 128, 4, 2)), (32, Tile(32, 32, 128, 4, 2)), (64, Tile(64, 64, 128, 4, 2))),
+    "float": ((16, Tile(16, 16, 128, 4, 1)), (64, Tile(16, 32, 128, 4, 1))),
+}  # fmt: skip
+SPARSE_MATMUL = dict.fromkeys(TARGETS, _SPARSE)
+SPARSE_INSTRUCTIONS = 21  # budget of the main loop, instructions of a thread a weight (16-bit W and x, whole tiles)

@@ -33,14 +33,14 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from pst_kernels import env
 
 from ..tiles.targets import TARGETS, Target, compiling_for
-from . import block_cases, cases
+from . import block_cases, cases, sparse_cases
 from .cases import Case
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "score": cases.of_scores, "select": cases.of_selection, "mask": cases.of_masks,
     "group_mask": cases.of_tables, "matmul": cases.of_matmul, "gradients": cases.of_gradients,
     "block_lists": block_cases.of_lists, "block_matmul": block_cases.of_matmul,
-    "block_gradients": block_cases.of_gradients,
+    "block_gradients": block_cases.of_gradients, "sparse_matmul": sparse_cases.of_products,
 }  # fmt: skip
 KERNEL_FILES = tuple(CASES)
 TENSOR_CORE = re.compile(r"[HQI]?G?MMA$|UTC\w*MMA$")
