@@ -162,11 +162,12 @@ def _sparse_forward(kernels: ModuleType, x: Tensor, values: Tensor, *rest: Any) 
 
 
 def _sparse_backward(kernels: ModuleType, gy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *lists, in_features, needs_input, needs_values = rest
+    offsets, pointers, in_features, needs_input, needs_values = rest
     if kernels is cpu or not kernels.takes_sparse(gy, values):
         return kept_weights.backward(gy, x, values, *rest)
-    dx = kernels.sparse_input_gradient(gy, values, *lists, in_features) if needs_input else gy.new_empty(0)
-    return dx, kept_weights.backward(gy, x, values, *lists, in_features, False, needs_values)[1]
+    lists = values, offsets, pointers
+    dx = kernels.sparse_input_gradient(gy, *lists, in_features) if needs_input else gy.new_empty(0)
+    return dx, kept_weights.backward(gy, x, *lists, in_features, False, needs_values)[1]
 
 
 def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
