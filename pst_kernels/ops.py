@@ -133,6 +133,8 @@ def _fake_sparse_backward(gy, x, values, offsets, pointers, in_features, needs_i
 
 def sparse_product(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
     """The op sparse_forward past PyTorch's dispatch, for a caller who has turned autocast off."""
+    if x.is_cpu and env.backend() != "triton":  # the way that counts: the next line takes twice as long
+        return kept_weights.forward(x, values, *rest)
     return _sparse_forward(kernels_for(x.device.type), x, values, *rest)
 
 
@@ -143,11 +145,13 @@ def _sparse_forward(kernels: ModuleType, x: Tensor, values: Tensor, *rest: Any) 
 
 
 def _sparse_backward(kernels: ModuleType, gy: Tensor, x: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *lists, in_features, needs_input, needs_values = rest
+    offsets, pointers, in_features, needs_input, needs_values = rest
     if kernels is cpu or not kernels.takes_sparse(gy, values):
         return kept_weights.backward(gy, x, values, *rest)
-    dx = kernels.sparse_input_gradient(gy, values, *lists, in_features) if needs_input else gy.new_empty(0)
-    return dx, kept_weights.backward(gy, x, values, *lists, in_features, False, needs_values)[1]
+    dx = gy.new_empty(0)
+    if needs_input:
+        dx = kernels.sparse_input_gradient(gy, values, offsets, pointers, in_features)
+    return dx, kept_weights.backward(gy, x, values, offsets, pointers, in_features, False, needs_values)[1]
 
 
 def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
