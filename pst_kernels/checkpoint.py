@@ -20,17 +20,20 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .files import replacing
+from .layers.averages import fits
 from .layers.checks import is_conv1d, refuse_meta, whole
+from .layers.experts import ExpertWeights, PSTExperts
 from .layers.pst_layer import FACTORS, PSTLayer
-from .masks.packing import WORD, packed_width, unpack_mask
+from .masks.packing import packed_width
 from .masks.patterns import Pattern, parse
 from .model import get_config, modules_to_save, pst_layers, replace_linear
+from .operands import factor_shapes
 from .targets import find_targets
 
 logger = logging.getLogger("pst_kernels")
 ADAPTER_NAME = "pst_adapter.safetensors"
 FORMAT, VERSION = "pst_kernels", "1"
-WHOLE_NUMBERS = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64, "pst_frozen": torch.bool}
+WHOLE_NUMBERS = {"pst_mask": torch.int32, "pst_num_pruned": torch.int64, "pst_frozen": torch.uint8}
 RELEASED_NAMES = {
     "weight_U": "pst_U", "weight_V": "pst_V", "mask_scores_A": "pst_A",
     "mask_scores_B": "pst_B", "mask_scores_R": "pst_R", "mask_scores_C": "pst_C",
@@ -55,7 +58,7 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
         refuse_meta(name, state[name])
     tensors = {name: whole(state[name]).detach().contiguous().cpu().clone() for name in sorted(names)}
     metadata = {"format": FORMAT, "version": VERSION, "config": json.dumps(config.to_dict())}
-    if base := _fingerprint({name: state[f"{name}.weight" if name else "weight"] for name in layers}):
+    if base := _fingerprint({name: state[layer.entry(name, "weight")] for name, layer in layers.items()}):
         metadata["base"] = base
     with replacing(Path(directory) / ADAPTER_NAME) as temporary:
         save_file(tensors, temporary, metadata)
@@ -82,7 +85,7 @@ def load_pretrained(model: nn.Module, directory: str | Path) -> nn.Module:
         raise RuntimeError(
             "the model is sharded over processes; call load_pretrained before fully_shard or parallelize_module"
         )
-    layers: dict[str, Any] = converted or _without_duplicates(find_targets(model, config))
+    layers: dict[str, Any] = converted or _without_duplicates(_to_be(find_targets(model, config)))
     _check_settings(converted, config, path)
     _check_fit(model, layers, config, tensors, path)
     _compare_base(layers, path)
@@ -127,7 +130,9 @@ def _saved_config(model: nn.Module) -> PSTConfig:
     if not callable(config.target_modules) and not callable(config.exclude_modules):
         return config
     # a file cannot hold a callable, but what it chose; a list of suffixes could match more than these names
-    chosen = "|".join(re.escape(name) for name, _ in pst_layers(model))
+    layers = dict(pst_layers(model))
+    names = (layer.entry(n, "weight") if isinstance(layer, PSTExperts) else n for n, layer in layers.items())
+    chosen = "|".join(map(re.escape, names))
     return dataclasses.replace(config, target_modules=chosen, exclude_modules=None)
 
 
@@ -147,9 +152,20 @@ def _trained_beside(model: nn.Module, layers: dict[str, Any], config: PSTConfig)
     of_layers = {f"{name}." if name else "" for name in layers}
     names = {name for name in _tensors(model) if name.startswith(prefixes)}
     names = {name for name in names if f"{name.rpartition('.')[0]}." not in of_layers}
+    names -= {_entry(name, layer, "weight") for name, layer in layers.items()}
     if config.train_bias:
-        names |= {f"{prefix}bias" for prefix in of_layers if model.get_submodule(prefix.rstrip(".")).bias is not None}
+        names |= {_entry(name, layer, "bias") for name, layer in layers.items() if layer.bias is not None}
     return names
+
+
+def _entry(name: str, layer: Any, what: str) -> str:
+    """What the state dict calls the weight or bias of a layer, dense or under PST."""
+    return layer.entry(name, what) if hasattr(layer, "entry") else f"{name}.{what}" if name else what
+
+
+def _to_be(targets: dict[str, Any]) -> dict[str, Any]:
+    """Targets by the names that their layers will have."""
+    return {m.layer_name(name) if isinstance(m, ExpertWeights) else name: m for name, m in targets.items()}
 
 
 def _without_duplicates(layers: dict[str, Any]) -> dict[str, Any]:
@@ -232,21 +248,18 @@ def _check_fit(
 
 
 def _check_mask(name: str, layer: Any, pattern: Pattern, mask: Tensor, pruned: int, path: Path) -> None:
-    kept, columns = unpack_mask(mask, WORD * mask.shape[1]), _shape(layer)[1]
-    if not pattern.fits(kept[:, :columns], pruned) or bool(kept[:, columns:].any()):
+    if not fits(pattern, mask, _shape(layer)[-1], pruned):
         raise ValueError(
-            f"{path} is damaged: the mask of {name or 'the layer'} keeps {int(kept.sum())} weights and prunes"
-            f" others than pst_num_pruned={pruned} says; save the checkpoint again"
+            f"{path} is damaged: the mask of {name or 'the layer'} prunes other weights than its pattern and"
+            f" pst_num_pruned={pruned} say; save the checkpoint again"
         )
 
 
-def _shape(layer: Any) -> tuple[int, int]:
-    """(out, in) of a layer, dense or under PST."""
-    if isinstance(layer, PSTLayer):
-        out, columns = layer.oriented_weight.shape
-    else:
-        out, columns = layer.weight.T.shape if is_conv1d(layer) else layer.weight.shape
-    return out, columns
+def _shape(layer: Any) -> tuple[int, ...]:
+    """(out, in) of a layer, dense or under PST; (experts, out, in) of experts."""
+    if isinstance(layer, (PSTLayer, ExpertWeights)):
+        return tuple(layer.oriented(layer.weight).shape)
+    return tuple(layer.weight.T.shape if is_conv1d(layer) else layer.weight.shape)
 
 
 def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple[int, ...]]:
@@ -254,14 +267,15 @@ def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple
     shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in layers.items():
         own = layer.config if isinstance(layer, PSTLayer) else config
-        (out, columns), r1, r2 = _shape(layer), own.weight_rank, own.score_rank
-        entries = {
-            "pst_U": (out, r1), "pst_V": (r1, columns), "pst_A": (out, r2), "pst_B": (r2, columns), "pst_R": (out,),
-            "pst_C": (columns,), "pst_mask": (out, packed_width(columns)), "pst_num_pruned": (),
-        }  # fmt: skip
+        shape = _shape(layer)
+        entries: dict[str, tuple[int, ...]] = dict(
+            zip(FACTORS, factor_shapes(shape, own.weight_rank, own.score_rank), strict=True),
+            pst_mask=(*shape[:-1], packed_width(shape[-1])), pst_num_pruned=(),
+        )  # fmt: skip
         if own.freeze:
             entries["pst_frozen"] = ()
         if own.train_kept:
+            out, columns = shape
             pattern = parse(own.pattern)
             pruned = pattern.weights_pruned((out, columns), pattern.num_pruned_at((out, columns), own.sparsity))
             entries["pst_kept"] = (out * columns - (pruned or 0),)

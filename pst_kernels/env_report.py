@@ -43,7 +43,7 @@ def capability_report() -> dict[str, dict[str, Any]]:
 PASSES = ("scores", "prune_mask", "refresh_mask", "masked_weight", "linear_forward", "linear_backward")
 LISTS = ("sparse_forward", "sparse_backward")
 ELSEWHERE = {  # the same on every device
-    "is_last_before_refresh": "python (a counter on the host)",
+    "stack_gradients": "torch (batched products)",
     "kept_blocks_forward": "torch (a product a block on a CPU, else its block-sparse product)",
     "kept_blocks_backward": "torch (a product a block on a CPU, else its block-sparse product)",
 }

@@ -113,6 +113,7 @@ class Options(NamedTuple):
     through_magnitude: bool = True
     kept: bool = False  # whether M * W', if it is made already, stays as it is until the backward
     block_size: int | None = None  # of a mask that consists of blocks
+    interval: int = 1  # steps from one mask of blocks to the next: on the last of them A, B, R and C learn too
     kernels: Any = None  # the room of plain tensors, or the layer's own; called past PyTorch's dispatch of ops
 
 
@@ -131,21 +132,21 @@ NOTHING_MADE = Made()
 
 def masked_linear(
     x: Tensor, operands: MaskedWeight, bias: Tensor | None, dtype: torch.dtype, options: Options,
-    made: Made | None = None, learn_scores: Tensor | None = None, producer: Any = None,
+    made: Made | None = None, producer: Any = None,
 ) -> Tensor:  # fmt: skip
     """`pst_linear` of operands that `check` let pass; `dtype` is `operand_dtype(x)`.
 
-    `made` is M * W' in this dtype, if it is made already. `learn_scores` (bool, 0-d, on the CPU) says, for
-    a mask of blocks, whether A, B, R and C get their gradients, which need all of G, or zeros; U and V learn from kept
-    blocks then: Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M. `producer` says how x can be made again
-    (layers/recompute.py), so that it need not be kept.
+    `made` is M * W' in this dtype, if it is made already. With a mask of blocks A, B, R and C get their gradients,
+    which need all of G, on the last of `options.interval` steps, and zeros on the others, as the watch of U's layer
+    tells; U and V learn from kept blocks: Q = G * M * (1 + |W'|) with `through_magnitude`, else G * M. `producer` says
+    how x can be made again (layers/recompute.py), so that it need not be kept.
     """
     weight, factors, mask, scales = operands
     made = NOTHING_MADE if made is None else made
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if dtype is not flat.dtype:
         flat = flat.to(dtype)
-    given = flat, bias, weight, *factors, mask, *made, learn_scores, scales, options, producer
+    given = flat, bias, weight, *factors, mask, *made, scales, options, producer
     if not autocast_enabled(x.device.type):  # entering autocast costs as much as a small layer's forward
         if not torch.is_grad_enabled():
             y = _PSTLinear.forward(None, *given)
@@ -200,7 +201,7 @@ class _PSTLinear(torch.autograd.Function):
     # not setup_context(), for which torch binds the arguments by inspection at every call
     @staticmethod
     def forward(
-        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting, learn_scores,
+        ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting,
         scales, options, producer,
     ) -> Tensor:  # fmt: skip
         split = None, None
@@ -221,17 +222,16 @@ class _PSTLinear(torch.autograd.Function):
             ctx.scales, ctx.options, ctx.bias_dtype = scales, options, None if bias is None else bias.dtype
             ctx.make, taken = (None, (x,)) if producer is None else producer
             made = masked if options.kept else None, values, offsets, pointers
-            ctx.save_for_backward(weight, U, V, A, B, R, C, mask, learn_scores, *made, *split, *taken)
+            ctx.save_for_backward(weight, U, V, A, B, R, C, mask, *made, *split, *taken)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         # read once: hooks on saved tensors may unpack each only once
-        weight, *factors, mask, learn_scores, masked, values, offsets, pointers, left, right = (
-            saved := ctx.saved_tensors
-        )[:15]
-        options, taken = ctx.options, saved[15:]
+        saved = ctx.saved_tensors
+        weight, *factors, mask, masked, values, offsets, pointers, left, right = saved[:14]
+        options, taken = ctx.options, saved[14:]
         needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
         learns = any(needs_factors)
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
@@ -241,7 +241,7 @@ class _PSTLinear(torch.autograd.Function):
             flat = weight, *factors, mask, *ctx.scales
             if options.block_size is not None:
                 dx, *found = ops.block_backward(
-                    gy_, x, *flat, options.block_size, learn_scores, options.through_magnitude, needs_input, learns
+                    gy_, x, *flat, options.block_size, options.interval, options.through_magnitude, needs_input, learns
                 )  # fmt: skip
             else:
                 needs = Needs(needs_input and masked is None and values is None, learns)
@@ -262,7 +262,41 @@ class _PSTLinear(torch.autograd.Function):
             None if not need else gradient if gradient.dtype is factor.dtype else gradient.to(factor.dtype)
             for gradient, factor, need in zip(found, factors, needs_factors, strict=True)
         ]
-        return dx if needs_input else None, dbias, None, *gradients, *[None] * 10
+        return dx if needs_input else None, dbias, None, *gradients, *[None] * 9
+
+
+def masked_stack(
+    operands: MaskedWeight, through_magnitude: bool, kept: Tensor | None = None, interval: int = 0
+) -> Tensor:
+    """M * W' of a stack of weights (experts, out, in), with the same straight-through gradient for its factors.
+
+    In the weight's dtype. `kept` is M * W', if it is made already and stays as it is until the backward. With an
+    `interval`, U and V learn from kept weights alone, and the scores on the last step before a mask of that interval.
+    """
+    weight, factors, mask, scales = operands
+    return _MaskedStack.apply(weight, *factors, mask, kept, (*scales, through_magnitude, interval))
+
+
+class _MaskedStack(torch.autograd.Function):
+    """What `_PSTLinear` does to the weight alone: its gradient G comes from the products of others."""
+
+    @staticmethod
+    def forward(ctx: Any, weight, U, V, A, B, R, C, mask, kept, constants) -> Tensor:
+        ctx.save_for_backward(weight, U, V, A, B, R, C, mask)
+        ctx.constants = constants
+        *scales, _, _ = constants
+        return ops.masked_weight(weight, U, V, A, B, R, C, mask, *scales, weight.dtype) if kept is None else kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, ...]:
+        operands = ctx.saved_tensors
+        *scales, through_magnitude, interval = ctx.constants
+        needs = ctx.needs_input_grad[1:7]
+        found = ops.stack_gradients(G, *operands, *scales, interval, through_magnitude)
+        of_factors = zip(found, operands[1:7], needs, strict=True)
+        gradients = [gradient.to(factor.dtype) if need else None for gradient, factor, need in of_factors]
+        return None, *gradients, *[None] * 3
 
 
 def operand_dtype(x: Tensor) -> torch.dtype:

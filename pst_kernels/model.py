@@ -15,16 +15,17 @@ from . import env
 from .config import PSTConfig, matches
 from .export import formats
 from .layers.checks import check_finite, is_conv1d, refuse_meta
+from .layers.experts import ExpertWeights, PSTExperts
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.pst_layer import PSTLayer
 from .layers.reads import refuse_bypassed
 from .layers.together import refresh_layers
 from .refusals import shortened
-from .targets import find_targets, head_modules, parameter_uses, weight_key, weights_in_no_linear
+from .targets import block_weights, find_targets, head_modules, parameter_uses, weight_key
 from .whole_model import give_back_saving, take_over_saving
 
 logger = logging.getLogger("pst_kernels")
-LITTLE = 0.02  # share of the blocks' weights outside of linear layers that goes without saying
+LITTLE = 0.02  # share of the blocks' weights left dense that goes without saying
 
 
 def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Module:
@@ -55,6 +56,11 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
     _warn_of_other_settings(model, config)
     converted: dict[int, PSTLayer] = {}  # by identity: a layer used in two places stays one layer
     for name, module in targets.items():
+        if isinstance(module, ExpertWeights):
+            if id(module) not in converted:
+                converted[id(module)] = PSTExperts.attach(module, config)
+                converted[id(module)].full_name = name
+            continue
         if id(module) not in converted:
             cls: Any = PSTConv1D if is_conv1d(module) else PSTLinear
             converted[id(module)] = cls.from_linear(module, config)
@@ -99,13 +105,16 @@ def _warn_of_other_settings(model: nn.Module, config: PSTConfig) -> None:
 
 
 def _warn_of_other_weights(model: nn.Module) -> None:
-    """Say what share of the blocks the method does not reach, as where a mixture's experts are one 3-d parameter."""
-    others, total = weights_in_no_linear(model)
-    if sum(others.values()) > LITTLE * total:
+    """Say what share of the blocks the method does not reach, as where a mixture keeps its experts in a form of its
+    own.
+    """
+    found = block_weights(model)
+    others = sum(found.in_no_linear.values())
+    if others > LITTLE * found.total:
         logger.warning(
             "%.1f %% of the weights of the blocks are in no linear layer, and stay dense: %s",
-            100 * sum(others.values()) / total,
-            shortened(others),
+            100 * others / found.total,
+            shortened(found.in_no_linear),
         )
 
 
@@ -197,8 +206,8 @@ class TrainableSummary:
     prunable: int
     sparsity: float
     target_sparsity: float
-    not_linear: dict[str, int] = dataclasses.field(default_factory=dict)  # weights of blocks that no linear layer holds
-    in_blocks: int = 0
+    in_blocks: int = 0  # weights of the matrices of the blocks
+    in_blocks_prunable: int = 0  # and those of them that are converted
     kept: int = 0  # kept weights that train from the freeze on, of `trainable`
 
     @property
@@ -211,7 +220,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
     prunable = sum(layer.weight.numel() for layer in layers)
     pruned = sum(layer.weights_pruned for layer in layers)
     target = sum(layer.config.sparsity * layer.weight.numel() for layer in layers)
-    not_linear, in_blocks = weights_in_no_linear(model)
+    of_blocks = block_weights(model)
     return TrainableSummary(
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total=sum(p.numel() for p in model.parameters()),
@@ -219,29 +228,30 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
         prunable=prunable,
         sparsity=pruned / max(1, prunable),
         target_sparsity=target / max(1, prunable),
-        not_linear=not_linear,
-        in_blocks=in_blocks,
+        in_blocks=of_blocks.total,
+        in_blocks_prunable=of_blocks.under_pst,
         kept=sum(layer.pst_kept.numel() for layer in layers if layer.config.train_kept),
     )
 
 
 def print_trainable_parameters(model: nn.Module) -> None:
-    """Print PEFT's line, and the sparsity of the converted matrices now and in the end."""
+    """Print PEFT's line, and the sparsity of the converted matrices now and in the end; of a model some of whose
+    blocks' weights are left dense, the share that is converted too.
+    """
     s = trainable_summary(model)
-    left = sum(s.not_linear.values())
-    dense = f" || {100 * left / max(1, s.in_blocks):.1f} % of the blocks' weights are in no linear layer, and dense"
+    share = f" || {100 * s.in_blocks_prunable / max(1, s.in_blocks):.1f} % of the blocks' weights are under PST"
     kept = f" (of them {s.kept:,} kept weights, from the freeze on)" if s.kept else ""
     print(
         f"trainable params: {s.trainable:,}{kept} || all params: {s.total:,} || trainable%: {s.percent:.4f}"
         f" || sparsity of {s.prunable:,} prunable weights: {s.sparsity:.4f} (target {s.target_sparsity:.4f})"
-        f"{f'{dense}: {shortened(s.not_linear)}' if left > LITTLE * s.in_blocks else ''}"
+        f"{share if s.in_blocks_prunable < (1 - LITTLE) * s.in_blocks else ''}"
     )
 
 
 @dataclass(frozen=True)
 class LayerStatus:
     name: str
-    shape: tuple[int, ...]  # (out, in)
+    shape: tuple[int, ...]  # (out, in), of experts (experts, out, in)
     dtype: torch.dtype
     backend: str
     sparsity: float
@@ -254,7 +264,8 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """One row per converted layer, in the model's order."""
     return [
         LayerStatus(
-            name, tuple(layer.oriented_weight.shape), layer.weight.dtype,
+            layer.entry(name, "weight") if isinstance(layer, PSTExperts) else name,
+            tuple(layer.oriented_weight.shape), layer.weight.dtype,
             env.backend_for(layer.weight.device.type)[0], layer.sparsity, layer.config.sparsity, layer.merged,
             layer.frozen,
         )
@@ -268,7 +279,8 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     In place; returns the model (a new module if the model itself is a PST layer). Layers that were merged are taken as
     they are. By `format` the layers become
 
-    - "dense": `nn.Linear` or `Conv1D`; the state dict has a dense model's keys;
+    - "dense": `nn.Linear` or `Conv1D`; the state dict has a dense model's keys; weights of experts become so by every
+      format;
     - "sparse": `SparseLinear`, which stores the kept weights of any pattern and multiplies by them alone;
     - "bsr": `BlockSparseLinear`, which stores the kept blocks and multiplies by them alone, for `pattern="block:B"`;
     - "semi_structured": `nn.Linear` whose weight is torch's semi-structured tensor, for `pattern="2:4"` on CUDA, in
@@ -289,6 +301,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
                 " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
             )
         refuse_meta(f"the weight of {name}", layer.weight)
+        layer.settle_mask()
         formats.refuse(format, name, layer)
         if safe_merge:
             remedy = "lower the learning rate, or merge an earlier checkpoint"
@@ -296,7 +309,9 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     # all of them first: what fails in between leaves the model as it was
     plain = {id(layer): formats.plain(format, layer) for _, layer in pst_layers(model)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, PSTLayer):
+        if isinstance(module, PSTExperts):
+            module.detach()
+        elif isinstance(module, PSTLayer):
             model = _set_submodule(model, name, plain[id(module)])
     give_back_saving(model)
     return model

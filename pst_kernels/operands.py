@@ -8,7 +8,7 @@ the other side. Their shapes, dtypes and devices are checked here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,10 @@ class Factors(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
         return Factors(*map(change, self))
 
+    def of_expert(self, number: int) -> Factors:
+        """Those of one weight of a stack."""
+        return Factors(*(factor[number] for factor in self))
+
     def check(self, weight: Tensor) -> None:
         """Raise ValueError or TypeError that names the tensor whose shape, dtype or device does not fit the weight."""
         if weight.dim() != 2:
@@ -66,10 +70,11 @@ class Factors(NamedTuple):
                 raise TypeError(f"{name} must be one of float32, float16, bfloat16 or float64, got {tensor.dtype}")
 
 
-def factor_shapes(shape: tuple[int, int], weight_rank: int, score_rank: int) -> tuple[tuple[int, ...], ...]:
-    """Of U, V, A, B, R and C for a weight (out, in)."""
-    out, columns = shape
-    return (out, weight_rank), (weight_rank, columns), (out, score_rank), (score_rank, columns), (out,), (columns,)
+def factor_shapes(shape: Sequence[int], weight_rank: int, score_rank: int) -> tuple[tuple[int, ...], ...]:
+    """Of U, V, A, B, R and C for a weight (out, in), or a stack of them (experts, out, in)."""
+    *stack, out, columns = shape
+    single = (out, weight_rank), (weight_rank, columns), (out, score_rank), (score_rank, columns), (out,), (columns,)
+    return tuple((*stack, *one) for one in single)
 
 
 class Scales(NamedTuple):

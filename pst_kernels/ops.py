@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, env
-from .cpu import kept_blocks, kept_weights
+from .cpu import kept_blocks, kept_weights, stacks
 from .masks import due
 from .masks.packing import packed_width
 from .masks.patterns import parse
@@ -83,7 +83,14 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]
     return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else contextlib.nullcontext()
 
 
-def _define(name: str, arguments: Sequence[str | _Group], returns: str, fake: Any, run: Any = None) -> None:
+# What such an op does differs from call to call by what the host knows: a captured graph must leave it out, as
+# torch.compile's does from PyTorch 2.9 on.
+HOST_DECIDES = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None)
+
+
+def _define(
+    name: str, arguments: Sequence[str | _Group], returns: str, fake: Any, run: Any = None, tags: tuple[Any, ...] = ()
+) -> None:  # fmt: skip
     """Register an op for every device. Its fake and its room's function take groups as one argument each.
 
     `run(kernels, ...)` stands in for the function of the op's name in the room.
@@ -106,7 +113,7 @@ def _define(name: str, arguments: Sequence[str | _Group], returns: str, fake: An
 
     NAMES.append(name)
     schema = ", ".join(argument.schema if isinstance(argument, _Group) else argument for argument in arguments)
-    _library.define(f"{name}({schema}) -> {returns}")
+    _library.define(f"{name}({schema}) -> {returns}", tags=tags)
     _library.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *flat: fake(*operands(flat)), lib=_library)
 
@@ -154,6 +161,18 @@ def _sparse_backward(kernels: ModuleType, gy: Tensor, x: Tensor, values: Tensor,
     return dx, kept_weights.backward(gy, x, values, offsets, pointers, in_features, False, needs_values)[1]
 
 
+def _block_backward(kernels, gy, x, operands, size, interval, through_magnitude, needs):
+    """Whether the scores learn is a counter's word, asked here: a graph carries no tensor of the host's for it."""
+    learns = due.watch_of(operands.factors.U).is_last_before_refresh(interval)
+    return kernels.block_backward(gy, x, operands, size, learns, through_magnitude, needs)
+
+
+def _stack_gradients(gradient, operands, interval, through_magnitude):
+    """With no interval the scores learn on every step."""
+    learns = not interval or due.watch_of(operands.factors.U).is_last_before_refresh(interval)
+    return stacks.factor_gradients(gradient, operands, learns, interval != 0, through_magnitude)
+
+
 def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
     refresh(kernels, weights, state, due.watch_of(weights.factors.U))
 
@@ -178,13 +197,18 @@ _define(
     run=lambda kernels, weight, factors, scales, state: _refresh(kernels, Weights(weight, factors, scales), state),
 )  # fmt: skip
 _define(
-    "is_last_before_refresh", ["Tensor U", "SymInt interval"], "Tensor",
-    lambda *_: torch.empty((), dtype=torch.bool, device="cpu"),
-    run=lambda _, U, interval: torch.tensor(due.watch_of(U).is_last_before_refresh(interval), device="cpu"),
+    "masked_weight", [MASKED_WEIGHT, "ScalarType dtype"], "Tensor",
+    lambda operands, dtype: stacks.room(operands.weight, dtype),
+    run=lambda kernels, operands, dtype: stacks.masked_weight(kernels, operands, dtype),
 )  # fmt: skip
 _define(
-    "masked_weight", [MASKED_WEIGHT, "ScalarType dtype"], "Tensor",
-    lambda operands, dtype: operands.weight.new_empty(operands.weight.shape, dtype=dtype),
+    "stack_gradients",
+    ["Tensor gradient", MASKED_WEIGHT, "SymInt interval", "bool through_magnitude"],
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda _, operands, *__: tuple(
+        operands.factors.map(lambda f: f.new_empty(f.shape, dtype=compute_dtype(operands.weight.dtype)))
+    ),
+    run=lambda _, *operands: _stack_gradients(*operands),
 )  # fmt: skip
 _define(
     "linear_forward", ["Tensor x", MASKED_WEIGHT, "Tensor? bias"], "Tensor",
@@ -203,8 +227,8 @@ _define(
 )  # fmt: skip
 _define(
     "block_backward",
-    ["Tensor gy", "Tensor x", MASKED_WEIGHT, "int size", "Tensor learn_scores", "bool through_magnitude", NEEDS],
-    _SEVEN, _fake_backward,
+    ["Tensor gy", "Tensor x", MASKED_WEIGHT, "int size", "SymInt interval", "bool through_magnitude", NEEDS],
+    _SEVEN, _fake_backward, run=_block_backward, tags=HOST_DECIDES,
 )  # fmt: skip
 _define(
     "kept_blocks_forward",
@@ -235,8 +259,8 @@ scores = _ops.scores.default
 kth_value = _ops.kth_value.default
 prune_mask = _ops.prune_mask.default
 refresh_mask = _ops.refresh_mask.default
-is_last_before_refresh = _ops.is_last_before_refresh.default
 masked_weight = _ops.masked_weight.default
+stack_gradients = _ops.stack_gradients.default
 linear_forward = _ops.linear_forward.default
 linear_backward = _ops.linear_backward.default
 rested_backward = _ops.rested_backward.default

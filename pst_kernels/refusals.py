@@ -11,7 +11,11 @@ from torch.nn.utils import parametrize
 
 from .bypass import Bypass
 from .layers.checks import check_finite, is_conv1d
+from .layers.experts import ExpertWeights, PSTExperts
 from .operands import FLOATING
+
+# Subclasses that compute what nn.Linear computes; merged they come back as that.
+AS_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
 
 
 def check_model(model: nn.Module) -> None:
@@ -31,26 +35,22 @@ def _is_tuner(module: nn.Module) -> bool:
     return any(k.__name__ == "BaseTunerLayer" and k.__module__.startswith("peft.") for k in type(module).__mro__)
 
 
-def why_not(model: nn.Module, name: str, module: nn.Module, bypassed: Mapping[str, Bypass], named: bool) -> str | None:
+def why_not(model: nn.Module, name: str, module: Any, bypassed: Mapping[str, Bypass], named: bool) -> str | None:
     """Why PST cannot convert a layer that other layers of the model need not suffer for, or None.
 
     `named`: the user asked for this very layer, and so answers for paths of the model that are rarely taken.
     """
+    if isinstance(module, ExpertWeights):
+        return _why_not_experts(module)
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
         return f"sits in a {type(parent).__qualname__}, whose fast path reads the weight without calling the layer"
     if parametrize.is_parametrized(module):
         return "is parametrised; remove the parametrisation first"
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    if type(module) is not nn.Linear and not is_conv1d(module) and kind_of(module) not in AS_LINEAR:
         return f"is a {kind_of(module)}, which PST cannot convert (only nn.Linear and Conv1D)"
-    weight = module.weight
-    if hasattr(weight, "full_tensor"):  # for check_layer to refuse
-        return None
-    if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
-        return (
-            f"has a weight of type {type(weight).__qualname__} and dtype {weight.dtype}; quantised or otherwise"
-            " special weights are not supported: load the model in float32, float16 or bfloat16"
-        )
+    if special := _special(module.weight):
+        return special
     if name in bypassed and not (named and bypassed[name].sometimes):
         sometimes = " on some of its paths; name it in target_modules if yours takes none of them"
         return (
@@ -62,7 +62,30 @@ def why_not(model: nn.Module, name: str, module: nn.Module, bypassed: Mapping[st
     return None
 
 
-def check_layer(name: str, module: nn.Module) -> None:
+def _special(weight: Any) -> str | None:
+    if hasattr(weight, "full_tensor"):  # for check_layer to refuse
+        return None
+    if type(weight) is not nn.Parameter or weight.dtype not in FLOATING:
+        return (
+            f"has a weight of type {type(weight).__qualname__} and dtype {weight.dtype}; quantised or otherwise"
+            " special weights are not supported: load the model in float32, float16 or bfloat16"
+        )
+    return None
+
+
+def _why_not_experts(weights: ExpertWeights) -> str | None:
+    owner = weights.owner
+    if parametrize.is_parametrized(owner):
+        return "is parametrised; remove the parametrisation first"
+    if getattr(owner, "_is_expert_parallel", False):
+        return "is cut over processes by expert parallelism; load the model without it"
+    own_forward = "forward" in vars(owner) and not any(isinstance(m, PSTExperts) for m in owner.children())
+    if own_forward and not hasattr(owner, "_hf_hook"):
+        return "belongs to experts with a forward of their own, set on the instance, which PST would replace"
+    return _special(weights.weight)
+
+
+def check_layer(name: str, module: Any) -> None:
     """Raise for a layer that tells of a model which is not ready: damaged, offloaded, or cut over processes."""
     weight: Any = module.weight
     if any(hasattr(weight, mark) for mark in ("ds_id", "ds_shape", "ds_status")):
@@ -75,7 +98,7 @@ def check_layer(name: str, module: nn.Module) -> None:
             f"{name} has a weight of type {type(weight).__qualname__}, sharded over processes already; call"
             " replace_linear before fully_shard or parallelize_module"
         )
-    if hasattr(module, "_hf_hook"):
+    if hasattr(getattr(module, "owner", module), "_hf_hook"):
         raise RuntimeError(
             f"{name} is managed by an accelerate hook (device_map or CPU offload);"
             " convert the model before dispatching it"

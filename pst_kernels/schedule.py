@@ -161,7 +161,7 @@ class SparsitySchedule:
             if layer.frozen:
                 continue
             if pruned != self._pruned[i]:
-                layer.pst_num_pruned.fill_(pruned)
+                layer.set_num_pruned(pruned)
                 self._pruned[i] = pruned
             layer.has_learned_mask = True
 

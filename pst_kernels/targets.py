@@ -7,7 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .bypass import weights_read_past_their_layers
 from .config import ALL_LINEAR, PSTConfig, matches
 from .layers.checks import is_conv1d
+from .layers.experts import ExpertWeights, PSTExperts, expert_weights
 from .layers.pst_layer import PSTLayer
 from .refusals import check_layer, check_model, listed, shortened, why_not
 
@@ -28,8 +29,9 @@ def is_transformers_model(module: nn.Module) -> bool:
     )
 
 
-def find_targets(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
-    """Name -> layer of everything to convert, PST layers left out; checked, so that conversion cannot fail half-way.
+def find_targets(model: nn.Module, config: PSTConfig) -> dict[str, Any]:
+    """Name -> layer, or `ExpertWeights`, of everything to convert, PST layers left out; checked, so that conversion
+    cannot fail half-way.
 
     Under "all-linear" a layer that PST cannot train (a quantised or parametrised one, say) stays dense, with a warning;
     one that was named raises TypeError. Raises ValueError when nothing matches (naming near misses), for a name of a
@@ -41,17 +43,22 @@ def find_targets(model: nn.Module, config: PSTConfig) -> dict[str, nn.Module]:
     _check_names(model, linears, config)
     named = config.target_modules != ALL_LINEAR
     if named:
-        chosen = {name: m for name, m in linears.items() if matches(config.target_modules, m, name)}
+        chosen = {name: m for name, m in linears.items() if _matches(config.target_modules, m, name)}
     else:
         chosen = _of_blocks(model, linears)
     if config.exclude_modules is not None:
-        chosen = {name: m for name, m in chosen.items() if not matches(config.exclude_modules, m, name)}
+        chosen = {name: m for name, m in chosen.items() if not _matches(config.exclude_modules, m, name)}
     already = any(isinstance(m, PSTLayer) for m in model.modules())
     if not chosen and not already:
         raise ValueError(_nothing_matched(model, config, linears))
     chosen = {name: m for name, m in chosen.items() if not isinstance(m, PSTLayer)}
     bypassed = weights_read_past_their_layers(model) if chosen else {}
     reasons = {name: reason for name, m in chosen.items() if (reason := why_not(model, name, m, bypassed, named))}
+    if config.train_kept:
+        experts = {name for name, m in chosen.items() if isinstance(m, ExpertWeights)} - reasons.keys()
+        reasons |= dict.fromkeys(
+            sorted(experts), "belongs to experts, whose kept weights PST does not train (train_kept)"
+        )
     if named:
         for name, reason in reasons.items():
             raise TypeError(f"{name} {reason}; leave it out with exclude_modules=[{name!r}]")
@@ -98,7 +105,7 @@ def head_modules(model: nn.Module) -> list[str]:
         return [n for n in untied if not any(n.startswith(f"{other}.") for other in untied)]
     if len(list(model.children())) == 0:  # a bare linear has no head
         return []
-    linears = [name for name, _ in _candidates(model)]
+    linears = [name for name, m in _candidates(model) if not isinstance(m, (ExpertWeights, PSTExperts))]
     if any(_in_block(model, name) for name in linears):
         linears = [name for name in linears if not _in_block(model, name)]
     return linears[-1:]
@@ -142,12 +149,17 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, PSTLayer)) or is_conv1d(module)
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers, and what looks like one: a layer of another library that a user names must be refused, not
-    skipped.
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Linear layers, the weights of experts, and what looks like a linear layer: one of another library that a user
+    names must be refused, not skipped.
     """
+    known: dict[int, list[ExpertWeights]] = {}  # a module used in two places has its weights once
     for name, module in model.named_modules(remove_duplicate=False):
-        if _is_linear(module) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        for weights in known.setdefault(id(module), expert_weights(module)):
+            yield f"{name}.{weights.parameter}" if name else weights.parameter, weights
+        if isinstance(module, PSTExperts):
+            yield module.entry(name, "weight"), module
+        elif _is_linear(module) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
             yield name, module
 
 
@@ -196,30 +208,46 @@ def _weight(module: Any) -> Tensor:
     return module.weight
 
 
-def weights_in_no_linear(model: nn.Module) -> tuple[dict[str, int], int]:
-    """Matrices of the blocks that no linear layer holds, such as the experts of a mixture that are one 3-d parameter:
-    name -> numbers; and how many numbers all matrices of the blocks have.
-    """
-    linears = {id(m) for _, m in _candidates(model)}
-    others: dict[str, int] = {}
-    total = 0
+class BlockWeights(NamedTuple):
+    """How many numbers the matrices of a model's blocks have."""
+
+    total: int
+    under_pst: int
+    in_no_linear: dict[str, int]  # by name: in no linear layer, nor in experts that PST knows
+
+
+def block_weights(model: nn.Module) -> BlockWeights:
+    reached: set[int] = set()
+    under: set[int] = set()
+    for _, module in _candidates(model):
+        of_experts = isinstance(module, (ExpertWeights, PSTExperts))
+        reached |= {id(module.weight)} if of_experts else set(map(id, module._parameters.values()))
+        if isinstance(module, PSTLayer):
+            under.add(id(module.weight))
+    total, under_pst, others = 0, 0, {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) or not _in_block(model, f"{name}."):
             continue
-        sizes = {f"{name}.{n}": p.numel() for n, p in module._parameters.items() if p is not None and p.dim() > 1}
-        if id(module) not in linears:
-            others |= sizes
-        if isinstance(module, PSTLayer):
-            sizes = {name: module.weight.numel()}
-        total += sum(sizes.values())
-    return others, total
+        for entry, p in module._parameters.items():
+            if p is None or p.dim() < 2 or entry.startswith("pst_") or entry.endswith("bias"):
+                continue
+            total += p.numel()
+            under_pst += p.numel() if id(p) in under else 0
+            if id(p) not in reached:
+                others[f"{name}.{entry}"] = p.numel()
+    return BlockWeights(total, under_pst, others)
+
+
+def _matches(targets: Any, module: Any, name: str) -> bool:
+    """A callable is asked about the module of experts that holds a weight."""
+    return matches(targets, getattr(module, "owner", module), name)
 
 
 def _check_names(model: nn.Module, linears: Mapping[str, nn.Module], config: PSTConfig) -> None:
     """Raise ValueError for a name that nothing has beside others that match, and so would go unnoticed."""
     wanted = config.target_modules
     if isinstance(wanted, list):
-        unknown = [w for w in wanted if not any(matches([w], m, n) for n, m in linears.items())]
+        unknown = [w for w in wanted if not any(_matches([w], m, n) for n, m in linears.items())]
         if unknown and len(unknown) < len(wanted):
             raise ValueError(
                 f"target_modules names {unknown[0]!r}, which matches no linear layer{_parameter(model, unknown[0])};"
@@ -228,10 +256,10 @@ def _check_names(model: nn.Module, linears: Mapping[str, nn.Module], config: PST
     excluded = config.exclude_modules
     if excluded is None or callable(excluded):
         return
-    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    modules = dict(linears) | {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     for wanted in [excluded] if isinstance(excluded, str) else excluded:
         entry = wanted if isinstance(excluded, str) else [wanted]
-        found = [name for name, m in modules.items() if matches(entry, m, name)]
+        found = [name for name, m in modules.items() if _matches(entry, m, name)]
         if not found:
             raise ValueError(f"exclude_modules names {wanted!r}, which matches nothing; {_near([wanted], linears)}")
         if not any(name in linears or not _goes_on(name, linears, excluded) for name in found):
@@ -244,7 +272,7 @@ def _check_names(model: nn.Module, linears: Mapping[str, nn.Module], config: PST
 
 def _goes_on(name: str, linears: Mapping[str, nn.Module], excluded: Any) -> bool:
     """Whether a module holds linear layers that are not left out."""
-    return any(n.startswith(f"{name}.") and not matches(excluded, m, n) for n, m in linears.items())
+    return any(n.startswith(f"{name}.") and not _matches(excluded, m, n) for n, m in linears.items())
 
 
 def _parameter(model: nn.Module, wanted: str) -> str:

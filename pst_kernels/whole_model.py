@@ -7,6 +7,7 @@ frozen W as `pst_weight`, which a PST layer prefers when it loads: `Trainer` res
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from .layers.checks import whole
-from .layers.linear import PSTConv1D
 from .layers.pst_layer import FACTORS, FROZEN, PSTLayer
 from .layers.rested import masked_with
 from .layers.resting import KEPT
@@ -24,6 +24,8 @@ from .targets import is_transformers_model, parameter_uses, weight_key
 
 logger = logging.getLogger("pst_kernels")
 METHOD = "save_pretrained"
+# transformers would write experts one by one, under names that load_state_dict, and so a resumed Trainer, passes over
+KEEPS_NAMES = "save_original_format"
 
 
 def take_over_saving(model: nn.Module) -> None:
@@ -41,6 +43,8 @@ def _save_pretrained(
 ) -> Any:
     state = model.state_dict() if state_dict is None else state_dict
     state = with_pruned_weights(model, state)
+    if KEEPS_NAMES in inspect.signature(type(model).save_pretrained).parameters:
+        settings.setdefault(KEEPS_NAMES, False)
     return type(model).save_pretrained(
         model, save_directory, is_main_process=is_main_process, state_dict=state, **settings
     )
@@ -52,17 +56,18 @@ def with_pruned_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
     uses = parameter_uses(model)
     for name, layer in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
-        needed = [f"{prefix}{entry}" for entry in ("weight", *FACTORS, "pst_mask")]
-        if not isinstance(layer, PSTLayer) or not all(entry in state for entry in needed):
+        if not isinstance(layer, PSTLayer):
+            continue
+        needed = [layer.entry(name, "weight"), *(f"{prefix}{entry}" for entry in (*FACTORS, "pst_mask"))]
+        if not all(entry in state for entry in needed):
             continue
         if uses[weight_key(layer.weight)] > 1:
             logger.warning("the weight of %s is shared with another module, and saved unpruned", name)
             continue
         weight, *rest = (whole(state[entry]) for entry in needed)
-        oriented = weight.t() if isinstance(layer, PSTConv1D) else weight
-        operands = MaskedWeight.of(oriented, *rest, *layer.scales)
+        operands = MaskedWeight.of(layer.oriented(weight), *rest, *layer.scales)
         with torch.no_grad():
             pruned = masked_with(operands, layer.added(state.get(f"{prefix}{KEPT}")), weight.dtype)
-        found[f"{prefix}weight"] = (pruned.t() if isinstance(layer, PSTConv1D) else pruned).contiguous()
+        found[needed[0]] = layer.oriented(pruned).contiguous()  # which turned twice lies as before
         found[f"{prefix}{FROZEN}"] = weight
     return found

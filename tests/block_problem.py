@@ -60,17 +60,17 @@ class Problem(NamedTuple):
     def ready(self, device: str = "cpu") -> Callable[[], list[Tensor]]:
         """What computes y and the gradients by the ops of the chosen backend, its tensors made."""
         given = self.tensors(device)
-        gy, mask, learn = given.pop("gy"), pack_mask(given.pop("kept")), torch.tensor(self.learn)
+        gy, mask, interval = given.pop("gy"), pack_mask(given.pop("kept")), 1 if self.learn else 2
         gy = gy.t().contiguous().t()  # its transpose is contiguous, it is not
 
         def run() -> list[Tensor]:
             learned = {name: given[name].detach().requires_grad_() for name in LEARNED}
             x, factors = learned["x"], Factors(*(learned[name] for name in Factors._fields))
             operands = MaskedWeight(given["weight"], factors, mask, Scales(**SCALES))
-            options = functional.Options(self.through, block_size=self.size)
+            options = functional.Options(self.through, block_size=self.size, interval=interval)
             with torch.autocast(device, dtype=gy.dtype, enabled=bool(self.weight)):
                 dtype = functional.operand_dtype(x)
-                y = functional.masked_linear(x, operands, given["bias"], dtype, options, learn_scores=learn)
+                y = functional.masked_linear(x, operands, given["bias"], dtype, options)
             y.backward(gy)
             return [y.detach(), *(tensor.grad for tensor in learned.values())]
 

@@ -50,10 +50,10 @@ def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 # Fixtures of a module that take long, and the files that have them: one worker runs such a file, and makes them once.
-SHARED = {"found", "finished", "launched", "trained", "report"}
+SHARED = {"found", "finished", "launched", "report"}
 TOGETHER = {
     "test_linear_interpreted.py", "test_blocks_interpreted.py", "test_sparse_interpreted.py", "test_finetune.py",
-    "test_distributed.py", "test_minilm.py", "test_machine_code.py",
+    "test_distributed.py", "test_machine_code.py", "test_minilm.py",
 }  # fmt: skip
 COMPILED = {"emulator", "found", "report"}  # what asks for these is no part of `make test-quick`
 SLOW = {"finished", "launched"}  # nor is what asks for these
@@ -64,7 +64,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         given = item.callspec.params if hasattr(item, "callspec") else {}
-        assert not fixtures & SHARED or item.path.name in TOGETHER, f"{item.path.name} shares a fixture: see TOGETHER"
+        shared = fixtures & SHARED - given.keys()
+        assert not shared or item.path.name in TOGETHER, f"{item.path.name} shares {shared}: add it to TOGETHER"
         if fixtures & COMPILED or given.get("gpu") == "emulated":
             item.add_marker(pytest.mark.compiled)
         if fixtures & SLOW:

@@ -34,9 +34,13 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
     for pattern, pruned, mask in (("unstructured", count(200), packed), ("block:16", count(1), blocks)):
         yield "prune_mask", (*weights, pruned, new(), pattern)
         yield "refresh_mask", (*weights, pruned, mask.clone(), new(), 1, pattern)
-    yield "is_last_before_refresh", (factors[0], 16)
     unstructured, of_blocks = ((weight, *factors, mask, *scales) for mask in (packed, blocks))
     yield "masked_weight", (*unstructured, dtype)
+    stack = weight.repeat(2, 1, 1), *(factor.repeat(2, *[1] * factor.dim()) for factor in factors)
+    masks = packed.repeat(2, 1, 1)
+    yield "refresh_mask", (*stack, *scales, count(200), masks.clone(), new().repeat(2, 1), 1, "unstructured")
+    yield "masked_weight", (stack[0].mT.contiguous().mT, *stack[1:], masks, *scales, dtype)
+    yield "stack_gradients", (torch.randn_like(stack[0]), *stack, masks, *scales, 0, True)
     yield "linear_forward", (x, *unstructured, bias)
     yield "linear_forward", (x, *unstructured, None)
     for needs_input, needs_factors in ((True, True), (False, True), (True, False)):
@@ -44,8 +48,8 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
     for through, *needs in ((True, True, True), (False, True, True), (True, False, True), (True, True, False)):
         yield "rested_backward", (gy, x, *unstructured, through, *needs)
     yield "block_forward", (x, *of_blocks, bias, 16)
-    for learn in (True, False):
-        yield "block_backward", (gy, x, *of_blocks, 16, torch.tensor(learn), True, True, True)
+    for interval in (1, 2):  # the scores learn, or not
+        yield "block_backward", (gy, x, *of_blocks, 16, interval, True, True, True)
     kept, rows, columns = normal(2, 16, 16), torch.tensor([0, 2]).to(device), torch.tensor([0, 2]).to(device)
     yield "kept_blocks_forward", (x, kept, bias.to(dtype), rows, columns, 12)
     yield "kept_blocks_backward", (gy, kept, rows, columns, 40)

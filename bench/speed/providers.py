@@ -79,7 +79,7 @@ def _replace(convert: Callable[[nn.Linear], nn.Module]) -> Callable[[nn.Module],
         model.requires_grad_(False)
         for name, linear in targets.items():
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, convert(linear))  # type: ignore[arg-type]
+            setattr(model.get_submodule(parent), child, convert(linear))
         for name in saved:
             model.get_submodule(name).requires_grad_(True)
         return model

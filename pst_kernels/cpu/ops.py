@@ -167,12 +167,12 @@ def linear_backward(
 
 
 def block_backward(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: Tensor, through_magnitude: bool,
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: bool, through_magnitude: bool,
     needs: Needs,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dU and dV from kept blocks of G; the scores' gradients from all of G, or zeros."""
     dx, dU, dV = block_matmul.kept_block_gradients(gy, x, operands, size, through_magnitude, needs)
-    if needs.factors and bool(learn_scores):
+    if needs.factors and learn_scores:
         return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
     dA, dB, dR, dC = (
         factor.new_zeros(factor.shape if needs.factors else (0,), dtype=compute_dtype(operands.weight.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ def bound_to(operands: MaskedWeight, dtype: torch.dtype) -> SmallLayer | None:
     return None if passes is None else SmallLayer(passes)
 
 
+_room: Any = sys.modules[__package__]
+
+
 class SmallLayer:
     """A room of the layer's own, with the functions of cpu/."""
 
@@ -36,13 +40,17 @@ class SmallLayer:
         masked: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         count = int(num_pruned)
-        if count and (masked is None or masked.dtype is torch.float32):
+        # Who has put something in the place of the room's function, to count masks for instance, gets every call.
+        as_ever = _room.prune_mask is ops.prune_mask
+        plain = masked is None or masked.dtype is torch.float32
+        if as_ever and count and plain and self.passes.holds(weight, factors):
             return self.passes.prune(count, masked)
-        return ops.prune_mask(weight, factors, scales, num_pruned, guess, masked)
+        return _room.prune_mask(weight, factors, scales, num_pruned, guess, masked)
 
     def linear_backward(
         self, gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs, split: None = None
     ) -> tuple[Tensor, ...]:
-        if needs.input or not needs.factors or gy.dtype is not torch.float32:
+        moved = not self.passes.holds(operands.weight, operands.factors)
+        if moved or needs.input or not needs.factors or gy.dtype is not torch.float32:
             return ops.linear_backward(gy, x, operands, through_magnitude, needs)
         return x, *self.passes.factor_gradients(torch.mm(gy.t(), x), operands.mask, through_magnitude)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..bypass import weights_read_past_their_layers
 from ..layers.block_sparse_linear import BlockSparseLinear
 from ..layers.checks import is_conv1d, refuse_meta, whole
+from ..layers.experts import PSTExperts
 from ..layers.linear import PSTConv1D
 from ..layers.pst_layer import PSTLayer
 from ..layers.sparse_linear import SparseLinear
@@ -92,6 +93,10 @@ def pack_model(model: Any, format: str) -> Packed:
     size, conv1d = block_size(format), _conv1d_names(model)
     state: dict[str, Tensor] = {name: whole(tensor).detach() for name, tensor in model.state_dict().items()}
     shapes: dict[str, Shape] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PSTExperts):  # which stay dense, by every format
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+            state[module.entry(name, WEIGHT)] = module.oriented(module.masked_weight()).contiguous()
     for name, layer in _sparse_layers(model, format):
         if format == "dense":
             dense = dense_weight(layer)
@@ -119,6 +124,8 @@ def _sparse_layers(model: nn.Module, format: str) -> Iterator[tuple[str, Any]]:
     bypassed = weights_read_past_their_layers(model) if zeros_count else {}
     for name, module in model.named_modules(remove_duplicate=False):
         layer: Any = module
+        if isinstance(module, PSTExperts):
+            continue
         if isinstance(module, (PSTLayer, SparseLinear, BlockSparseLinear)):
             refuse_meta(f"the weight of {name}", layer.weight)
             if isinstance(module, PSTLayer) and uses[weight_key(layer.weight)] > 1:

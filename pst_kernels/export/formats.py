@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..layers.block_sparse_linear import BlockSparseLinear
+from ..layers.experts import PSTExperts
 from ..layers.hooks import carry_over
 from ..layers.linear import PSTConv1D
 from ..layers.pst_layer import PSTLayer
@@ -30,6 +31,8 @@ def check_name(name: str) -> None:
 def refuse(format: str, name: str, layer: PSTLayer) -> None:
     """Raise ValueError, naming the layer, when it cannot take a format."""
     pattern = layer.config.pattern
+    if isinstance(layer, PSTExperts):  # the model multiplies by their weights itself
+        return
     if format == "bsr" and not isinstance(layer.pattern, patterns.Blocks):
         raise ValueError(
             f"format='bsr' stores blocks, but {name or 'the layer'} was pruned with pattern={pattern!r}; use"
@@ -65,7 +68,10 @@ def refuse_semi_structured(name: str, shape: tuple[int, int], dtype: torch.dtype
 
 
 def plain(format: str, layer: PSTLayer) -> nn.Module:
-    """The layer without PST, in a format that `refuse` let pass."""
+    """The layer without PST, in a format that `refuse` let pass; that of experts is merged, for `detach`."""
+    if isinstance(layer, PSTExperts):
+        layer.merge()
+        return layer
     made = {"dense": _dense, "sparse": _sparse, "bsr": _blocks, "semi_structured": _semi_structured}[format](layer)
     return made.train(layer.training)
 

@@ -37,10 +37,6 @@ class PSTLinear(PSTLayer, nn.Linear):
         nn.Linear.__init__(layer, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         return _take_over(layer, linear, config)
 
-    @property
-    def oriented_weight(self) -> Tensor:
-        return self.weight
-
 
 class PSTConv1D(PSTLayer):
     """Hugging Face's `Conv1D` (GPT-2), a linear layer whose weight is stored (in, out), trained by PST.
@@ -71,9 +67,8 @@ class PSTConv1D(PSTLayer):
         layer.nx, layer.nf = conv.weight.shape
         return _take_over(layer, conv, config)
 
-    @property
-    def oriented_weight(self) -> Tensor:
-        return self.weight.t()
+    def oriented(self, weight: Tensor) -> Tensor:
+        return weight.t()
 
     def extra_repr(self) -> str:
         return f"nf={self.nf}, nx={self.nx}, weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"

@@ -15,7 +15,7 @@ from ..masks import due, patterns
 from ..masks.packing import packed_width, unpack_mask
 from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
-from . import reads
+from . import averages, reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
 from .kept import keeps, takes_lists
 from .recompute import producer_of
@@ -51,8 +51,8 @@ class PSTLayer(Resting, nn.Module):
     state dict, so a reloaded layer is as sparse as the saved one.
 
     The mask is computed when a factor, the weight or the sparsity has changed since the last forward (every
-    `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen; call
-    `refresh_mask(force=True)` after one.
+    `mask_interval` changes), and reused otherwise. A change through `tensor.data` cannot be seen: saving
+    and merging make the mask anew, for a forward call `refresh_mask(force=True)` after one.
 
     With `PSTConfig(freeze=)` a schedule fixes the mask at last (`freeze_mask`), which the buffer pst_frozen says, and
     with `train_kept` the parameter pst_kept (kept,) is added to the kept weights from there on.
@@ -73,6 +73,8 @@ class PSTLayer(Resting, nn.Module):
     called = False  # whether its forward has run outside of a compiled graph
     read_by = ""  # the method of another module that has computed with the weight before the layer was called
     rewritten = False  # whether it was said that the weight was written in place
+    seen_count = due.NOTHING  # version and address of the count that it was given itself
+    loaded: tuple[Any, ...] = ()  # what tells the tensors of a checkpoint from others, while its mask is in use
     seen_weight: tuple[int, int, int] | None = None  # which parameter, its address and version, at the last look
 
     def _add_factors(self, config: PSTConfig | None) -> None:
@@ -81,21 +83,23 @@ class PSTLayer(Resting, nn.Module):
             raise TypeError(
                 f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say"
             )
-        out, columns = self.oriented_weight.shape
+        shape = tuple(self.oriented_weight.shape)
+        *stack, out, columns = shape
         self.config = config
         # as text: torch.compile(dynamic=True) makes symbols of floats, and cannot pass a symbol into a checkpoint
         self._scales = Scales(float(config.beta), float(config.alpha1), float(config.alpha2))
         self._scales_as_text = tuple(map(float.hex, self._scales))
         self.pattern = patterns.parse(config.pattern)
         self.merged = False
-        shapes = factor_shapes((out, columns), config.weight_rank, config.score_rank)
+        shapes = factor_shapes(shape, config.weight_rank, config.score_rank)
         device = self.weight.device
         for name, shape in zip(FACTORS, shapes, strict=True):
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=config.adapter_dtype, device=device)))
-        self.register_buffer("pst_mask", torch.empty((out, packed_width(columns)), dtype=torch.int32, device=device))
+        mask = torch.empty((*stack, out, packed_width(columns)), dtype=torch.int32, device=device)
+        self.register_buffer("pst_mask", mask)
         self.register_buffer("pst_num_pruned", torch.zeros((), dtype=torch.int64, device=device))
         # fp32 kept as bits: model.to(torch.bfloat16) must not round where the last threshold was
-        self.register_buffer("pst_guess", new_guess(device).view(torch.int32), persistent=False)
+        self.register_buffer("pst_guess", self._new_guess(device), persistent=False)
         self.has_learned_mask = False  # whether it comes of training, or of a checkpoint, not of the conversion alone
         self.watch = due.Watch()
         self.scheduled = False  # whether a schedule refreshes it after every optimizer step
@@ -108,8 +112,12 @@ class PSTLayer(Resting, nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(config.train_bias)
         self.reset_factors()
+        self.given = averages.Given(0, self)
         self.sparsity = config.sparsity
         self._add_rest((out, columns))
+
+    def _new_guess(self, device: torch.device) -> Tensor:
+        return new_guess(device).view(torch.int32).repeat(*self.oriented_weight.shape[:-2], 1)
 
     def reset_factors(self) -> None:
         """U, A ~ N(0, 1); V, B, R, C = 0, so that the layer starts as plain magnitude pruning of W."""
@@ -138,13 +146,22 @@ class PSTLayer(Resting, nn.Module):
     @property
     def oriented_weight(self) -> Tensor:
         """The weight as (out, in), a view."""
-        raise NotImplementedError
+        return self.oriented(self.weight)
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A tensor that lies as the weight does, as (out, in)."""
+        return weight
+
+    def entry(self, name: str, what: str) -> str:
+        """What the layer's "weight" or "bias" is called in a model where the layer is called `name`."""
+        return f"{name}.{what}" if name else what
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_ready": None, "_kept_weight": None}  # made again where it is needed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.seen_count = due.NOTHING
         due.register(self)  # a copy has optimizers of its own
 
     @property
@@ -168,13 +185,25 @@ class PSTLayer(Resting, nn.Module):
     def sparsity(self, value: float) -> None:
         if self.frozen:
             raise RuntimeError("the mask of this layer is fixed; call unfreeze_mask() before setting its sparsity")
-        self.pst_num_pruned.fill_(self.num_pruned_at(check_sparsity("sparsity", value)))
+        self.set_num_pruned(self.num_pruned_at(check_sparsity("sparsity", value)))
+
+    def set_num_pruned(self, count: int) -> None:
+        """Let the next mask prune `count`, of what `num_pruned_at` counts."""
+        self.pst_num_pruned.fill_(count)
+        self._note_count(count)
+
+    def _note_count(self, count: int) -> None:
+        self.given = self.given.now(count, self)
+        if type(self.pst_num_pruned) is Tensor:
+            self.seen_count = due.total_of((self.pst_num_pruned,))
 
     @property
     def weights_pruned(self) -> int:
         """How many weights are pruned now; where blocks have ragged edges, that is for the mask to say."""
+        averages.mend(self)
         counted = self.pattern.weights_pruned(self._shape, int(self.pst_num_pruned))
-        return int((~self.mask).sum()) if counted is None else counted
+        single = self._shape[0] * self._shape[1]
+        return int((~self.mask).sum()) if counted is None else counted * (self.weight.numel() // max(1, single))
 
     def num_pruned_at(self, sparsity: float) -> int:
         """What `pst_num_pruned` holds at a sparsity: a number of weights, or of blocks."""
@@ -182,7 +211,7 @@ class PSTLayer(Resting, nn.Module):
 
     @property
     def _shape(self) -> tuple[int, int]:
-        out, columns = self.oriented_weight.shape
+        out, columns = self.oriented_weight.shape[-2:]
         return out, columns
 
     @property
@@ -219,9 +248,28 @@ class PSTLayer(Resting, nn.Module):
         if (shards := self._tensor_parallel()) is not None:
             shards.refresh(self)
             return
+        if not torch.compiler.is_compiling():
+            averages.mend(self)
         with torch.no_grad():
             ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
             self.added()  # what a compiled forward takes as it is
+
+    def settle_mask(self) -> None:
+        """Bring the mask up to date for saving or merging: made anew also where no change can be seen.
+
+        One that is meant to be older than its factors (`mask_interval`, or fixed) stays, and so does one that was
+        loaded with them.
+        """
+        if not self.merged and self._is_suspect():
+            self.mark_stale()
+        self.refresh_mask()
+
+    def _is_suspect(self) -> bool:
+        """Whether a write that leaves no trace may have made the mask stale."""
+        if self.frozen or self.config.mask_interval > 1 or type(self.weight) not in PLAIN:
+            return False
+        looks, *sums = self.loaded or (None,)
+        return looks != self.watch.looks or tuple(sums) != averages.sums(self._weights())
 
     def _weights(self) -> tuple[Tensor, ...]:
         """The weight (out, in) and the factors, whole."""
@@ -255,15 +303,20 @@ class PSTLayer(Resting, nn.Module):
         """Tensors were loaded into this layer; a mask that came with its factors is used as it is."""
         self.seen_weight = None
         if self.pst_guess.is_meta:  # converted on the meta device; no state dict holds the guess
-            self.pst_guess = new_guess(self.pst_mask.device).view(torch.int32)
+            self.pst_guess = self._new_guess(self.pst_mask.device)
         if self.config.freeze and not self.pst_frozen.is_meta:
             self._set_frozen(bool(self.pst_frozen))
-        if with_mask:
-            self.has_learned_mask = True
-            self._ready = None
-            self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True)
-        else:
+        plain = type(self.pst_num_pruned) is Tensor and not self.pst_num_pruned.is_meta
+        if plain:
+            self._note_count(int(self.pst_num_pruned))
+        if not with_mask:
             self.watch.mark_stale()
+            return
+        self.has_learned_mask = True
+        self._ready = None
+        self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True, mask=self.pst_mask)
+        if plain and type(self.weight) in PLAIN and not self.weight.is_meta:
+            self.loaded = (self.watch.looks, *averages.sums(self._weights()))
 
     def masked_weight(self) -> Tensor:
         """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""
@@ -294,6 +347,7 @@ class PSTLayer(Resting, nn.Module):
         if hasattr(self.weight, "full_tensor"):
             self._refuse_sharded()
         refuse_meta("the weight", self.weight)
+        self.settle_mask()
         merged = self.masked_weight()
         if safe_merge:
             check_finite(merged, "the merged weight", "lower the learning rate, or merge an earlier checkpoint")
@@ -322,22 +376,14 @@ class PSTLayer(Resting, nn.Module):
             ready = self._renewed(ready if ready is not None and fits else self._checked(x), x)
             if not torch.compiler.is_compiling():
                 self.called = True
-        learn_scores = None
         if self.scores_rest and ready.options.block_size is None:
             return self._rested_forward(x, ready)
-        if ready.options.block_size is not None:
-            if self.frozen:
-                learn_scores = torch.zeros((), dtype=torch.bool)
-            else:
-                learn_scores = ops.is_last_before_refresh(self.pst_U, self.config.mask_interval)
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
         made = ready.made._replace(waiting=self.pst_kept) if self.config.train_kept else ready.made
         bias = ready.parameters[0] if ready.parameters else self.bias
-        return masked_linear(
-            x, ready.operands, bias, ready.dtype, ready.options, made, learn_scores, producer
-        )  # fmt: skip
+        return masked_linear(x, ready.operands, bias, ready.dtype, ready.options, made, producer)
 
     def _fits(self, ready: Ready, x: Tensor) -> bool:
         """Whether what was checked for `ready` holds for a forward of x: the same tensors, and an x of this kind."""
@@ -363,6 +409,7 @@ class PSTLayer(Resting, nn.Module):
         return (
             ready.look == watch.looks
             and watch.is_fresh(self._buffers["pst_num_pruned"], ready.parameters[1:])
+            and watch.mask == due.total_of((self._buffers["pst_mask"],))  # type: ignore[arg-type]
             and (ready.added == due.NOTHING or ready.added == due.total_of((self.pst_kept,)))
         )
 
@@ -383,7 +430,8 @@ class PSTLayer(Resting, nn.Module):
                 " their own rules; use torch.autograd, or merge the layer first"
             )
         # with a fixed mask no gradient passes by way of a score
-        options = Options(config.through_magnitude and not self.frozen, False, self.pattern.block_size)
+        through, interval = config.through_magnitude and not self.frozen, NEVER if self.frozen else config.mask_interval
+        options = Options(through, False, self.pattern.block_size, interval)
         if compiling or type(weight) not in PLAIN:
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
         kernels, any_mask = ops.kernels_for(weight.device.type), self._any_mask
@@ -413,6 +461,7 @@ class PSTLayer(Resting, nn.Module):
             with torch.inference_mode(False):  # what is made in an evaluation must serve training too
                 return self._renewed(ready, x)
         reads.notice_rewritten(self)
+        averages.mend(self)
         keep, lists = ready.options.kept, self._any_mask and not ready.options.kept
         by_lists = lists and takes_lists(config.products, kernels, weight, dtype, self.pst_num_pruned)
 
@@ -447,15 +496,13 @@ class PSTLayer(Resting, nn.Module):
 
     def can_be_grouped(self) -> bool:
         """Whether a grouped pass can make this layer's mask, where its device has one."""
-        held = self._parameters
-        plain = type(held.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
-        return (
-            plain
-            and not self.merged
-            and not self.frozen
-            and self.pattern.with_masked_weight
-            and held["weight"].dtype != torch.float64  # type: ignore[union-attr]
-        )
+        by_pass = self.pattern.with_masked_weight and self._parameters["weight"].dtype != torch.float64  # type: ignore[union-attr]
+        return by_pass and self.is_whole()
+
+    def is_whole(self) -> bool:
+        """Whether its mask can be made outside of a forward: nothing is sharded, merged or fixed."""
+        plain = type(self._parameters.get("pst_U")) is nn.Parameter and type(self._buffers["pst_num_pruned"]) is Tensor
+        return plain and not self.merged and not self.frozen
 
     def grouped_tensors(self) -> tuple[Any, ...]:
         """What a grouped pass takes: the weight (out, in) to the mask, and room for M * W', or None."""
@@ -467,7 +514,7 @@ class PSTLayer(Resting, nn.Module):
     def note_grouped_mask(self, watched: tuple[Tensor, ...], count: Any, total: int) -> None:
         """The mask of these tensors, and M * W' where there was room for it, were made in a grouped pass."""
         watch, ready = self.watch, self._ready
-        watch.note_look(count, total, watched, made=True)
+        watch.note_look(count, total, watched, made=True, mask=self.pst_mask)
         if ready is None:
             return
         masked = self._kept_weight if ready.options.kept else None
@@ -481,23 +528,24 @@ class PSTLayer(Resting, nn.Module):
         return torch.nn.functional.linear(x, self.oriented_weight, self.bias)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self.refresh_mask()  # saved between an optimizer step and the next forward, mask and factors must fit
+        self.settle_mask()  # saved between an optimizer step and the next forward, mask and factors must fit
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._unmerged_weight is not None:  # a state dict always describes the unmerged layer
-            destination[f"{prefix}weight"] = self._unmerged_weight
+            destination[self.entry(prefix.rstrip("."), "weight")] = self._unmerged_weight
         if self._shards is not None:
             destination[f"{prefix}pst_mask"] = self._whole_mask()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        if self.merged and f"{prefix}weight" in state_dict:
+        if self.merged and self.entry(prefix.rstrip("."), "weight") in state_dict:
             errors.append(f"{prefix.rstrip('.') or 'this layer'} is merged; call unmerge() before loading into it")
             return
         if f"{prefix}{FROZEN}" in state_dict:
             state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}{FROZEN}")
         if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
             state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
+        with_mask = averages.without_averages(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self.after_load(with_mask=f"{prefix}pst_mask" in state_dict)
+        self.after_load(with_mask)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, weight_rank={self.config.weight_rank}, score_rank={self.config.score_rank}"

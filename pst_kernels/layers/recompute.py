@@ -37,7 +37,7 @@ def producer_of(x: Tensor) -> Producer | None:
     node: Any = x.grad_fn
     find = _PRODUCERS.get(node.name())
     # A write in place that autograd did not see has changed x since.
-    if find is None or x._version != 0 or _hooks_on_saved_tensors():
+    if find is None or x._version != 0 or hooks_on_saved_tensors():
         return None
     try:
         found = find(node)
@@ -56,7 +56,8 @@ def _made_again(make: Callable[..., Tensor], *taken: Tensor) -> Tensor:
     return make(*taken)
 
 
-def _hooks_on_saved_tensors() -> bool:
+def hooks_on_saved_tensors() -> bool:
+    """Whether somebody decides what autograd keeps, such as activation checkpointing."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(False) is not None
 

@@ -16,6 +16,7 @@ from ..functional import Made
 from ..masks import due
 from ..masks.patterns import Pattern
 from ..operands import Factors
+from . import averages
 from .checks import whole
 from .fixed import FixedMask
 from .recompute import producer_of
@@ -46,7 +47,8 @@ class Resting:
     def _add_rest(self: Any, shape: tuple[int, int]) -> None:
         config, device = self.config, self.weight.device
         if config.freeze:
-            self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.bool, device=device))
+            # no bool, of which torch can make no average
+            self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.uint8, device=device))
         if config.train_kept:
             pruned = self.pattern.weights_pruned(shape, self.num_pruned_at(config.sparsity))
             kept = shape[0] * shape[1] - (pruned or 0)  # the patterns that allow it know how many they prune
@@ -82,6 +84,7 @@ class Resting:
     def _set_frozen(self, frozen: bool) -> None:
         self.frozen = frozen
         self._ready = self._fixed = None
+        averages.share_fixed_mask(self)
         self.at_step(self.steps)
         if frozen and self.config.train_kept and not self.pst_mask.is_meta:
             _ = self.added().places  # now, for on a GPU it waits

@@ -99,18 +99,19 @@ def _held(looks: Sequence[Look]) -> list[Any]:
 def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> None:
     """Bring the masks that are due up to date, on the current stream; nothing waits for the device.
 
-    `only_grouped`: those alone that a grouped pass makes; the others' next forward does it.
+    `only_grouped`: not those of layers that are sharded, or on a device without grouped passes, whose next forward does
+    it. The others may be part of a captured graph, which looks at nothing.
     """
     rooms: dict[str, Any] = {}
     grouped: dict[torch.device, list[PSTLayer]] = {}
     for layer in layers:
-        device = layer._parameters["weight"].device  # type: ignore[union-attr]
+        device = layer.weight.device
         if device.type not in rooms:
             kernels = ops.kernels_for(device.type)
             rooms[device.type] = kernels if hasattr(kernels, "prune_masks") else None
         if rooms[device.type] is not None and layer.can_be_grouped():
             grouped.setdefault(device, []).append(layer)
-        elif not only_grouped:
+        elif not only_grouped or (rooms[device.type] is not None and layer.is_whole()):
             layer.refresh_mask()
     for device, members in grouped.items():
         _refresh_grouped(rooms[device.type], members)

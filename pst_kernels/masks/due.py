@@ -2,8 +2,8 @@
 
 A write in place moves a tensor's version counter, except that of a fused optimizer, so the optimizers that own a
 layer's factors report their steps too. Gradient accumulation, evaluation and the recomputation of activation
-checkpointing move nothing, and reuse the mask. A write through `tensor.data` moves nothing either: `refresh_masks` is
-for those.
+checkpointing move nothing, and reuse the mask. A write through `tensor.data` moves nothing either: saving and
+merging make the mask anew, and `refresh_masks` is for the rest.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Watch:
         self.stepped = False  # whether an optimizer has stepped since the last look
         self.count: Any = None
         self.total = NOTHING
+        self.mask = NOTHING  # the mask's own version and address: what else writes it is told by them
         # Held, so that no other tensor can get the address of one of these.
         self.tensors: tuple[Tensor, ...] = ()
 
@@ -54,14 +55,17 @@ class Watch:
         moved = self.count is not None and self.count != count
         return not self.made or moved or self.changes + 1 >= interval
 
-    def note(self, num_pruned: Tensor, tensors: Sequence[Tensor], made: bool) -> None:
+    def note(self, num_pruned: Tensor, tensors: Sequence[Tensor], made: bool, mask: Tensor | None = None) -> None:
         """Remember this look; `made` says that the mask belongs to these tensors as they are."""
         self.looks += 1
-        self.note_look(count_of(num_pruned), total_of(tensors), tuple(tensors), made)
+        self.note_look(count_of(num_pruned), total_of(tensors), tuple(tensors), made, mask)
 
-    def note_look(self, count: Any, total: int, tensors: tuple[Tensor, ...], made: bool) -> None:
+    def note_look(
+        self, count: Any, total: int, tensors: tuple[Tensor, ...], made: bool, mask: Tensor | None = None
+    ) -> None:
         """`note` of what was looked up already; what was made before stays right."""
         self.changes = 0 if made else self.changes + 1
+        self.mask = self.mask if mask is None else total_of((mask,))
         self.made, self.stepped = True, False
         self.count, self.total, self.tensors = count, total, tensors
 

@@ -58,7 +58,31 @@ def refresh(
             return None  # the forward is about to say which tensor has to be moved
         pattern = parse(state.pattern)
         masked = room() if room is not None and pattern.with_masked_weight else None
-        state.mask.copy_(pattern.prune(kernels, *weights, state.num_pruned, state.guess, masked))
-        watch.note_look(count, total, tuple(watched), made=True)
+        for part in _single(weights, state, masked):
+            part.mask.copy_(pattern.prune(kernels, *part.weights, state.num_pruned, part.guess, part.masked))
+        watch.note_look(count, total, tuple(watched), made=True, mask=state.mask)
         watch.looks += 1
         return masked
+
+
+class _Single(NamedTuple):
+    """One weight (out, in), and where its mask goes."""
+
+    weights: Weights
+    mask: Tensor
+    guess: Tensor
+    masked: Tensor | None
+
+
+def _single(weights: Weights, state: MaskState, masked: Tensor | None) -> list[_Single]:
+    """A weight by itself; of a stack (experts, out, in) each one, which has a threshold of its own."""
+    weight, factors, scales = weights
+    if weight.dim() == 2:
+        return [_Single(weights, state.mask, state.guess, masked)]
+    return [
+        _Single(
+            Weights(weight[i], factors.of_expert(i), scales), state.mask[i], state.guess[i],
+            None if masked is None else masked[i],
+        )
+        for i in range(len(weight))
+    ]  # fmt: skip

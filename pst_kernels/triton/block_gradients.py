@@ -189,7 +189,7 @@ def block_factor_gradients(
 
 
 def block_backward(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: Tensor, through_magnitude: bool,
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: bool, through_magnitude: bool,
     needs: Needs,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dx, dU and dV from kept blocks of G; the scores' gradients from all of G, or zeros."""
@@ -201,6 +201,6 @@ def block_backward(
         return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in factors)
     by_rows = list_blocks(mask, shape, size, ROWS)
     dU, dV = block_factor_gradients(gy, x, operands, size, through_magnitude, by_rows, by_columns)
-    if bool(learn_scores):
+    if learn_scores:
         return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
     return dx, dU, dV, *(torch.zeros_like(factor, dtype=torch.float32) for factor in factors[2:])

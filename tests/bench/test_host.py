@@ -13,15 +13,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[tuple[str, str], host.Row]:
+def measured() -> dict[tuple[str, str], host.Row]:
     """One block of every model."""
     return {(row.model, row.provider): row for row in host.rows(rounds=2, blocks=1)}
 
 
-def test_launches_are_those_of_a_step(found):
-    assert {provider for _, provider in found} == {host.DENSE, host.LORA, host.KEEP, host.REMAKE}
+def test_launches_are_those_of_a_step(measured):
+    assert {provider for _, provider in measured} == {host.DENSE, host.LORA, host.KEEP, host.REMAKE}
     for model, (shapes, _) in host.MODELS.items():
-        rows = {provider: found[model, provider] for _, provider in found}
+        rows = {provider: measured[model, provider] for _, provider in measured}
         assert all(row.layers == len(shapes) for row in rows.values())
         assert [row.ours for row in rows.values()] == [0.0, 0.0, 2.0, 5.0]
         assert [row.masks for row in rows.values()] == [0, 0, 8, 8]
@@ -37,17 +37,17 @@ def test_layer_lists_are_those_of_the_models():
     assert sum(layer.in_features == 32 for layer in host.linears("BERT-base", 8)) == 12
 
 
-def test_it_leaves_the_environment_and_the_driver_as_they_were(found):
+def test_it_leaves_the_environment_and_the_driver_as_they_were(measured):
     from triton.runtime import driver
 
     assert "PST_KERNELS_BACKEND" not in os.environ
     assert type(driver._active).__name__ != "Silent"
 
 
-def test_the_roofline_shows_the_longer_of_host_and_device(found, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(host, "rows", lambda rounds: found.values())
+def test_the_roofline_shows_the_longer_of_host_and_device(measured, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(host, "rows", lambda rounds: measured.values())
     assert command.main(["host", "--rounds", "1", "--output", str(tmp_path)]) == 0
-    row = found["Llama-8B", host.KEEP]
+    row = measured["Llama-8B", host.KEEP]
     assert host.of_shape(tmp_path, "Llama-8B query")[host.KEEP] == row.with_driver_us
     assert row.with_driver_us > row.layer_us + host.LAUNCH_US * row.ours
     arguments = ["roofline", "--tokens", "16", "16384", "--shapes", "Llama-8B query", "--output", str(tmp_path)]

@@ -193,8 +193,15 @@ def test_dtype_device_map_and_another_class(tmp_path):
     half = pst.load_sparse(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert all(layer.offsets.dtype == torch.uint8 for layer in of(SparseLinear, half).values())
-    mapped = pst.load_sparse(tmp_path, device_map="cpu")
-    torch.testing.assert_close(toys.logits(mapped, "gpt2"), toys.logits(dense, "gpt2"), rtol=1e-5, atol=1e-5)
+    parts = dict.fromkeys(
+        ("transformer.wte", "transformer.wpe", "transformer.ln_f", "transformer.h.0", "lm_head"), "cpu"
+    )
+    on_disk = {"device_map": parts | {"transformer.h.1": "disk"}, "offload_folder": tmp_path / "offloaded"}
+    for settings in ({"device_map": "cpu"}, {"device_map": "auto"}, on_disk):
+        mapped = pst.load_sparse(tmp_path, **settings)
+        torch.testing.assert_close(toys.logits(mapped, "gpt2"), toys.logits(dense, "gpt2"), rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="is on the meta device"):
+        pst.save_sparse(mapped, tmp_path / "again")
     base = transformers.AutoModel.from_pretrained(tmp_path)
     assert len(of(SparseLinear, base)) == toys.LINEARS["gpt2"]
     tokens = toys.inputs("gpt2")["input_ids"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import toys
@@ -33,8 +35,11 @@ def test_generate_gives_the_dense_models_tokens(models, cache, rows):
     assert torch.equal(found, expected)
 
 
-def test_compiled_without_a_break(models):
-    dense, sparse = models
+@pytest.mark.slow
+def test_compiled_without_a_break(tmp_path):
+    dense = zeroed("llama").eval()
+    pst.save_sparse(dense, tmp_path)
+    sparse = pst.load_sparse(tmp_path)
     compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
     for rows in (1, 4):
         tokens = torch.randint(3, toys.VOCABULARY, (rows, 6), generator=torch.Generator().manual_seed(0))
@@ -45,7 +50,7 @@ def test_compiled_without_a_break(models):
 
 @pytest.mark.parametrize("format", ["sparse", "block:16"])
 def test_one_token_through_a_compiled_layer(format, tmp_path):
-    """Inductor's graph calls the same op, at one token too."""
+    """The graph calls the same op, at one token too."""
     model = pst.merge_and_unload(toys.trained("gpt2", pattern="block:16", sparsity=0.5))
     pst.save_sparse(model, tmp_path, format=format)
     kind = SparseLinear if format == "sparse" else BlockSparseLinear
@@ -72,3 +77,11 @@ def test_a_batch_after_one_token_and_lists_loaded_anew(tmp_path):
         assert torch.equal(one(x), 2 * x.flip(1))
     with torch.inference_mode():
         assert torch.equal(one(x), 2 * x.flip(1))
+    twin = copy.deepcopy(one)
+    torch.save(one, tmp_path / "layer")
+    loaded = torch.load(tmp_path / "layer", weights_only=False)
+    one.to(torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(twin(x), 2 * x.flip(1))
+        assert torch.equal(loaded(x), 2 * x.flip(1))
+        assert torch.equal(one(x.bfloat16()), 2 * x.bfloat16().flip(1))

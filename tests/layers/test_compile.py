@@ -5,9 +5,13 @@ import torch
 import toys
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import pst_kernels as pst
+from pst_kernels import ops
 
 
 class Block(nn.Module):
@@ -135,3 +139,33 @@ def test_whole_transformers_compile_to_one_graph_and_train_as_in_eager_mode(fami
             assert torch.equal(found[name], expected), name
         else:
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6, msg=name)
+
+
+class OnTheHost(TorchDispatchMode):
+    """Notes every tensor of a CPU that an op is given or returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self.found.append(str(func))
+        return out
+
+
+@pytest.mark.parametrize("pattern", ["block:16", "unstructured", "2:4"])
+def test_a_graph_of_a_gpu_layer_has_no_tensor_of_the_host(pattern, monkeypatch):
+    """As a compiler traces it: with fake tensors, here of a GPU that need not be there, and has no random numbers."""
+    monkeypatch.setattr(pst.PSTLinear, "reset_factors", lambda self: None)
+    monkeypatch.setattr(pst.PSTLinear, "reset_parameters", lambda self: None)
+    with FakeTensorMode():
+        layer = pst.PSTLinear(64, 32, device="cuda", config=pst.PSTConfig(pattern=pattern))
+        x = torch.empty(4, 64, device="cuda", requires_grad=True)
+        with OnTheHost() as mode, torch.no_grad():  # the engine of autograd would ask the GPU
+            layer(x)
+    assert mode.found == []
+    given = [str(argument.type) for argument in ops.block_backward._schema.arguments]
+    assert given.count("Tensor") == 2 + len(layer.factors) + 2  # gy and x, W and the mask

@@ -238,38 +238,38 @@ def test_a_resumed_run_is_the_same_to_the_bit(at, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained():
+def after_freeze():
     model = model_of(train_kept=True)
     run(model, 10, pst.SparsitySchedule(model, 10))
     return model
 
 
 @pytest.mark.parametrize("format", ["dense", "sparse"])
-def test_merged_with_the_kept_weights(trained, format):
-    model = copy.deepcopy(trained)
+def test_merged_with_the_kept_weights(after_freeze, format):
+    model = copy.deepcopy(after_freeze)
     expected, kept = model(batch(99)), model[0].mask
     merged = pst.merge_and_unload(model, format=format)
     torch.testing.assert_close(merged(batch(99)), expected, rtol=1e-5, atol=1e-6)
     weight = merged[0].weight if format == "dense" else merged[0].to_dense()
     assert torch.equal(weight != 0, kept)
-    plain, _ = trained[0].weight * kept, trained[0].pst_kept
+    plain = after_freeze[0].weight * kept
     assert relative_error(weight, plain) > 1e-4  # they count
 
 
-def test_adapters_hold_the_kept_weights(trained, tmp_path):
-    pst.save_pretrained(trained, tmp_path)
+def test_adapters_hold_the_kept_weights(after_freeze, tmp_path):
+    pst.save_pretrained(after_freeze, tmp_path)
     loaded = pst.load_pretrained(model_of(train_kept=True), tmp_path)
     assert loaded[0].frozen
-    assert torch.equal(loaded(batch(99)), trained(batch(99)))
+    assert torch.equal(loaded(batch(99)), after_freeze(batch(99)))
     run(loaded, 3)  # without a schedule the mask stays, too
-    assert torch.equal(loaded[0].mask, trained[0].mask)
-    assert not torch.equal(loaded[0].pst_kept, trained[0].pst_kept)
+    assert torch.equal(loaded[0].mask, after_freeze[0].mask)
+    assert not torch.equal(loaded[0].pst_kept, after_freeze[0].pst_kept)
     with pytest.raises(ValueError, match=r"does not fit the model: unexpected 0\.pst_frozen"):
         pst.load_pretrained(model_of(), tmp_path)
 
 
-def test_a_new_schedule_keeps_the_mask_unless_told(trained):
-    model = copy.deepcopy(trained)
+def test_a_new_schedule_keeps_the_mask_unless_told(after_freeze):
+    model = copy.deepcopy(after_freeze)
     mask = model[0].mask
     schedule = pst.SparsitySchedule(model, 10)
     run(model, 3, schedule)
@@ -283,8 +283,8 @@ def test_a_new_schedule_keeps_the_mask_unless_told(trained):
     assert model[0].sparsity == 0.0
 
 
-def test_kept_weights_written_by_hand_count(trained):
-    model = copy.deepcopy(trained)
+def test_kept_weights_written_by_hand_count(after_freeze):
+    model = copy.deepcopy(after_freeze)
     before = model(batch(0))
     with torch.no_grad():
         model[0].pst_kept.mul_(2)
@@ -295,9 +295,9 @@ def test_kept_weights_written_by_hand_count(trained):
     assert not torch.equal(model(batch(0)), before)
 
 
-def test_no_pass_over_the_weight_is_left(trained, monkeypatch):
+def test_no_pass_over_the_weight_is_left(after_freeze, monkeypatch):
     """At 90 % after the freeze: the ops that make or read anything of W's size are not called."""
-    model = copy.deepcopy(trained)
+    model = copy.deepcopy(after_freeze)
     model(batch(0))  # makes what is kept
     for name in ("masked_weight", "linear_forward", "linear_backward", "rested_backward", "prune_mask"):
         monkeypatch.setattr(ops, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
@@ -311,10 +311,10 @@ def test_no_pass_over_the_weight_is_left(trained, monkeypatch):
     assert model[0]._fixed is fixed
 
 
-def test_counts(trained, capsys):
-    pst.print_trainable_parameters(trained)
+def test_counts(after_freeze, capsys):
+    pst.print_trainable_parameters(after_freeze)
     assert "(of them 16,800 kept weights, from the freeze on)" in capsys.readouterr().out
-    assert all(row.frozen for row in pst.get_layer_status(trained))
+    assert all(row.frozen for row in pst.get_layer_status(after_freeze))
 
 
 def test_settings():

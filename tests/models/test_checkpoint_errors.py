@@ -77,7 +77,7 @@ REFUSED = {
     "a list for a config": (lambda d: rewrite(d, config="[1]"), "damaged config"),
     "bad config": (lambda d: rewrite(d, config='{"sparsity": 7}'), r"damaged config: sparsity must be .*got 7"),
     "unknown setting": (lambda d: rewrite(d, config='{"sparsty": 0.5}'), r"'sparsty'.*did you mean 'sparsity'"),
-    "flipped mask bit": (lambda d: rewrite(d, flip_a_bit), r"is damaged: the mask of .* keeps \d+ weights and prunes"),
+    "flipped mask bit": (lambda d: rewrite(d, flip_a_bit), "is damaged: the mask of .* prunes other"),
     "mask bit in the padding": (lambda d: rewrite(d, move_a_bit_into_the_padding), "is damaged: the mask of"),
     "wrong count": (lambda d: rewrite(d, replace(f"{QUERY}.pst_num_pruned", lambda t: t + 1)), "is damaged: the mask"),
     "mask of another dtype": (lambda d: rewrite(d, replace(f"{QUERY}.pst_mask", lambda t: t.float())), "has dtype"),

@@ -67,14 +67,6 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
 
 
-def falcon() -> nn.Module:
-    """Every linear of its blocks is a class of its own."""
-    from transformers import FalconConfig, FalconForCausalLM
-
-    sizes = {"hidden_size": toys.WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": toys.VOCABULARY}
-    return FalconForCausalLM(FalconConfig(**sizes))
-
-
 INT8 = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
 FLOAT8 = nn.Parameter(torch.zeros(8, 8).to(torch.float8_e4m3fn), requires_grad=False)
 NAMED = {"target_modules": ["0", "1"]}  # what "all-linear" leaves dense is refused if it is asked for
@@ -151,9 +143,6 @@ MODELS = {
     "nothing that can be converted": (
         encoder, {}, ValueError,
         ("target_modules='all-linear' finds no layer that PST can convert", r"layers\.0\.linear1, ", "fast path"),
-    ),
-    "Falcon": (
-        falcon, {}, ValueError, ("finds no layer that PST can convert: transformer", "FalconLinear"),
     ),
     "near miss of a regex": (
         toys.bert, {"target_modules": "query"}, ValueError,

@@ -86,7 +86,7 @@ def test_every_public_name():
         "PSTConfig", "replace_linear", "PSTLinear", "PSTConv1D", "SparsitySchedule", "PSTCallback",
         "print_trainable_parameters", "get_layer_status", "merge_and_unload", "save_pretrained", "load_pretrained",
         "functional", "refresh_masks", "BlockSparseLinear", "SparseLinear", "save_compressed", "load_compressed",
-        "Distillation", "DistillationTrainer", "RewindLR", "parameter_groups",
+        "Distillation", "DistillationTrainer", "RewindLR", "parameter_groups", "save_sparse", "load_sparse",
     }  # fmt: skip
     assert set(pst.__all__) == names
     assert all(getattr(pst, name) is not None for name in names)
@@ -118,6 +118,9 @@ SIGNATURES = {
     "merge_and_unload": (pst.merge_and_unload, ["model", "safe_merge=False", "*", "format=dense"]),
     "save_pretrained": (pst.save_pretrained, ["model", "directory"]),
     "load_pretrained": (pst.load_pretrained, ["model", "directory"]),
+    "save_sparse": (pst.save_sparse, [
+        "model", "directory", "*", "format=sparse", "tokenizer=None", "max_shard_size=50GB",
+    ]),
     "print_trainable_parameters": (pst.print_trainable_parameters, ["model"]),
     "get_layer_status": (pst.get_layer_status, ["model"]),
     "SparsitySchedule": (pst.SparsitySchedule, [

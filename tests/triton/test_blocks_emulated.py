@@ -78,7 +78,7 @@ def test_no_pruned_block_is_read(emulator, arch: int, kept: float) -> None:
     with emulator.emulate(arch):
         found = (
             block_matmul.block_forward(x, operands, None, 16),
-            *block_gradients.block_backward(gy, x, operands, 16, torch.tensor(False), True, Needs(True, True))[:3],
+            *block_gradients.block_backward(gy, x, operands, 16, False, True, Needs(True, True))[:3],
         )
     assert all(bool(value.isfinite().all()) and bool(value.any()) == (kept > 0) for value in found)
 
@@ -95,7 +95,7 @@ def test_work_is_proportional_to_the_kept_blocks(emulator, arch: int) -> None:
         operands = operands_of(given, flags.repeat_interleave(size, 0).repeat_interleave(size, 1))
         with emulator.emulate(arch) as session:
             block_matmul.block_forward(x, operands, None, size)
-            block_gradients.block_backward(gy, x, operands, size, torch.tensor(False), True, Needs(True, True))
+            block_gradients.block_backward(gy, x, operands, size, False, True, Needs(True, True))
         stats.append(session.stats)
 
     def counted(kernel: str) -> tuple[list[int], list[int]]:
@@ -128,5 +128,5 @@ def test_opcheck(emulator, monkeypatch: pytest.MonkeyPatch, needs: tuple[bool, b
     tests = ("test_schema", "test_faketensor")
     with emulator.emulate(90):
         torch.library.opcheck(ops.block_forward, (x, *operands, None, 16), test_utils=tests)
-        arguments = (gy, x, *operands, 16, torch.tensor(False), True, *needs)
+        arguments = (gy, x, *operands, 16, 2, True, *needs)
         torch.library.opcheck(ops.block_backward, arguments, test_utils=tests)

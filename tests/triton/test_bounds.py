@@ -96,7 +96,7 @@ def run_blocks(rows: int, columns: int, size: int, tokens: int = 3, transposed: 
     kept = flags.repeat_interleave(size, 0).repeat_interleave(size, 1)[:rows, :columns]
     gy, x, operands = given["gy"], given["x"], operands_of(given, kept)
     block_matmul.block_forward(x, operands, given["bias"], size)
-    block_gradients.block_backward(gy, x, operands, size, torch.tensor(False), True, Needs(True, True))
+    block_gradients.block_backward(gy, x, operands, size, False, True, Needs(True, True))
 
 
 def run_packed(rows: int, columns: int) -> None:

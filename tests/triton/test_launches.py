@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
+import threading
 import weakref
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 
 import pst_kernels as pst
 from pst_kernels.layers import together
+from pst_kernels.operands import MaskedWeight
 
 pytest.importorskip("triton", reason="triton is not installed")
 GROUPED = 8  # of all masks of a model, for layers of one kind
@@ -26,7 +29,7 @@ def sm_90(monkeypatch):
 
 def model_of(layers: int, **settings) -> nn.Module:
     torch.manual_seed(0)
-    config = pst.PSTConfig(sparsity=0.9, target_modules=r"\d+", modules_to_save=(), **settings)
+    config = pst.PSTConfig(**{"sparsity": 0.9} | settings, target_modules=r"\d+", modules_to_save=())
     return pst.replace_linear(nn.Sequential(*(nn.Linear(192, 192) for _ in range(layers))), config)
 
 
@@ -105,3 +108,44 @@ def test_a_model_takes_its_tables_with_it(sm_90):
         gc.collect()
         assert first() is None
         assert len(together._groups) == 1
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "block:16"])
+def test_masks_of_patterns_are_made_after_the_step(sm_90, pattern):
+    """As a captured graph of the forward needs it, which looks at nothing."""
+    with silent(90) as launches:
+        model = model_of(2, pattern=pattern, mask_interval=1, sparsity=0.5)
+        optimizer, x = trained(model), torch.randn(16, 192)
+        model(x).sum().backward()
+        launches.clear()
+        optimizer.step()
+        assert launches["scores_kernel"] == 2
+        launches.clear()
+        model(x)
+        assert not launches["scores_kernel"]
+
+
+def test_two_threads_have_memory_of_their_own(sm_90, monkeypatch):
+    """Of M * W' made for many tokens: what one thread makes stays until its product is done, whatever another makes."""
+    from pst_kernels.triton import matmul
+
+    layers = [pst.PSTLinear(192, 192, config=pst.PSTConfig(masked_weight="remake")) for _ in range(2)]
+    together, made = threading.Barrier(2), {}
+
+    def filled(operands, out, platform):
+        out.fill_(made.setdefault(threading.get_ident(), float(len(made) + 1)))
+        together.wait()  # both are made before either is multiplied by
+        return out
+
+    monkeypatch.setattr(matmul, "fill_masked_weight", filled)
+    with silent(90):
+        operands = [MaskedWeight(layer.weight, layer.factors, layer.pst_mask, layer.scales) for layer in layers]
+
+        def forward(n):
+            with torch.no_grad():
+                y = matmul.linear_forward(torch.ones(4096, 192), operands[n], None)
+            return float(y[0, 0]), 192 * made[threading.get_ident()]
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for found, expected in pool.map(forward, range(2)):
+                assert found == expected

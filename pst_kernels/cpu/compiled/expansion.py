@@ -2,7 +2,8 @@
 
 A vector of values is spread out to the places that its bits name, and multiplied by x as a dense weight would be: of a
 chunk of 128 columns that is 8 steps with AVX-512 and 16 with AVX2, however many weights it keeps. Looking x up by each
-value's column takes longer from a twentieth kept on, and on memory's time the bits are less than the columns.
+value's column (`vector_products`) took 1.25 times as long at 90 % pruned and 1.4 times at 50 to 80 %, on one core with
+AVX-512 and weights that no cache holds; and the bits are fewer bytes than the columns.
 """
 
 from __future__ import annotations
@@ -86,14 +87,13 @@ def _fetch(builder: ir.IRBuilder, array: ir.Value, place: ir.Value) -> None:
 def _bit_products(builder: ir.IRBuilder, value_type: ir.Type, arguments: list[ir.Value]) -> None:
     values, offsets, bits, pointers, kept, first, last, table, sums, starts = arguments
     values, offsets = _pointer(builder, values, value_type), _pointer(builder, offsets, _I8)
-    bits, pointers = _pointer(builder, bits, _I64), _pointer(builder, pointers, _I32)
+    bits, pointers = _pointer(builder, bits, ir.IntType(LANES)), _pointer(builder, pointers, _I32)
     sums, table = _pointer(builder, sums, _FLOAT), _pointer(builder, table, _FLOAT)
-    x = [_load(builder, table, first_column, LANES) for first_column in range(0, CHUNK, LANES)]
+    # eight registers with AVX-512; AVX2 has too few for sixteen
+    x = [_load(builder, table, place, LANES) for place in range(0, CHUNK, LANES)] if LANES == 16 else []
     zero, one = ir.Constant(_VECTOR, [0.0] * LANES), _constant(1)
-    starts, ahead = (
-        builder.icmp_signed("!=", starts, _constant(0)),
-        _constant(AHEAD // (4 if value_type == _FLOAT else 2)),
-    )
+    starts = builder.icmp_signed("!=", starts, _constant(0))
+    ahead = _constant(AHEAD // (4 if value_type == _FLOAT else 2))
 
     def pointer(row: ir.Value) -> ir.Value:
         return builder.zext(builder.load(builder.gep(pointers, [row])), _I64)
@@ -105,28 +105,25 @@ def _bit_products(builder: ir.IRBuilder, value_type: ir.Type, arguments: list[ir
         begin, end = pointer(row), pointer(builder.add(row, one))
         place = builder.gep(sums, [builder.mul(builder.sub(row, first), _constant(LANES))])
         before = builder.select(starts, zero, _load(builder, place, 0, LANES))
+        own = builder.mul(row, _constant(CHUNK // LANES))
         inside = builder.icmp_signed("<=", builder.add(end, _constant(LANES)), kept)
         with builder.if_else(inside, likely=True) as (whole, at_the_end):
             with whole:  # what is read of the next row is not spread
                 _fetch(builder, values, builder.add(begin, ahead))
                 _fetch(builder, values, builder.add(end, ahead))
-                _fetch(builder, bits, builder.add(builder.mul(row, _constant(2)), _constant(AHEAD // 32)))
+                _fetch(builder, bits, builder.add(own, _constant(AHEAD // 4 // (LANES // 8))))
                 chains, passed = [before, zero], begin
-                for number in range(BYTES // 8):
-                    word = builder.load(
-                        builder.gep(bits, [builder.add(builder.mul(row, _constant(2)), _constant(number))])
-                    )
-                    for shift in range(0, 64, LANES):
-                        below = builder.and_(word, _constant((1 << shift) - 1))
-                        here = builder.gep(values, [builder.add(passed, builder.ctpop(below))])
-                        vector = builder.bitcast(here, ir.VectorType(value_type, LANES).as_pointer())
-                        flags = builder.trunc(builder.lshr(word, _constant(shift)), ir.IntType(LANES))
-                        spread, there = _spread(builder, floats(builder.load(vector, align=2)), flags)
-                        step = (number * 64 + shift) // LANES
-                        total = chains[step % 2]
-                        # a NaN of x must not reach rows that keep nothing for it
-                        chains[step % 2] = builder.select(there, _multiply_add(builder, spread, x[step], total), total)
-                    passed = builder.add(passed, builder.ctpop(word))
+                for step, first_column in enumerate(range(0, CHUNK, LANES)):
+                    # each load goes to a mask and to a count at once, which shifts of a longer word would not
+                    flags = builder.load(builder.gep(bits, [builder.add(own, _constant(step))]), align=1)
+                    here = builder.gep(values, [passed])
+                    vector = builder.bitcast(here, ir.VectorType(value_type, LANES).as_pointer())
+                    spread, there = _spread(builder, floats(builder.load(vector, align=2)), flags)
+                    column = x[step] if x else _load(builder, table, first_column, LANES)
+                    total = chains[step % 2]
+                    # a NaN of x must not reach rows that keep nothing for it
+                    chains[step % 2] = builder.select(there, _multiply_add(builder, spread, column, total), total)
+                    passed = builder.add(passed, builder.zext(builder.ctpop(flags), _I64))
                 _store(builder, builder.fadd(*chains), place, 0)
             with at_the_end:
                 _store(builder, before, place, 0)

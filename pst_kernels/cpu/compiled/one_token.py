@@ -31,7 +31,7 @@ _NUMBERS = (
 )  # fmt: skip
 _ADDRESSES = ("values", "offsets", "bits", "pointers", "bias", "packed", "sums")
 NAME = "_pst_one_token"  # of the attribute of the offsets that holds what is ready
-Key = tuple[int, ...]
+Key = tuple[object, ...]
 Lists = tuple[Tensor, Tensor, Tensor, int, int]  # the fields of SparseRows
 Scratch = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
@@ -124,6 +124,10 @@ class Ready:
         team.run_at(multiply, ctypes.addressof(record), self.tasks)
         return out
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copy of the offsets, and what is pickled with them, has nothing ready: this holds addresses."""
+        return type(None), ()
+
 
 _NEXT, _TASKS, _X, _Y, _PACKED, _SUMS = (
     list(FRAME.names or ()).index(name) for name in ("next", "tasks", "x", "y", "packed", "sums")
@@ -135,7 +139,7 @@ _CPU = torch.device("cpu")
 def _key(values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None) -> Key:
     """Changes with where the tensors lie, and when lists are loaded anew into the same memory."""
     return (
-        values.data_ptr(), pointers.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        values.data_ptr(), values.dtype, pointers.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if offsets.is_inference() else offsets._version, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -144,6 +148,8 @@ def ready(x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Te
     """The call that an earlier one made, where it fits these operands."""
     call = getattr(offsets, NAME, None)
     if call is None or call.dtype is not x.dtype or x.stride(1) != 1 or not x.is_cpu:
+        return None
+    if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
         return None
     return call if call.key == _key(values, offsets, pointers, bias) else None
 

@@ -17,7 +17,7 @@ from . import small_passes, threads
 class Bound:
     """The passes of one weight, its factors and scales, all contiguous: what a frame says of these is looked up once.
 
-    They may be written to, but must stay where they are.
+    They may be written to, but must stay where they are, which `holds` tells.
     """
 
     def __init__(self, weight: Tensor, factors: Factors, scales: Scales) -> None:
@@ -30,6 +30,10 @@ class Bound:
             *(tensor.data_ptr() for tensor in (weight, *factors)), self._scales.buffer_info()[0], rows, columns,
             factors.weight_rank, factors.score_rank,
         )  # fmt: skip
+
+    def holds(self, weight: Tensor, factors: Factors) -> bool:
+        """Whether they are where they were: FSDP gathers a weight's tensors elsewhere for the backward."""
+        return self._fixed[:7] == tuple(map(Tensor.data_ptr, (weight, *factors)))
 
     def _run(self, compiled: Any, *behind: int) -> None:
         """With the rest of a frame."""
