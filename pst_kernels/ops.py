@@ -152,6 +152,8 @@ def _stack_gradients(gradient, operands, interval, through_magnitude):
 
 def sparse_product(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
     """The op sparse_forward past PyTorch's dispatch, for a caller who has turned autocast off."""
+    if x.is_cpu and env.backend() != "triton":  # the way that counts: the next line takes twice as long
+        return kept_weights.forward(x, values, *rest)
     return _sparse_forward(kernels_for(x.device.type), x, values, *rest)
 
 
