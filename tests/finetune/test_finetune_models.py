@@ -68,7 +68,7 @@ def quiet():
 def test_it_is_trained_and_evaluated(inputs, tmp_path, quiet, name):
     model = bart(inputs) if name == "bart" else bert_for(inputs, "regression", 1)
     dataset = data.load(inputs / "train.csv", None, None, "text", "label", 0)
-    settings = Settings(model=model, output=str(tmp_path), steps=2, evaluations=1, max_length=32)
+    settings = Settings(model=model, output=str(tmp_path), method="pst", steps=2, evaluations=1, max_length=32)
     train.run("pst", settings, dataset, tmp_path / "state")
     result = train.read_result(tmp_path / "state", "pst")
     assert result.history["validation_step"] == [2]
