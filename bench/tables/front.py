@@ -69,10 +69,12 @@ def made(folder: Path) -> tuple[list[list[str]], str]:
     ]  # fmt: skip
     caption = (
         "Accuracy: topics of BBC articles, ten labelled texts a class, mean of three seeds, MiniLM,"
-        " masks that move to the end ([the study](docs/accuracy.md)). Step and inference: one layer 768 -> 3072, T = 1024, fp32, over the dense"
+        " masks that move to the end ([the study](docs/accuracy.md)). Step and inference: one layer 768 -> 3072,"
+        " T = 1024, fp32, over the dense"
         f" one's in the same round, at 50 / 80 / 90 % ({sparse.INSTRUCTIONS if not speed else speed[0].instructions},"
         f" {under['threads']} threads{', processor time' if speed and speed[0].own_time else ''}; "
-        "[all tables](docs/performance.md)); mask fixed: with its kept weights trained. File: of the pruned layers over dense fp32, computed: a bit a weight and"
+        "[all tables](docs/performance.md)); mask fixed: with its kept weights trained. File: of the pruned layers over"
+        " dense fp32, computed: a bit a weight and"
         f" the kept ones. Measured on CPU: {under['machine']}, {under['versions']}, {under['date']}, commit"
         f" {under['commit']}; the release's step and the accuracies are from {_date(folder)}."
     )
