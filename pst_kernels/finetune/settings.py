@@ -28,7 +28,7 @@ class Settings:
     text_column: str = "text"
     label_column: str = "label"
     method: str = "both"
-    preset: str = "paper"
+    preset: str = "accurate"
     sparsity: float = 0.9
     steps: int = 150
     epochs: int | None = None
