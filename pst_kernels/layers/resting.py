@@ -6,10 +6,12 @@ learn alone (rested.py). A fixed mask stays until `unfreeze_mask`, through savin
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..config import PSTConfig
 from ..functional import Made
@@ -23,6 +25,23 @@ from .recompute import producer_of
 from .rested import Added, Rest, rested_linear
 
 KEPT = "pst_kept"  # the trained kept weights
+OF_SCORES = ("pst_A", "pst_B", "pst_R", "pst_C")
+
+
+@functools.cache
+def _hook_optimizers() -> None:
+    """Once a process, when its first layer with a freeze is made."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """What rests has no gradient: DistributedDataParallel makes zeros of none, with which an optimizer would go on."""
+    for layer in due.owned_layers(optimizer):
+        if layer.config.freeze:
+            for name in OF_SCORES if layer.frozen else (KEPT,):
+                parameter = layer._parameters.get(name)
+                if parameter is not None:
+                    parameter.grad = None
 
 
 class Resting:
@@ -47,6 +66,7 @@ class Resting:
     def _add_rest(self: Any, shape: tuple[int, int]) -> None:
         config, device = self.config, self.weight.device
         if config.freeze:
+            _hook_optimizers()
             # no bool, of which torch can make no average
             self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.uint8, device=device))
         if config.train_kept:

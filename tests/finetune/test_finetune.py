@@ -100,7 +100,9 @@ def test_results_hold_every_number_of_the_table(finished):
     assert dense["model_numel"] == rows["dense"]["trainable"] == weights
     assert pst["prunable_numel"] == 2 * (4 * 24 * 24 + 2 * 24 * 40)
     factors = 2 * (4 * (4 * 24 * 8 + 48) + 2 * (2 * 64 * 8 + 64))
-    assert rows["pst"]["trainable"] == factors + 24 * 24 + 24 + 24 * 3 + 3  # and the pooler and the classifier
+    kept, biases, norms = 8 * 58 + 4 * 96, 2 * (4 * 24 + 40 + 24), 5 * 48
+    # and the pooler and the classifier
+    assert rows["pst"]["trainable"] == factors + kept + biases + norms + 24 * 24 + 24 + 24 * 3 + 3
     assert pst["trainable_of_movement"] == rows["pst"]["trainable"] / (weights + pst["prunable_numel"])
     for name in ("dense", "pst"):
         history = results["history"][name]

@@ -71,6 +71,8 @@ def test_two_processes_do_what_one_does(inputs, tmp_path):
     single, shared = (load_file(tmp_path / name / "pst/adapter/pst_adapter.safetensors") for name in ("one", "two"))
     assert single.keys() == shared.keys()
     for name, tensor in single.items():
+        if name.endswith("key.bias"):
+            continue  # no loss depends on it: its gradient is rounding alone, which AdamW makes steps of
         if name.endswith("pst_mask"):
             assert torch.equal(shared[name], tensor), name
         else:  # AdamW divides by small second moments, which magnifies how the gradients' sums were rounded
