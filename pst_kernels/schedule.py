@@ -181,7 +181,7 @@ class SparsitySchedule:
         with torch.no_grad():
             counts = global_counts(lambda i: layers[i].scores(), most, sum(uniform))
         for layer, count in zip(layers, counts, strict=True):
-            layer.pst_num_pruned.copy_(count)
+            layer.set_num_pruned(count)
 
     def state_dict(self) -> dict[str, Any]:
         return {"step_count": self.step_count, "total_steps": self.total_steps, "kind": self.kind}

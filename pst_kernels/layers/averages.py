@@ -24,8 +24,8 @@ logger = logging.getLogger("pst_kernels")
 class Given:
     """The count that a layer was last given by its `sparsity`, a schedule or a checkpoint."""
 
-    def __init__(self, count: int, layer: Any = None):
-        self.count = count
+    def __init__(self, count: int | Tensor, layer: Any = None):
+        self.count = count  # a 0-d tensor where a device has counted
         self.mask: Tensor | None = None  # a fixed one
         self.layer = None if layer is None else weakref.ref(layer)
 
@@ -38,7 +38,7 @@ class Given:
     def is_of_another(self, layer: Any) -> bool:
         return self.layer is not None and self.layer() is not layer
 
-    def now(self, count: int, layer: Any) -> Given:
+    def now(self, count: int | Tensor, layer: Any) -> Given:
         """After a layer was given a count. Its copies go on with it, and a copy by itself."""
         if self.is_of_another(layer):
             return Given(count, layer)
@@ -58,7 +58,7 @@ def mend(layer: Any) -> None:
     if type(count) is not Tensor or count.is_meta or layer._shards is not None:
         return
     if layer.given.is_of_another(layer) and total_of((count,)) != layer.seen_count:
-        if int(count) != layer.given.count:
+        if int(count) != int(layer.given.count):
             with torch.no_grad():
                 count.fill_(layer.given.count)
         layer.seen_count = total_of((count,))

@@ -187,12 +187,12 @@ class PSTLayer(Resting, nn.Module):
             raise RuntimeError("the mask of this layer is fixed; call unfreeze_mask() before setting its sparsity")
         self.set_num_pruned(self.num_pruned_at(check_sparsity("sparsity", value)))
 
-    def set_num_pruned(self, count: int) -> None:
-        """Let the next mask prune `count`, of what `num_pruned_at` counts."""
+    def set_num_pruned(self, count: int | Tensor) -> None:
+        """Let the next mask prune `count`, of what `num_pruned_at` counts; a 0-d tensor stays on its device."""
         self.pst_num_pruned.fill_(count)
         self._note_count(count)
 
-    def _note_count(self, count: int) -> None:
+    def _note_count(self, count: int | Tensor) -> None:
         self.given = self.given.now(count, self)
         if type(self.pst_num_pruned) is Tensor:
             self.seen_count = due.total_of((self.pst_num_pruned,))

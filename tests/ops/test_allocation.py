@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import toys
@@ -83,6 +85,20 @@ def test_a_schedule_prunes_by_one_threshold():
     kept = torch.cat([scores[i][layers[i].mask] for i in free])
     pruned = torch.cat([scores[i][~layers[i].mask] for i in free])
     assert kept.min() >= pruned.max()
+
+
+def test_a_copy_keeps_the_counts_of_its_own_schedule():
+    model = model_of(warmup=0.0, cooldown=0.5)
+    found = []
+    for one in (model, copy.deepcopy(model)):
+        schedule = pst.SparsitySchedule(one, 2)
+        schedule.step()
+        schedule.step()
+        one(torch.randn(2, 24))
+        layers = [layer for layer in one if isinstance(layer, pst.PSTLinear)]
+        found.append([(int(layer.pst_num_pruned), int((~layer.mask).sum())) for layer in layers])
+    assert found[0] == found[1]
+    assert all(count == pruned for count, pruned in found[0])
 
 
 def test_what_it_is_not_for():
