@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from pst_kernels import Distillation
+
 from .. import baselines
-from .distill import Distillation
 from .methods import Method, Setting, dense, lora, pst, trains_all, variant, wanda_lora
 
 WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
@@ -71,15 +72,15 @@ def _candidate(name: str, convert: Any, grid: tuple[Setting, ...], **more: Any) 
     return Method(f"candidate: {name}", convert, grid, **more, candidate=True)
 
 
-LOGITS = Distillation(share=0.5, temperature=2.0)
-LOGITS_AND_STATES = Distillation(share=0.5, temperature=2.0, states=1.0)
+LOGITS = Distillation(temperature=2.0, hardness=0.5)
+LOGITS_AND_STATES = Distillation(temperature=2.0, hardness=0.5, hidden_weight=1.0)
 FREE: dict[str, Any] = {"also": NORMS, "train_bias": True}
 # U moves as well as V: a rate 16 times as large makes the same step of W'
 SMALL: dict[str, Any] = {"beta": 1 / 16}
 ONE_RATE = tuple(dict.fromkeys(("factors", "scores", "weights", "head"), rate) for rate in (1e-3, 2e-3, 4e-3))
 FOUND = _candidate("norms, small beta", pst(**FREE, **SMALL), _rates((5e-4, 5e-4), (2e-3, 5e-4), (8e-3, 5e-4)))
 FOUND_AND_LOGITS = replace(FOUND, name=f"{FOUND.name}, logits", distillation=LOGITS)
-LOGITS_AND_MORE_STATES = Distillation(share=0.5, temperature=2.0, states=10.0)
+LOGITS_AND_MORE_STATES = Distillation(temperature=2.0, hardness=0.5, hidden_weight=10.0)
 FOUND_AND_STATES = replace(
     FOUND, name=f"{FOUND.name}, logits and states", distillation=LOGITS_AND_MORE_STATES, grid=FOUND.grid[::-1]
 )

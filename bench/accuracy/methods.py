@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_kernels import PSTConfig, replace_linear
+from pst_kernels import Distillation, PSTConfig, replace_linear
 from pst_kernels.layers.pst_layer import PSTLayer
 from pst_kernels.targets import find_targets
 
 from .. import baselines
 from ..baselines.pst_variant import PARTS
-from .distill import Distillation
 from .tasks import Batch, Task
 
 Setting = dict[str, float]

@@ -15,19 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pst_kernels.distillation import IGNORED
 from pst_kernels.finetune import data, models
 from pst_kernels.finetune.settings import Settings
-
-from .distill import Outputs
 
 MINILM = Settings(dropout=0.0)
 SPLIT_SEED = 0  # of all runs: a cell's seed draws its labelled texts, its order, its head and its factors
 EVALUATION_BATCH = 64
 MASKED_SHARE, KEPT_SHARE, RANDOM_SHARE = 0.15, 0.1, 0.1  # BERT's: of the masked, 80 % become [MASK]
-IGNORED = -100
 
 Batch = dict[str, Tensor]
 Texts = Sequence[data.Example]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model says of a batch: the task's loss, logits (n, classes), hidden states (texts, tokens, width) of each
+    block and of the embeddings, and which tokens are real, bool (texts, tokens).
+    """
+
+    loss: Tensor
+    logits: Tensor
+    hidden_states: tuple[Tensor, ...]
+    real: Tensor
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def _losses(
     with torch.no_grad():
         shown = task.outputs(teacher, batch)
     own = task.outputs(model, batch)
-    return own.loss, method.distillation.loss(own, shown)
+    return own.loss, method.distillation(own, shown, real=own.real)
 
 
 def _penalty(model: nn.Module, setting: methods.Setting, progress: float) -> Tensor | float:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_grid import LINEARS, SIZE, cell, run, task, teacher_of, trainable_names
 
-from bench.accuracy import catalogue, distill, methods, tasks, teachers, train
+from bench.accuracy import catalogue, methods, tasks, teachers, train
 from bench.accuracy.record import FINAL
-from pst_kernels import PSTConfig
+from pst_kernels import Distillation, PSTConfig
 from pst_kernels.masks import patterns
 from pst_kernels.masks.patterns import num_pruned_at
 from pst_kernels.schedule import SparsitySchedule, sparsity_at
@@ -178,7 +178,7 @@ def test_patterns_rise_along_the_schedule(pattern, monkeypatch):
 
 def outputs(logits, states, loss=2.0, real=None):
     real = torch.ones(states[0].shape[:2], dtype=torch.bool) if real is None else real
-    return distill.Outputs(torch.tensor(loss).double(), logits, tuple(states), real)
+    return tasks.Outputs(torch.tensor(loss).double(), logits, tuple(states), real)
 
 
 def test_the_loss_of_distillation_is_its_formula():
@@ -190,22 +190,22 @@ def test_the_loss_of_distillation_is_its_formula():
     teacher = outputs(theirs, states[3:], loss=7.0, real=real)
     p, q = torch.softmax(theirs / 3.0, 1), torch.softmax(mine / 3.0, 1)
     divergence = 9.0 * float((p * (p / q).log()).sum() / 5)
-    assert float(distill.Distillation(0.25, 3.0).loss(student, teacher)) == pytest.approx(
+    assert float(Distillation(3.0, 0.25)(student, teacher, real=real)) == pytest.approx(
         0.75 * 2.0 + 0.25 * divergence, rel=1e-12
     )
     ratios = []
     for s, t in zip(states[1:3], states[4:], strict=True):  # without the embeddings
         apart = sum(float((s[i, j] - t[i, j]).square().sum()) for i, j in real.nonzero().tolist())
         ratios.append(apart / sum(float(t[i, j].square().sum()) for i, j in real.nonzero().tolist()))
-    assert float(distill.Distillation(0.25, 3.0, 4.0).loss(student, teacher)) == pytest.approx(
+    assert float(Distillation(3.0, 0.25, 4.0)(student, teacher, real=real)) == pytest.approx(
         0.75 * 2.0 + 0.25 * divergence + 4.0 * sum(ratios) / 2, rel=1e-12
     )
-    assert float(distill.Distillation(1.0, 2.0, 1.0).loss(student, student)) == pytest.approx(0.0, abs=1e-12)
+    assert float(Distillation(2.0, 1.0, 1.0)(student, student, real=real)) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_batch_without_a_masked_word_teaches_nothing():
     logits = torch.randn(0, 3, requires_grad=True)
-    found = distill.Distillation().divergence(logits, torch.randn(0, 3))
+    found = Distillation().divergence(logits, torch.randn(0, 3))
     found.backward()
     assert found.item() == 0.0
     assert logits.grad.shape == (0, 3)
@@ -213,7 +213,7 @@ def test_a_batch_without_a_masked_word_teaches_nothing():
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_only_the_student_learns(name):
-    method = dataclasses.replace(catalogue.METHODS["PST"], distillation=distill.Distillation(0.5, 2.0, 1.0))
+    method = dataclasses.replace(catalogue.METHODS["PST"], distillation=Distillation(2.0, 0.5, 1.0))
     teacher = task(name).model().eval()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     taught = train.train(cell(name=name), task(name), method, teacher).model
