@@ -278,9 +278,7 @@ def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple
             entries["pst_frozen"] = ()
         if own.train_kept:
             out, columns = shape
-            pattern = parse(own.pattern)
-            pruned = pattern.weights_pruned((out, columns), pattern.num_pruned_at((out, columns), own.sparsity))
-            entries["pst_kept"] = (out * columns - (pruned or 0),)
+            entries["pst_kept"] = (parse(own.pattern).weights_kept_at((out, columns), own.sparsity),)
         shapes |= {f"{name}.{entry}" if name else entry: shape for entry, shape in entries.items()}
     return shapes
 

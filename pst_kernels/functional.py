@@ -158,8 +158,14 @@ def masked_linear(
     else:
         with torch.autocast(x.device.type, enabled=False):
             y = _PSTLinear.apply(*given)
-    # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    return y if x.dim() == 2 else in_dimensions_of(x, y)
+
+
+def in_dimensions_of(x: Tensor, y: Tensor) -> Tensor:
+    """y (T, out) as (..., out) for x (..., in): no view, which a caller must not write into under FSDP2, and nn.Linear
+    returns none either.
+    """
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
 
 def check(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> None:

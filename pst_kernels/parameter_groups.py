@@ -35,13 +35,15 @@ def parameter_groups(model: nn.Module, lr: float = 1e-4) -> list[dict[str, Any]]
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[_group_of(name.rpartition(".")[2])].append(parameter)
+            groups[group_of(name)].append(parameter)
     return [
         {"params": found, "lr": lr * factors[name], "name": name} for name, found in groups.items() if found
     ]  # fmt: skip
 
 
-def _group_of(entry: str) -> str:
+def group_of(name: str) -> str:
+    """Of a parameter's full name."""
+    entry = name.rpartition(".")[2]
     if entry in ("pst_U", "pst_V"):
         return "update"
     if entry == "pst_kept":

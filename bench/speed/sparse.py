@@ -27,11 +27,24 @@ from ..baselines.sparse_loops import SparseProp, multiply_adds
 from ..tables.report import Report, measured_on
 from . import sparse_steps
 from .modes import minilm
-from .sparse_row import CSR, DENSE, INSTRUCTIONS, OURS, PROP, Budget, Clock, Row, Runs, rows, seconds_of
+from .sparse_row import (
+    CSR,
+    DENSE,
+    INSTRUCTIONS,
+    OURS,
+    PROP,
+    SHAPES,
+    SPARSITIES,
+    TOKENS,
+    Budget,
+    Clock,
+    Row,
+    Runs,
+    rows,
+    seconds_of,
+)
 
-SHAPES = ((768, 3072), (3072, 768))  # in -> out
-SPARSITIES = (0.5, 0.8, 0.9, 0.95)
-TOKENS, FEW = 1024, (1, 8)
+FEW = (1, 8)  # tokens
 MODEL = ((16, 128), (1, 32), (1, 128))  # batch, length
 MODEL_SPARSITY = 0.9
 # of the kept weight's loop with 64 tokens: the value, and x once a vector; the offset is an integer's load

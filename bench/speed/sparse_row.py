@@ -12,6 +12,9 @@ from pst_kernels.cpu.compiled.vectors import LANES
 
 from .measure import Timing, interleaved
 
+SHAPES = ((768, 3072), (3072, 768))  # in -> out
+SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+TOKENS = 1024
 Clock = Callable[[], float]
 INSTRUCTIONS = {16: "AVX-512", 8: "AVX2"}[LANES]
 DENSE, OURS, CSR, PROP, LORA = "dense", "ours", "torch CSR", "SparseProp's loop", "LoRA"
@@ -55,7 +58,7 @@ def rows(
     ideal_seconds: float | None = None,
 ) -> list[Row]:  # fmt: skip
     """A row for each contestant that `what` names, all from the same rounds."""
-    timers: dict[str, Clock] = {name: partial(_timed, run, budget.clock) for name, run in contestants.items()}
+    timers: dict[str, Clock] = {name: partial(seconds_of, run, budget.clock) for name, run in contestants.items()}
     timings = interleaved(timers, budget.seconds, reference=DENSE, min_rounds=3, max_rounds=400)
 
     def ratio(name: str) -> float | None:
@@ -76,12 +79,9 @@ def _lowest(timing: Timing) -> float:
     return min(s for s in timing.seconds if s == s)
 
 
-def _timed(run: Callable[[], Any] | Run, clock: Clock) -> float:
+def seconds_of(run: Callable[[], Any] | Run, clock: Clock) -> float:
+    """Of one step of it."""
     call, steps = run if isinstance(run, Run) else (run, 1)
     start = clock()
     call()
     return (clock() - start) / steps
-
-
-def seconds_of(call: Callable[[], Any], clock: Clock) -> float:
-    return _timed(call, clock)

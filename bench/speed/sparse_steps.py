@@ -16,11 +16,8 @@ import pst_kernels as pst
 
 from ..baselines.lora import LoRA
 from .modes import LEARNING_RATE, minilm, settled
-from .sparse_row import DENSE, LORA, Budget, Row, Run, rows
+from .sparse_row import DENSE, LORA, SHAPES, SPARSITIES, TOKENS, Budget, Row, Run, rows
 
-SHAPES = ((768, 3072), (3072, 768))  # in -> out
-SPARSITIES = (0.5, 0.8, 0.9, 0.95)
-TOKENS = 1024
 INTERVAL = 4
 BATCH, LENGTH = 16, 128
 OF_MODEL = 0.9

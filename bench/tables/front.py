@@ -12,13 +12,13 @@ from ..accuracy import record
 from ..console import Table, console
 from ..speed import sparse, sparse_steps
 from ..speed.providers import RELEASED
-from ..speed.sparse_row import Row
+from ..speed.sparse_row import TOKENS, Row
 from . import rows as results
 from .table import replace_between
 
 BEGIN, END = "<!-- front:begin -->", "<!-- front:end -->"
 SPARSITIES = (0.5, 0.8, 0.9)
-CASE = f"768 -> 3072, T = {sparse.TOKENS}"
+CASE = f"768 -> 3072, T = {TOKENS}"
 HEADS = ("", "accuracy, % at 50 / 80 / 90 %", "training step", "inference", "file", "trained numbers")
 NOTHING = "-"
 
@@ -45,7 +45,8 @@ def main(options: argparse.Namespace) -> int:
 
 def made(folder: Path) -> tuple[list[list[str]], str]:
     """The lines, and the conditions under them."""
-    found = _accuracy(folder / "accuracy.csv")
+    studied = list(record.read(folder / "accuracy.csv").values())
+    found = _accuracy(studied)
     speed, under = sparse.REPORT.read(folder / "sparse.json")
     steps = _of_sparsities(speed, lambda row: row.case == CASE and row.what == sparse_steps.EXACT)
     fixed = _of_sparsities(speed, lambda row: row.case == CASE and row.what == sparse_steps.KEPT)
@@ -67,16 +68,17 @@ def made(folder: Path) -> tuple[list[list[str]], str]:
     lines = [
         [name, found[name][0], *of_method[name], found[name][1]] for name in of_method if name in found
     ]  # fmt: skip
+    dates = ", ".join(sorted({row.date for row in studied}))
     caption = (
         "Accuracy: topics of BBC articles, ten labelled texts a class, mean of three seeds, MiniLM,"
         " masks that move to the end ([the study](docs/accuracy.md)). Step and inference: one layer 768 -> 3072,"
         " T = 1024, fp32, over the dense"
-        f" one's in the same round, at 50 / 80 / 90 % ({sparse.INSTRUCTIONS if not speed else speed[0].instructions},"
-        f" {under['threads']} threads{', processor time' if speed and speed[0].own_time else ''}; "
+        f" one's in the same round, at 50 / 80 / 90 % ({speed[0].instructions},"
+        f" {under['threads']} threads{', processor time' if speed[0].own_time else ''}; "
         "[all tables](docs/performance.md)); mask fixed: with its kept weights trained. File: of the pruned layers over"
         " dense fp32, computed: a bit a weight and"
         f" the kept ones. Measured on CPU: {under['machine']}, {under['versions']}, {under['date']}, commit"
-        f" {under['commit']}; the release's step and the accuracies are from {_date(folder)}."
+        f" {under['commit']}; the release's step and the accuracies are from {dates}."
     )
     return lines, caption
 
@@ -86,10 +88,10 @@ def _of_sparsities(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> str:
     return " / ".join(f"{ratios[s]:.2f}" if s in ratios else NOTHING for s in SPARSITIES)
 
 
-def _accuracy(path: Path) -> dict[str, tuple[str, str]]:
+def _accuracy(studied: Sequence[Any]) -> dict[str, tuple[str, str]]:
     """Method -> its accuracies, and how many numbers it trains."""
     tested: dict[tuple[str, float], list[Any]] = {}
-    for row in record.read(path).values():
+    for row in studied:
         if row.cell.task == "topic" and row.test is not None:
             tested.setdefault((row.cell.method, row.cell.sparsity), []).append(row)
     found = {}
@@ -103,7 +105,3 @@ def _accuracy(path: Path) -> dict[str, tuple[str, str]]:
         numbers = next(iter(of_method.values()))[0].trainable
         found[method] = (texts[0] if same else " / ".join(texts), f"{numbers / 1e6:.1f} M")
     return found
-
-
-def _date(folder: Path) -> str:
-    return ", ".join(sorted({row.date for row in record.read(folder / "accuracy.csv").values()}))

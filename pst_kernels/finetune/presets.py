@@ -9,12 +9,10 @@ from typing import Any
 from torch import nn
 
 from ..config import PSTConfig
-from ..layers.pst_layer import FACTORS
-from ..layers.resting import KEPT
+from ..parameter_groups import group_of
 from ..targets import head_modules
 from .settings import OF_RECIPE, Settings
 
-ROLES = dict.fromkeys(FACTORS, "scores") | {"pst_U": "update", "pst_V": "update", KEPT: "kept"}
 # The settings of PSTConfig that the command line has.
 OPTIONS = {"sparsity": "--sparsity", "weight_rank": "--rank", "score_rank": "--rank"}
 
@@ -50,13 +48,13 @@ def groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, 
     heads = tuple(f"{name}." for name in head_modules(model))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role = "head" if name.startswith(heads) else "body"
+            role = "others" if name.startswith(heads) else "body"
             if method == "pst":
-                role = ROLES.get(name.rpartition(".")[2], "head")
+                role = group_of(name)
             by_rate.setdefault(role, []).append(parameter)
     rates = {
         "body": settings.learning_rate, "update": settings.update_rate, "scores": settings.pst_learning_rate,
-        "head": settings.head_learning_rate, "kept": settings.kept_rate,
+        "others": settings.head_learning_rate, "kept": settings.kept_rate,
     }  # fmt: skip
     return [{"params": parameters, "lr": rates[role]} for role, parameters in by_rate.items()]
 

@@ -282,10 +282,12 @@ class PSTLayer(Resting, nn.Module):
     def mask_state(self) -> MaskState:
         """What `refresh` takes: the mask, and what says when it is due."""
         guess = self.pst_guess.view(torch.float32)
-        config = self.config
-        return MaskState(
-            self.pst_num_pruned, self.pst_mask, guess, NEVER if self.frozen else config.mask_interval, config.pattern
-        )  # fmt: skip
+        return MaskState(self.pst_num_pruned, self.pst_mask, guess, self.mask_interval, self.config.pattern)
+
+    @property
+    def mask_interval(self) -> int:
+        """Optimizer steps from one mask to the next."""
+        return NEVER if self.frozen else self.config.mask_interval
 
     @property
     def scales(self) -> Scales:
@@ -430,8 +432,8 @@ class PSTLayer(Resting, nn.Module):
                 " their own rules; use torch.autograd, or merge the layer first"
             )
         # with a fixed mask no gradient passes by way of a score
-        through, interval = config.through_magnitude and not self.frozen, NEVER if self.frozen else config.mask_interval
-        options = Options(through, False, self.pattern.block_size, interval)
+        through = config.through_magnitude and not self.frozen
+        options = Options(through, False, self.pattern.block_size, self.mask_interval)
         if compiling or type(weight) not in PLAIN:
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
         kernels, any_mask = ops.kernels_for(weight.device.type), self._any_mask

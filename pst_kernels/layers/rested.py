@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .. import ops
-from ..functional import Made, without_autocast
+from ..functional import Made, in_dimensions_of, without_autocast
 from ..operands import MaskedWeight, compute_dtype
 from .fixed import add_at
 
@@ -48,8 +48,7 @@ def rested_linear(
     flat = x.reshape(-1, x.shape[-1])
     with without_autocast(x.device.type):
         y = _RestedLinear.apply(flat, bias, weight, *factors, mask, *made, *added, (scales, rest), producer)
-    # no view, which a caller must not write into under FSDP2; nn.Linear returns none either
-    return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], weight.shape[0]])
+    return y if x.dim() == 2 else in_dimensions_of(x, y)
 
 
 class _RestedLinear(torch.autograd.Function):

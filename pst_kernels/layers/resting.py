@@ -70,8 +70,7 @@ class Resting:
             # no bool, of which torch can make no average
             self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.uint8, device=device))
         if config.train_kept:
-            pruned = self.pattern.weights_pruned(shape, self.num_pruned_at(config.sparsity))
-            kept = shape[0] * shape[1] - (pruned or 0)  # the patterns that allow it know how many they prune
+            kept = self.pattern.weights_kept_at(shape, config.sparsity)
             self.pst_kept = nn.Parameter(torch.zeros(kept, dtype=config.adapter_dtype, device=device))
         self.at_step(0)
 
@@ -126,7 +125,8 @@ class Resting:
 
     def _fixed_lists(self, factors: Factors, dtype: torch.dtype) -> Made:
         """Made at the kept places alone: after the freeze no pass over W is left."""
-        fixed, added = self._fixed_mask(), self.added().weights
+        fixed = self._fixed_mask()
+        added = whole(self.pst_kept) if self.config.train_kept else None
         values = fixed.values(factors, self._scales.beta, added).to(dtype)
         return Made(None, values, fixed.lists.offsets, fixed.lists.pointers)
 

@@ -64,6 +64,13 @@ class Unstructured:
         """How many weights that is; None when it depends on the mask."""
         return num_pruned
 
+    def weights_kept_at(self, shape: Shape, sparsity: float) -> int:
+        """How many weights are kept at a sparsity. Raises ValueError where that depends on the mask."""
+        pruned = self.weights_pruned(shape, self.num_pruned_at(shape, sparsity))
+        if pruned is None:
+            raise ValueError(f"how many weights {self} keeps of a weight {shape} depends on the mask")
+        return math.prod(shape) - pruned
+
     def keep(self, scores: Tensor, num_pruned: Count) -> Tensor:
         """The mask of fp32 scores (out, in): bool (out, in), False for what is pruned."""
         return _without_smallest(scores.flatten(), num_pruned).view(scores.shape)

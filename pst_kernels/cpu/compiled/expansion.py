@@ -11,7 +11,7 @@ from __future__ import annotations
 import llvmlite.binding
 import llvmlite.ir as ir
 import numba
-from numba.core import cgutils, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from pst_kernels.masks.chunks import CHUNK
@@ -19,7 +19,6 @@ from pst_kernels.masks.chunks import CHUNK
 from .vectors import (
     _FLOAT,
     _I8,
-    _I16,
     _I32,
     _I64,
     LANES,
@@ -27,9 +26,10 @@ from .vectors import (
     _integers,
     _load,
     _multiply_add,
+    _of_either_type,
     _pointer,
+    _row_reader,
     _store,
-    _widened,
 )
 
 BYTES = CHUNK // 8  # of bits of a row in a chunk
@@ -95,12 +95,7 @@ def _bit_products(builder: ir.IRBuilder, value_type: ir.Type, arguments: list[ir
     starts = builder.icmp_signed("!=", starts, _constant(0))
     ahead = _constant(AHEAD // (4 if value_type == _FLOAT else 2))
 
-    def pointer(row: ir.Value) -> ir.Value:
-        return builder.zext(builder.load(builder.gep(pointers, [row])), _I64)
-
-    def floats(loaded: ir.Value) -> ir.Value:
-        return loaded if value_type == _FLOAT else _widened(builder, loaded)
-
+    pointer, floats = _row_reader(builder, value_type, pointers)
     with cgutils.for_range_slice(builder, first, last, one) as (row, _):
         begin, end = pointer(row), pointer(builder.add(row, one))
         place = builder.gep(sums, [builder.mul(builder.sub(row, first), _constant(LANES))])
@@ -143,12 +138,4 @@ def bit_products(typing_context, halves, values, offsets, bits, pointers, kept, 
     whole list, behind which nothing is read.
     """
 
-    def generate(context, builder, signature, arguments):
-        with builder.if_else(builder.icmp_signed("!=", arguments[0], _constant(0))) as (in_halves, in_floats):
-            with in_halves:
-                _bit_products(builder, _I16, arguments[1:])
-            with in_floats:
-                _bit_products(builder, _FLOAT, arguments[1:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 11), generate
+    return _of_either_type(_bit_products, 11)

@@ -191,6 +191,32 @@ def multiply(address):
             _unpack(sums, width, last - first, target, f.y_stride, f.y_is_bf16, tokens)
 
 
+@part
+def pack_token(x, is_bf16, columns, packed):
+    """One token's x in fp32, with zeros up to the end of the last chunk."""
+    _pack(x, 0, is_bf16, 1, columns, 1, packed)
+    table = _floats(packed, (columns + CHUNK - 1) // CHUNK * CHUNK)
+    for j in range(columns, table.size):
+        table[j] = np.float32(0)
+
+
+@part
+def store_sums(sums, first, last, rows, bias, y, y_is_bf16):
+    """One token's y of rows first to last: their sums, which lie lane by lane, and the bias if its address is not 0."""
+    totals = _floats(sums, (last - first) * LANES)
+    biases, out, out_halves = _floats(bias, rows), _floats(y, rows), _halves(y, rows)
+    for i in range(first, last):
+        total = np.float32(0)
+        for lane in range(LANES):
+            total += totals[(i - first) * LANES + lane]
+        if bias:
+            total += biases[i]
+        if y_is_bf16:
+            out_halves[i] = _narrow(total)
+        else:
+            out[i] = total
+
+
 @whole_pass
 def multiply_one(address):
     """`multiply` for one token: lists are read once, at the speed of memory. A task is a group of rows."""
@@ -199,12 +225,7 @@ def multiply_one(address):
     chunks = (f.columns + CHUNK - 1) // CHUNK
     kept = np.int64(_integers(f.pointers + 4 * f.rows * chunks, 1)[0])
     packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
-    bias, totals = _floats(f.bias, f.rows), _floats(sums, ROWS * LANES)
-    y, y_halves = _floats(f.y, f.rows), _halves(f.y, f.rows)
-    _pack(f.x, f.x_stride, f.x_is_bf16, 1, f.columns, 1, packed)
-    table = _floats(packed, chunks * CHUNK)
-    for j in range(f.columns, chunks * CHUNK):
-        table[j] = np.float32(0)
+    pack_token(f.x, f.x_is_bf16, f.columns, packed)
     while True:
         task = take_task(address)
         if task >= f.tasks:
@@ -215,16 +236,7 @@ def multiply_one(address):
                 f.values_are_bf16, f.values, f.offsets, f.pointers + 4 * chunk * f.rows, kept, first, last,
                 packed + chunk * CHUNK * 4, sums, np.int64(chunk == 0),
             )  # fmt: skip
-        for i in range(first, last):
-            total = np.float32(0)
-            for lane in range(LANES):
-                total += totals[(i - first) * LANES + lane]
-            if f.bias:
-                total += bias[i]
-            if f.y_is_bf16:
-                y_halves[i] = _narrow(total)
-            else:
-                y[i] = total
+        store_sums(sums, first, last, f.rows, f.bias, f.y, f.y_is_bf16)
 
 
 @part

@@ -205,6 +205,35 @@ def _lookup(builder: ir.IRBuilder, table: ir.Value) -> Callable[[ir.Value], ir.V
     return look
 
 
+Reader = Callable[[ir.Value], ir.Value]
+
+
+def _row_reader(builder: ir.IRBuilder, value_type: ir.Type, pointers: ir.Value) -> tuple[Reader, Reader]:
+    """What gives the pointer of a row, and what makes fp32 of values that were loaded."""
+
+    def pointer(row: ir.Value) -> ir.Value:
+        return builder.zext(builder.load(builder.gep(pointers, [row])), _I64)
+
+    def floats(loaded: ir.Value) -> ir.Value:
+        return loaded if value_type == _FLOAT else _widened(builder, loaded)
+
+    return pointer, floats
+
+
+def _of_either_type(products: Callable[..., None], count: int) -> tuple[Any, Any]:
+    """Signature and code of an intrinsic of so many integers, of which the first says whether values are bf16."""
+
+    def generate(context, builder, signature, arguments):
+        with builder.if_else(builder.icmp_signed("!=", arguments[0], _constant(0))) as (in_halves, in_floats):
+            with in_halves:
+                products(builder, _I16, arguments[1:])
+            with in_floats:
+                products(builder, _FLOAT, arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * count), generate
+
+
 def _vector_products(builder: ir.IRBuilder, value_type: ir.Type, arguments: list[ir.Value]) -> None:
     values, offsets, pointers, kept, first, last, table, sums, starts = arguments
     values, offsets = _pointer(builder, values, value_type), _pointer(builder, offsets, _I8)
@@ -214,12 +243,7 @@ def _vector_products(builder: ir.IRBuilder, value_type: ir.Type, arguments: list
     starts, one = builder.icmp_signed("!=", starts, _constant(0)), _constant(1)
     held = cgutils.alloca_once(builder, vector)
 
-    def pointer(row: ir.Value) -> ir.Value:
-        return builder.zext(builder.load(builder.gep(pointers, [row])), _I64)
-
-    def floats(loaded: ir.Value) -> ir.Value:
-        return loaded if value_type == _FLOAT else _widened(builder, loaded)
-
+    pointer, floats = _row_reader(builder, value_type, pointers)
     with cgutils.for_range_slice(builder, first, last, one) as (row, _):
         begin, end = pointer(row), pointer(builder.add(row, one))
         place = builder.gep(sums, [builder.mul(builder.sub(row, first), _constant(LANES))])
@@ -255,15 +279,7 @@ def vector_products(typing_context, halves, values, offsets, pointers, kept, fir
     `table` (CHUNK,) is the chunk of x; `kept` the length of the whole list, behind which nothing is read.
     """
 
-    def generate(context, builder, signature, arguments):
-        with builder.if_else(builder.icmp_signed("!=", arguments[0], _constant(0))) as (in_halves, in_floats):
-            with in_halves:
-                _vector_products(builder, _I16, arguments[1:])
-            with in_floats:
-                _vector_products(builder, _FLOAT, arguments[1:])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 10), generate
+    return _of_either_type(_vector_products, 10)
 
 
 def _dots_of(vectors: int) -> Any:
