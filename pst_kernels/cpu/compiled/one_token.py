@@ -19,7 +19,7 @@ from pst_kernels.masks.chunks import CHUNK, chunks_of
 from . import threads as team
 from .expansion import BYTES, bit_products
 from .jit import whole_pass
-from .sparse_passes import _integers, pack_token, store_sums
+from .sparse_passes import _floats, _halves, _integers, _narrow, pack_token
 from .threads import pointer_to, take_task
 from .vectors import LANES
 
@@ -63,6 +63,8 @@ def multiply(address):
     chunks = (f.columns + CHUNK - 1) // CHUNK
     kept = np.int64(_integers(f.pointers + 4 * f.rows * chunks, 1)[0])
     packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
+    bias, totals = _floats(f.bias, f.rows), _floats(sums, f.task_rows * LANES)
+    y, y_halves = _floats(f.y, f.rows), _halves(f.y, f.rows)
     pack_token(f.x, f.x_is_bf16, f.columns, packed)
     while True:
         task = take_task(address)
@@ -75,7 +77,17 @@ def multiply(address):
                 f.values_are_bf16, f.values, f.offsets, bits, pointers, kept, first, last, packed + chunk * CHUNK * 4,
                 sums, np.int64(chunk == 0),
             )  # fmt: skip
-        store_sums(sums, first, last, f.rows, f.bias, f.y, f.y_is_bf16)
+        # as in `multiply_one`: a function for both took 7 % of a product of 3072 x 768
+        for i in range(first, last):
+            total = np.float32(0)
+            for lane in range(LANES):
+                total += totals[(i - first) * LANES + lane]
+            if f.bias:
+                total += bias[i]
+            if f.y_is_bf16:
+                y_halves[i] = _narrow(total)
+            else:
+                y[i] = total
 
 
 class Ready:

@@ -200,23 +200,6 @@ def pack_token(x, is_bf16, columns, packed):
         table[j] = np.float32(0)
 
 
-@part
-def store_sums(sums, first, last, rows, bias, y, y_is_bf16):
-    """One token's y of rows first to last: their sums, which lie lane by lane, and the bias if its address is not 0."""
-    totals = _floats(sums, (last - first) * LANES)
-    biases, out, out_halves = _floats(bias, rows), _floats(y, rows), _halves(y, rows)
-    for i in range(first, last):
-        total = np.float32(0)
-        for lane in range(LANES):
-            total += totals[(i - first) * LANES + lane]
-        if bias:
-            total += biases[i]
-        if y_is_bf16:
-            out_halves[i] = _narrow(total)
-        else:
-            out[i] = total
-
-
 @whole_pass
 def multiply_one(address):
     """`multiply` for one token: lists are read once, at the speed of memory. A task is a group of rows."""
@@ -225,6 +208,8 @@ def multiply_one(address):
     chunks = (f.columns + CHUNK - 1) // CHUNK
     kept = np.int64(_integers(f.pointers + 4 * f.rows * chunks, 1)[0])
     packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
+    bias, totals = _floats(f.bias, f.rows), _floats(sums, ROWS * LANES)
+    y, y_halves = _floats(f.y, f.rows), _halves(f.y, f.rows)
     pack_token(f.x, f.x_is_bf16, f.columns, packed)
     while True:
         task = take_task(address)
@@ -236,7 +221,16 @@ def multiply_one(address):
                 f.values_are_bf16, f.values, f.offsets, f.pointers + 4 * chunk * f.rows, kept, first, last,
                 packed + chunk * CHUNK * 4, sums, np.int64(chunk == 0),
             )  # fmt: skip
-        store_sums(sums, first, last, f.rows, f.bias, f.y, f.y_is_bf16)
+        for i in range(first, last):
+            total = np.float32(0)
+            for lane in range(LANES):
+                total += totals[(i - first) * LANES + lane]
+            if f.bias:
+                total += bias[i]
+            if f.y_is_bf16:
+                y_halves[i] = _narrow(total)
+            else:
+                y[i] = total
 
 
 @part
