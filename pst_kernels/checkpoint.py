@@ -23,6 +23,7 @@ from .files import replacing
 from .layers.averages import fits
 from .layers.checks import is_conv1d, refuse_meta, whole
 from .layers.experts import ExpertWeights, PSTExperts
+from .layers.fisher import MOMENTS
 from .layers.pst_layer import FACTORS, PSTLayer
 from .masks.packing import packed_width
 from .masks.patterns import Pattern, parse
@@ -209,7 +210,7 @@ def _check_settings(converted: dict[str, PSTLayer], config: PSTConfig, path: Pat
     for name, layer in converted.items():
         if layer.merged:
             raise RuntimeError(f"{name or 'the layer'} is merged; call unmerge() before loading into it")
-        for setting in ("beta", "alpha1", "alpha2", "pattern"):
+        for setting in ("beta", "alpha1", "alpha2", "pattern", "magnitude"):
             given, saved = getattr(layer.config, setting), getattr(config, setting)
             if given != saved:
                 raise ValueError(
@@ -276,6 +277,8 @@ def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple
         )  # fmt: skip
         if own.freeze:
             entries["pst_frozen"] = ()
+        if own.magnitude == "fisher":
+            entries[MOMENTS] = (shape[0] + shape[1],)
         if own.train_kept:
             out, columns = shape
             entries["pst_kept"] = (parse(own.pattern).weights_kept_at((out, columns), own.sparsity),)

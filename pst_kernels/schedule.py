@@ -169,6 +169,7 @@ class SparsitySchedule:
         """One threshold for all layers; the counts stay on their device."""
         layers = [layer for layer in self.layers if not layer.frozen]
         for layer in layers:
+            layer.refuse_cut()
             layer.has_learned_mask = True
         at_work = (
             self.step_count % self.config.mask_interval == 0 or self.freezes or self.step_count >= self.total_steps

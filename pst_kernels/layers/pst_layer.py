@@ -17,6 +17,7 @@ from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
 from . import averages, reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
+from .fisher import Weighs
 from .kept import keeps, takes_lists
 from .recompute import producer_of
 from .rested import masked_with
@@ -43,7 +44,7 @@ class Ready(NamedTuple):
     added: int = due.NOTHING  # version and address of the trained kept weights
 
 
-class PSTLayer(Resting, nn.Module):
+class PSTLayer(Resting, Weighs, nn.Module):
     """What PSTLinear and PSTConv1D share; they differ in how the weight lies.
 
     Parameters pst_U (out, weight_rank), pst_V (weight_rank, in), pst_A (out, score_rank), pst_B (score_rank, in),
@@ -115,6 +116,7 @@ class PSTLayer(Resting, nn.Module):
         self.given = averages.Given(0, self)
         self.sparsity = config.sparsity
         self._add_rest((out, columns))
+        self._add_moments((out, columns))
 
     def _new_guess(self, device: torch.device) -> Tensor:
         return new_guess(device).view(torch.int32).repeat(*self.oriented_weight.shape[:-2], 1)
@@ -235,6 +237,10 @@ class PSTLayer(Resting, nn.Module):
             self._shards = tensor_parallel.take_over(self)
         return self._shards
 
+    def refuse_cut(self) -> None:
+        """Raise RuntimeError for a layer that tensor parallelism has cut, and whose settings do not go with it."""
+        self._tensor_parallel()
+
     def _whole_mask(self) -> Tensor:
         shards = self._tensor_parallel()
         return self.pst_mask if shards is None else shards.whole_mask(self.pst_mask)
@@ -251,7 +257,10 @@ class PSTLayer(Resting, nn.Module):
         if not torch.compiler.is_compiling():
             averages.mend(self)
         with torch.no_grad():
-            ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+            if self.moments is None:
+                ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+            else:
+                self.refresh_weighed(*self._weights())
             self.added()  # what a compiled forward takes as it is
 
     def settle_mask(self) -> None:
@@ -277,7 +286,9 @@ class PSTLayer(Resting, nn.Module):
 
     def scores(self) -> Tensor:
         """What the mask is decided by, fp32 (out, in)."""
-        return ops.scores(*self._weights(), *self.scales)
+        if self.moments is None:
+            return ops.scores(*self._weights(), *self.scales)
+        return self.weighed_scores(*self._weights())
 
     def mask_state(self) -> MaskState:
         """What `refresh` takes: the mask, and what says when it is due."""
@@ -369,6 +380,8 @@ class PSTLayer(Resting, nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             return self._merged_forward(x)
+        if self.moments is not None:
+            self.notice_processes()
         ready = self._ready
         fits = ready is not None and not torch.compiler.is_compiling() and self._fits(ready, x)
         if ready is None or not fits or not self._is_fresh(ready):
@@ -435,14 +448,18 @@ class PSTLayer(Resting, nn.Module):
         through = config.through_magnitude and not self.frozen
         options = Options(through, False, self.pattern.block_size, self.mask_interval)
         if compiling or type(weight) not in PLAIN:
+            self.refuse_compiled()
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
-        kernels, any_mask = ops.kernels_for(weight.device.type), self._any_mask
+        kernels: Any = ops.kernels_for(weight.device.type)
+        any_mask = self._any_mask
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
         parameters = tuple(self._parameters.get(name) for name in NAMES)
         addresses = due.NOTHING if None in parameters[1:] else due.addresses_of(parameters[1:])
-        if self.pattern.with_masked_weight and addresses != due.NOTHING and hasattr(kernels, "bound_to"):
+        if self.moments is not None:
+            kernels = self.weighed_room(weight.device.type)
+        elif self.pattern.with_masked_weight and addresses != due.NOTHING and hasattr(kernels, "bound_to"):
             kernels = kernels.bound_to(operands, dtype) or kernels
-        options = options._replace(kept=keep, kernels=kernels)
+        options = options._replace(kept=keep, kernels=kernels, weighed=self.moments is not None)
         return Ready(dtype, x.device, operands, parameters, NOTHING_MADE, options, self.mask_state(), addresses, -1)
 
     def _renewed(self, ready: Ready, x: Tensor) -> Ready:
@@ -499,7 +516,7 @@ class PSTLayer(Resting, nn.Module):
     def can_be_grouped(self) -> bool:
         """Whether a grouped pass can make this layer's mask, where its device has one."""
         by_pass = self.pattern.with_masked_weight and self._parameters["weight"].dtype != torch.float64  # type: ignore[union-attr]
-        return by_pass and self.is_whole()
+        return by_pass and self.moments is None and self.is_whole()
 
     def is_whole(self) -> bool:
         """Whether its mask can be made outside of a forward: nothing is sharded, merged or fixed."""

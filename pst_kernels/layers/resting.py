@@ -134,7 +134,9 @@ class Resting:
         added, options = self.added(), ready.options
         if ready.made.masked is not None and not options.kept:  # in a buffer, or of kept weights that are about to move
             self._ready = None
-        rest = Rest(self.frozen, options.through_magnitude, options.kept)
+        # of a weighed |W'| its part of Q is left out too: lists of kept weights hold no weighing
+        through = options.through_magnitude and not options.weighed
+        rest = Rest(self.frozen, through, options.kept)
         producer = producer_of(x) if self.config.recompute_input else None
         x = x if x.dtype == ready.dtype else x.to(ready.dtype)
         made = ready.made
