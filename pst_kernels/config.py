@@ -92,7 +92,7 @@ class PSTConfig:
             C rest then (no gradient), and every product skips what is pruned. It stays fixed after the schedule's end.
         allocation: "uniform", the same sparsity in every layer, or "global", one threshold over the scores of all
             layers, which a schedule applies; each layer keeps at least a quarter of its uniform share. For
-            pattern="unstructured", without `train_kept`.
+            pattern="unstructured"; with `train_kept` in one process, where `pst_kept` gets its size at the freeze.
         train_kept: also train the kept weights themselves from the freeze on, as the parameter `pst_kept` of each
             layer, a number a kept weight. `freeze` is then 0.2 unless given. Give it a learning rate of its own, that
             of dense fine-tuning.
@@ -174,10 +174,10 @@ class PSTConfig:
             )
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation={self.allocation!r} is not known; use one of {', '.join(ALLOCATIONS)}")
-        if self.allocation == "global" and (self.pattern != "unstructured" or self.train_kept):
+        if self.allocation == "global" and self.pattern != "unstructured":
             raise ValueError(
-                f"allocation='global' is for pattern='unstructured' and train_kept=False, got {self.pattern!r} and"
-                f" {self.train_kept}: how many weights a layer keeps must not be fixed beforehand"
+                f"allocation='global' is for pattern='unstructured', got pattern={self.pattern!r}: how many weights a"
+                " layer keeps must not be fixed beforehand; leave it out"
             )
         self.adapter_dtype = _dtype(self.adapter_dtype)
         self.target_modules = _targets("target_modules", self.target_modules)

@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import PSTConfig, check_count
 from .events import Events
+from .layers.checks import in_several_processes
 from .layers.pst_layer import PSTLayer
 from .layers.together import refresh_layers
 from .masks.allocation import global_counts
@@ -73,6 +74,11 @@ class SparsitySchedule:
         self.kind, self.events = kind, Events(first, events) if kind == "events" else None
         self.config = get_config(model)
         self.layers = [layer for _, layer in pst_layers(model)]
+        if self.config.allocation == "global" and self.config.train_kept and in_several_processes():
+            raise RuntimeError(
+                "allocation='global' with train_kept=True runs in one process: pst_kept gets its size at the freeze, long"
+                " after DistributedDataParallel and FSDP laid it out; use allocation='uniform' or train_kept=False"
+            )
         for layer in self.layers:
             layer.scheduled = True
             if restart:

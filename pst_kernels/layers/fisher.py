@@ -29,6 +29,7 @@ from ..cpu.ops import weighed_backward
 from ..masks import due
 from ..masks.refresh import Weights, refresh
 from ..operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype
+from .checks import in_several_processes
 
 MOMENTS = "pst_moments"  # fp32 (out + in,): the running sums of G^2 over rows, then over columns
 DECAY = 0.99  # of the running sums at a step; where they start does not count, as only their ratios do
@@ -162,8 +163,7 @@ class Weighs:
 
         Raises RuntimeError where processes train together by other means: their moments, and masks, would differ.
         """
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not several and not getattr(self, "_is_replica", False):  # of DataParallel
+        if not in_several_processes() and not getattr(self, "_is_replica", False):  # of DataParallel
             return
         wrapper, known = nn.parallel.DistributedDataParallel._active_ddp_module, self.moments.wrapper
         if wrapper is not None:

@@ -115,7 +115,7 @@ class PSTLayer(Resting, Weighs, nn.Module):
         self.reset_factors()
         self.given = averages.Given(0, self)
         self.sparsity = config.sparsity
-        self._add_rest((out, columns))
+        self._add_rest()
         self._add_moments((out, columns))
 
     def _new_guess(self, device: torch.device) -> Tensor:
@@ -396,7 +396,7 @@ class PSTLayer(Resting, Weighs, nn.Module):
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
-        made = ready.made._replace(waiting=self.pst_kept) if self.config.train_kept else ready.made
+        made = ready.made._replace(waiting=self.pst_kept) if self.kept_wait else ready.made
         bias = ready.parameters[0] if ready.parameters else self.bias
         return masked_linear(x, ready.operands, bias, ready.dtype, ready.options, made, producer)
 
@@ -562,6 +562,7 @@ class PSTLayer(Resting, Weighs, nn.Module):
             state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}{FROZEN}")
         if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
             state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
+        self.fit_loaded_kept(state_dict, prefix)
         with_mask = averages.without_averages(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.after_load(with_mask)
