@@ -76,8 +76,8 @@ class SparsitySchedule:
         self.layers = [layer for _, layer in pst_layers(model)]
         if self.config.allocation == "global" and self.config.train_kept and in_several_processes():
             raise RuntimeError(
-                "allocation='global' with train_kept=True runs in one process: pst_kept gets its size at the freeze, long"
-                " after DistributedDataParallel and FSDP laid it out; use allocation='uniform' or train_kept=False"
+                "allocation='global' with train_kept=True runs in one process: pst_kept gets its size at the freeze,"
+                " after DistributedDataParallel and FSDP have laid it out; use allocation='uniform' or train_kept=False"
             )
         for layer in self.layers:
             layer.scheduled = True
