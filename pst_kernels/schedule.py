@@ -90,8 +90,7 @@ class SparsitySchedule:
         self.step_count = step_count
         # The sparsity that the layers were trained or loaded at, and their counts; 0 for what was converted only.
         self._least = [0 if restart or not layer.has_learned_mask else n for layer, n in self._counted()]
-        reached = [layer.sparsity for (layer, _), least in zip(self._counted(), self._least, strict=True) if least]
-        self.least = min(max(reached, default=0.0), self.config.sparsity)
+        self.least = min(self._reached(), self.config.sparsity)
         if self.least > self._planned():
             logger.warning(
                 "the model is at sparsity %.4g already, and the schedule's %.4g at step %d of %d is below it: the"
@@ -128,6 +127,13 @@ class SparsitySchedule:
 
     def _counted(self) -> list[tuple[PSTLayer, int]]:
         return list(zip(self.layers, self._pruned, strict=True))
+
+    def _reached(self) -> float:
+        """The sparsity that the layers were trained or loaded at; that of all together where each has its own."""
+        if self.config.allocation == "global":
+            return sum(self._least) / sum(layer.weight.numel() for layer in self.layers)
+        reached = [layer.sparsity for (layer, _), least in zip(self._counted(), self._least, strict=True) if least]
+        return max(reached, default=0.0)
 
     def _planned(self) -> float:
         whole_intervals = self.step_count - self.step_count % self.config.mask_interval
