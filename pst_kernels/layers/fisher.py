@@ -153,10 +153,7 @@ class Weighs:
     def refuse_compiled(self: Any) -> None:
         """Raise RuntimeError where only ops may be called, which know no moments: in a graph, and for shards."""
         if self.moments is not None:
-            raise RuntimeError(
-                "magnitude='fisher' does not run in compiled graphs (torch.compile) nor with sharded weights; use"
-                " magnitude='plain' there"
-            )
+            magnitude_fisher_does_not_compile()
 
     def notice_processes(self: Any) -> None:
         """Remember the DistributedDataParallel that this forward runs in.
@@ -174,6 +171,14 @@ class Weighs:
                 "magnitude='fisher' trains in one process, or in several under DistributedDataParallel; use"
                 " magnitude='plain' with FSDP, tensor parallelism and DataParallel"
             )
+
+
+@torch.compiler.disable  # a compiler that met the error itself would break its graph there, and go on
+def magnitude_fisher_does_not_compile() -> None:  # of which fullgraph=True shows the name alone
+    raise RuntimeError(
+        "magnitude='fisher' does not run in compiled graphs (torch.compile) nor with sharded weights; use"
+        " magnitude='plain' there"
+    )
 
 
 @functools.cache

@@ -56,7 +56,8 @@ class PSTLayer(Resting, Weighs, nn.Module):
     and merging make the mask anew, for a forward call `refresh_mask(force=True)` after one.
 
     With `PSTConfig(freeze=)` a schedule fixes the mask at last (`freeze_mask`), which the buffer pst_frozen says, and
-    with `train_kept` the parameter pst_kept (kept,) is added to the kept weights from there on.
+    with `train_kept` the parameter pst_kept (kept,) is added to the kept weights from there on. With
+    `PSTConfig(magnitude="fisher")` the buffer pst_moments (out + in,) holds running sums of G^2 (fisher.py).
     """
 
     bias: Any  # a Parameter or None

@@ -11,6 +11,7 @@ import toys
 from oracle import mask_by_definition, relative_error
 from torch import Tensor, nn
 from torch.profiler import profile
+from torch.utils.checkpoint import checkpoint
 
 import pst_kernels as pst
 from pst_kernels import reference
@@ -197,6 +198,19 @@ def test_running_sums():
     assert relative_error(model[0].pst_moments, expected) < 1e-6
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_sees_each_gradient_once(use_reentrant):
+    found = []
+    for checkpointed in (False, True):
+        model, x = model_of(), batch(0).requires_grad_()
+        y = checkpoint(model, x, use_reentrant=use_reentrant) if checkpointed else model(x)
+        y.pow(2).mean().backward()
+        optimizer_of(model).step()
+        found.append(model[0].pst_moments)
+    assert found[0].any()
+    assert torch.equal(*found)
+
+
 def test_a_mask_follows_the_moments_of_its_step():
     model = model_of(sparsity=0.7)
     optimizer = optimizer_of(model)
@@ -316,7 +330,10 @@ def test_what_it_is_not_for():
     with pytest.raises(ValueError, match="magnitude='fisher' is for pattern='unstructured' or 'N:M', got pattern='blo"):
         pst.PSTConfig(magnitude="fisher", pattern="block:16")
     layer = layer_of()
-    with pytest.raises(Exception, match="magnitude='fisher' does not run in compiled graphs"):
+    with pytest.raises(RuntimeError, match="magnitude='fisher' does not run in compiled graphs"):
+        torch.compile(layer, backend="eager")(torch.randn(2, 300))
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="magnitude_fisher_does_not_compile"):
         torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(2, 300))
     layer._is_replica = True  # as DataParallel's copies are
     with pytest.raises(RuntimeError, match="magnitude='fisher' trains in one process, or in several under Distributed"):
