@@ -35,6 +35,21 @@ MOMENTS = "pst_moments"  # fp32 (out + in,): the running sums of G^2 over rows, 
 DECAY = 0.99  # of the running sums at a step; where they start does not count, as only their ratios do
 
 
+def weighings(moments: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """p (out, 1) and q (in,); ones as long as there are no moments."""
+    sums = moments.to(dtype).split(shape)
+    p, q = (torch.where((mean := part.mean()) > 0, part / mean, 1.0).sqrt() for part in sums)
+    return p[:, None], q
+
+
+def weighed(weight: Tensor, factors: Factors, moments: Tensor) -> tuple[Tensor, Factors]:
+    """p W q, and p U and V q among the factors: plain scores of these are the weighed ones."""
+    dtype = compute_dtype(weight.dtype)
+    p, q = weighings(moments, (weight.shape[0], weight.shape[1]), dtype)
+    U, V = factors.U.to(dtype) * p, factors.V.to(dtype) * q
+    return torch.mul(weight, p).mul_(q), factors._replace(U=U, V=V)
+
+
 class Moments:
     """The second moments of one layer's gradient: the buffer of that name, and what is to join it."""
 
@@ -48,11 +63,10 @@ class Moments:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"wrapper": None}
 
-    def scales(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """p (out, 1) and q (in,); ones as long as there are no moments."""
-        sums = self.buffers[MOMENTS].to(dtype).split(self.shape)
-        p, q = (torch.where((mean := part.mean()) > 0, part / mean, 1.0).sqrt() for part in sums)
-        return p[:, None], q
+    @property
+    def held(self) -> Tensor:
+        """The running sums, fp32."""
+        return self.buffers[MOMENTS]
 
     def see(self, of_rows: Tensor, of_columns: Tensor) -> None:
         """Sums of G^2 of one backward."""
@@ -71,7 +85,7 @@ class Moments:
 
     def join(self, sums: Tensor) -> None:
         """Let the mean over backwards join the running sums, if there is one and it is finite (a scaled loss's)."""
-        mean, held = sums[:-1] / sums[-1], self.buffers[MOMENTS]
+        mean, held = sums[:-1] / sums[-1], self.held
         if held.dtype is not torch.float32:  # model.to(torch.bfloat16) has rounded it
             held = self.buffers[MOMENTS] = held.float()
         held.copy_(torch.where(mean.isfinite().all(), held * DECAY + mean.to(held.device), held))
@@ -89,20 +103,14 @@ class WeighedRoom:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kernels, name)
 
-    def _weighed(self, weight: Tensor, factors: Factors) -> tuple[Tensor, Factors]:
-        dtype = compute_dtype(weight.dtype)
-        p, q = self.moments.scales(dtype)
-        U, V = factors.U.to(dtype) * p, factors.V.to(dtype) * q
-        return torch.mul(weight, p).mul_(q), factors._replace(U=U, V=V)
-
     def scores(self, weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
-        return self.kernels.scores(*self._weighed(weight, factors), scales)
+        return self.kernels.scores(*weighed(weight, factors, self.moments.held), scales)
 
     def prune_mask(
         self, weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor,
         masked: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        packed = self.kernels.prune_mask(*self._weighed(weight, factors), scales, num_pruned, guess)
+        packed = self.kernels.prune_mask(*weighed(weight, factors, self.moments.held), scales, num_pruned, guess)
         if masked is not None:
             masked.copy_(self.kernels.masked_weight(MaskedWeight(weight, factors, packed, scales), masked.dtype))
         return packed
@@ -115,8 +123,7 @@ class WeighedRoom:
     ) -> tuple[Tensor, ...]:
         if not needs.factors:
             return self.kernels.linear_backward(gy, x, operands, through_magnitude, needs, split)
-        weight = operands.weight
-        p, q = self.moments.scales(compute_dtype(weight.dtype))
+        p, q = weighings(self.moments.held, self.moments.shape, compute_dtype(operands.weight.dtype))
         weighing = Weighing(p, q, p.new_empty(len(p)), torch.zeros_like(q))
         found = weighed_backward(gy, x, operands, through_magnitude, needs.input, weighing)
         self.moments.see(weighing.of_rows, weighing.of_columns)
@@ -209,7 +216,7 @@ def _join(every: Sequence[Moments], group: dist.ProcessGroup | None = None) -> N
     """Let each join what it has seen, or what all ranks of a group have."""
     if not every:
         return
-    device = every[0].buffers[MOMENTS].device
+    device = every[0].held.device
     sums = [moments.sums(device) for moments in every]
     if group is not None:
         flat = torch.cat(sums)

@@ -22,10 +22,11 @@ from ..export.packed import WEIGHT, unpack
 from ..files import read_json
 from ..functional import scores as scores_of
 from ..layers.checks import is_conv1d
+from ..layers.fisher import MOMENTS, weighed
 from ..layers.pst_layer import FACTORS
 from ..masks.packing import unpack_mask
 from ..masks.patterns import Unstructured, parse
-from ..operands import FLOATING
+from ..operands import FLOATING, Factors
 
 STEPS = 1000  # from the smallest number of a layer to its largest, in equal shares of them
 MAGNITUDES, SCORES = "|weight| of what is not zero", "score"
@@ -208,8 +209,10 @@ def _adapter(directory: Path, base: Path | None) -> Folder:
     for place, layer in enumerate(layers):
         if layer.name not in weights:
             continue
-        factors = [tensors[_entry(layer.name, factor)] for factor in FACTORS]
-        scores = scores_of(weights[layer.name], *factors, beta=config.beta, alpha1=config.alpha1, alpha2=config.alpha2)
+        weight, factors = weights[layer.name], Factors(*(tensors[_entry(layer.name, factor)] for factor in FACTORS))
+        if config.magnitude == "fisher":
+            weight, factors = weighed(weight, factors, tensors[_entry(layer.name, MOMENTS)])
+        scores = scores_of(weight, *factors, beta=config.beta, alpha1=config.alpha1, alpha2=config.alpha2)
         threshold = _smallest(scores, layer.zeros) if has_threshold and layer.zeros else None
         stale += threshold is not None and bool((scores[~masks[layer.name]] > threshold).any())
         layers[place] = layer._replace(quantiles=_quantiles(scores), threshold=threshold)
