@@ -2,7 +2,8 @@
 
 Where a weight is packed the model gets a `SparseLinear` or a `BlockSparseLinear` before any tensor is read. Its values
 come straight from the file, and the rest of its lists is made of the bits, one layer at a time: no dense copy of a
-pruned weight is made. All files are checked first (export/checked.py).
+pruned weight is made. All files are checked first (export/checked.py). Under tensor parallelism a process keeps its
+rows or columns of each layer that the plan cuts (hf_parallel.py).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import hf_parallel
 from .export import checked
-from .export.folder import KEEP, pack_model
-from .export.packed import BLOCK_BITS, WEIGHT_BITS, Shape, blocks, empty, lists
+from .export.cut import cut
+from .export.folder import KEEP, pack_model, refuse_parts
+from .export.packed import BLOCK_BITS, WEIGHT, WEIGHT_BITS, Shape, empty, indices
 from .layers.block_sparse_linear import BlockSparseLinear
 from .layers.checks import is_conv1d
 from .layers.sparse_linear import SparseLinear
@@ -70,12 +73,13 @@ class SparseQuantizer(HfQuantizer):
 
     quantization_config: SparseConfig
     requires_calibration = True  # it reads what was saved, and does not prune
+    in_parts = False  # whether a plan cuts the model while it is loaded
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **others: Any) -> None:
         if not checkpoint_files or not all(str(path).endswith(".safetensors") for path in checkpoint_files):
             raise ValueError("a model saved by save_sparse is loaded from its safetensors files; pass their folder")
-        if getattr(model.config, "distributed_config", None) is not None:
-            raise ValueError("a model saved by save_sparse cannot be cut over processes; load it without a plan")
+        plan = hf_parallel.Plan.of(model)
+        self.in_parts = plan.ranks > 1
         found = checked.check(checkpoint_files, self.quantization_config.digest)
         modules, prefix = dict(model.named_modules(remove_duplicate=False)), f"{model.base_model_prefix}."
         for name, (shape, kept) in found.items():
@@ -84,11 +88,18 @@ class SparseQuantizer(HfQuantizer):
                 continue
             _check_fit(here, modules[here], shape)
             old: Any = modules[here]
-            new: Any = empty(shape, kept, old.bias is not None, old.weight.dtype)
+            part = plan.part(here, shape)
+            # how much a part keeps is known when its bits are read
+            sizes = (shape, kept) if part is None else (part.shape, kept // part.ranks)
+            new: Any = empty(*sizes, old.bias is not None, old.weight.dtype)
+            if part is not None:
+                hf_parallel.set_up(new, part, plan.style(here))
             parent, _, child = here.rpartition(".")
             setattr(model.get_submodule(parent), child, new.train(old.training))
 
     def get_weight_conversions(self) -> list[WeightConverter]:
+        if self.in_parts:  # on the CPU, so that no device holds all of a layer
+            return [WeightConverter([WEIGHT_BITS, BLOCK_BITS, WEIGHT], [WEIGHT], [_Cut()], force_cpu=True)]
         made_of = {WEIGHT_BITS: ("offsets", "pointers"), BLOCK_BITS: ("crow_indices", "col_indices")}
         return [WeightConverter([bits], list(names), [_FromBits(names)]) for bits, names in made_of.items()]
 
@@ -99,6 +110,7 @@ class SparseQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        refuse_parts(model)
         with torch.device("meta"):
             twin = type(model)(copy.deepcopy(model.config))
         for name, layer in list(model.named_modules()):
@@ -144,21 +156,43 @@ def _check_fit(name: str, module: Any, shape: Shape) -> None:
         )
 
 
-class _FromBits(ConversionOps):
+class _Made(ConversionOps):
+    """Makes tensors of a layer while it is loaded."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Never run: what is saved is packed before transformers asks for reversals."""
+        return self
+
+
+class _FromBits(_Made):
     """Two index tensors of a layer, made of its bits."""
 
     def __init__(self, names: tuple[str, str]):
         self.names = names
 
     def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
-        (bits,) = (tensor[0] if isinstance(tensor, list) else tensor for tensor in input_dict.values())
+        (bits,) = _tensors(input_dict).values()
         name = about["full_layer_name"].rpartition(".")[0]
-        layer: Any = about["model"].get_submodule(name)
-        in_blocks = isinstance(layer, BlockSparseLinear)
-        made = blocks(bits, Shape.of(layer).grid[1]) if in_blocks else lists(bits, layer.in_features)
+        made = indices(Shape.of(about["model"].get_submodule(name)), bits)
         return {f"{name}.{index}": tensor for index, tensor in zip(self.names, made, strict=True)}
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        """Never run: what is saved is packed before transformers asks for reversals."""
-        return self
+
+class _Cut(_Made):
+    """All tensors of a layer, or of the part that this process holds, made of its values and bits at once."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        given, full_name = _tensors(input_dict), about["full_layer_name"]
+        values, rest = given.pop(WEIGHT), list(given.values())
+        if not rest:  # a weight that is not packed
+            return {full_name: values}
+        name = full_name.rpartition(".")[0]
+        layer: Any = about["model"].get_submodule(name)
+        part = layer.part_of
+        made = (values, *indices(Shape.of(layer), rest[0])) if part is None else cut(part, values, rest[0])
+        layer._take(*(tensor.to("meta") for tensor in made))  # transformers asks for the sizes of what it puts there
+        return {f"{name}.{entry}": tensor for entry, tensor in zip(layer.PARTS, made, strict=True)}
+
+
+def _tensors(given: dict[str, Any]) -> dict[str, Any]:
+    return {pattern: found[0] if isinstance(found, list) else found for pattern, found in given.items()}

@@ -91,6 +91,7 @@ def save_sparse(
 def pack_model(model: Any, format: str) -> Packed:
     """A model's state dict with its sparse weights packed, without the tensors that loading ties, and their shapes."""
     size, conv1d = block_size(format), _conv1d_names(model)
+    refuse_parts(model)
     state: dict[str, Tensor] = {name: whole(tensor).detach() for name, tensor in model.state_dict().items()}
     shapes: dict[str, Shape] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -116,6 +117,16 @@ def pack_model(model: Any, format: str) -> Packed:
             f" {LEAST_ZEROS:.0%}; prune it first, or use format='dense'"
         )
     return Packed(_on_the_cpu(model, state), shapes)
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raise RuntimeError for a model whose packed layers were cut over processes."""
+    for name, module in model.named_modules():
+        if (part := getattr(module, "part_of", None)) is not None:
+            raise RuntimeError(
+                f"{name} is one of {part.ranks} parts of a layer: the model was loaded under tensor parallelism. The"
+                " folder that it came from holds it whole; load that in one process"
+            )
 
 
 def _sparse_layers(model: nn.Module, format: str) -> Iterator[tuple[str, Any]]:
