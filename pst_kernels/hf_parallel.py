@@ -49,11 +49,15 @@ class Plan(NamedTuple):
         return cls({**model.tp_plan, **(given if isinstance(given, dict) else {})}, ranks)
 
     def style(self, name: str) -> str | None:
-        return self.styles.get(_wildcards(name)) if self.styles else None
+        return self.styles.get(_wildcards(name))
 
     def part(self, name: str, shape: Shape) -> Part | None:
         """What this process holds of a packed layer; None for all of it. Raises ValueError for what cannot be cut."""
+        if self.ranks == 1:
+            return None
         style = self.style(name)
+        if f"{_wildcards(name)}.weight" in self.styles:
+            raise ValueError(f"tp_plan names the weight of {name}, which is packed; name the layer itself")
         if style in WHOLE:
             return None
         if style not in (*ROWS, *COLUMNS):

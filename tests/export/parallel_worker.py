@@ -22,6 +22,7 @@ RANKS = 2
 GPT2 = {"transformer.h.*.mlp.c_fc": "colwise", "transformer.h.*.mlp.c_proj": "rowwise"}
 ODD = {f"model.layers.*.mlp.{name}_proj": "replicate" for name in ("gate", "up", "down")}
 PLANS = {"gpt2": GPT2, "odd": ODD}
+WEIGHT = {"model.layers.*.mlp.up_proj.weight": "colwise"}
 PACKED = {"model.layers.*.mlp.up_proj": "packed_colwise"}
 CACHES = ("dynamic", "static")
 
@@ -66,6 +67,7 @@ def refused(folder: Path, model: Any) -> dict[str, str]:
         "odd": error(lambda: pst.load_sparse(odd, **cut())),
         "blocks": error(lambda: pst.load_sparse(folder / "blocks of 16", **cut())),
         "style": error(lambda: pst.load_sparse(llama, **cut(PACKED))),
+        "weight": error(lambda: pst.load_sparse(llama, **cut(WEIGHT))),
         "others": error(
             lambda: pst.load_sparse(llama, distributed_config=DistributedConfig(tp_size=1, fsdp_size=RANKS))
         ),
@@ -81,10 +83,11 @@ def run(rank: int, where: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     found: dict[str, Any] = {}
-    stock = AutoModelForCausalLM.from_pretrained(folder / "two shards", tp_plan="auto")
+    stock, about = AutoModelForCausalLM.from_pretrained(folder / "two shards", tp_plan="auto", output_loading_info=True)
+    found["about"] = about
     found["two shards"] = sizes(stock), of_tokens(stock)
     found["generated"] = {cache: generated(stock, cache) for cache in CACHES}
-    for name in ("llama", "neox", "blocks", "head", "gpt2", "odd", "bf16"):
+    for name in ("llama", "neox", "blocks", "phi3", "gpt2", "odd", "bf16"):
         model = pst.load_sparse(folder / name, **cut(PLANS.get(name)))
         found[name] = sizes(model), of_tokens(model)
     found["errors"] = refused(folder, stock)

@@ -26,9 +26,10 @@ if __name__ == "__main__":
     mp.get_context("forkserver").set_forkserver_preload(["parallel_worker"])  # imported once for both
     mp.start_processes(worker.run, (sys.argv[1],), nprocs=worker.RANKS, start_method="forkserver")
 """
-MODELS = ("two shards", "llama", "neox", "blocks", "head", "gpt2", "odd", "bf16")
+MODELS = ("two shards", "llama", "neox", "blocks", "phi3", "gpt2", "odd", "bf16")
 
 COLUMNS = {"neox": {"dense", "dense_4h_to_h"}, "gpt2": {"c_proj"}, "odd": {"o_proj"}}  # which layers are cut by these
+PACKED = {"neox": 8, "phi3": 8, "gpt2": 8}
 WHOLE = {"gpt2": "attn", "odd": "mlp"}  # which stay whole
 
 
@@ -38,6 +39,18 @@ def neox() -> nn.Module:
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, vocab_size=toys.VOCABULARY, max_position_embeddings=32))
+
+
+def phi3() -> nn.Module:
+    """Its plan gathers the outputs of fused layers, and cuts what the next ones are given. One layer is not packed."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    model = Phi3ForCausalLM(Phi3Config(**sizes, vocab_size=toys.VOCABULARY, pad_token_id=0, num_key_value_heads=1))
+    thinned(model, 0.8)
+    nn.init.sparse_(model.lm_head.weight, 0.8)
+    nn.init.normal_(model.model.layers[1].mlp.gate_up_proj.weight, std=0.1)
+    return model.eval()
 
 
 def with_biases(model: nn.Module) -> nn.Module:
@@ -57,9 +70,7 @@ def save_all(folder: Path) -> None:
     pst.save_sparse(with_biases(thinned(neox(), 0.8)), folder / "neox")
     for name, size in (("blocks", 8), ("blocks of 16", 16)):
         pst.save_sparse(thinned(toys.seeded("llama"), 0.7, size), folder / name, format=f"block:{size}")
-    head = toys.seeded("llama")
-    nn.init.sparse_(head.lm_head.weight, 0.8)
-    pst.save_sparse(thinned(head, 0.8), folder / "head")
+    pst.save_sparse(phi3(), folder / "phi3")
     pst.save_sparse(with_biases(thinned(toys.seeded("gpt2"), 0.8)), folder / "gpt2")
     pst.save_sparse(thinned(toys.seeded("llama"), 0.8).bfloat16(), folder / "bf16")
     pst.save_sparse(thinned(toys.seeded("llama", intermediate_size=49), 0.8), folder / "odd")
@@ -90,6 +101,7 @@ def test_outputs_and_gradients_are_those_of_one_process(launched, results, name)
     expected = worker.of_tokens(whole)
     tolerance = 2e-2 if name == "bf16" else 1e-5
     for found in results:
+        assert not any(found["about"].values())
         for key, tensor in expected.items():
             torch.testing.assert_close(found[name][1][key], tensor, rtol=tolerance, atol=tolerance)
 
@@ -97,6 +109,7 @@ def test_outputs_and_gradients_are_those_of_one_process(launched, results, name)
 @pytest.mark.parametrize("name", MODELS)
 def test_each_process_holds_its_part_alone(launched, results, name):
     whole = worker.sizes(pst.load_sparse(launched / name))
+    assert len(whole) == PACKED.get(name, 14)
     one, other = (found[name][0] for found in results)
     assert one.keys() == other.keys() == whole.keys()
     by_rows, by_columns = set(), set()
@@ -110,7 +123,7 @@ def test_each_process_holds_its_part_alone(launched, results, name):
         (by_rows if one[layer][0] == rows // 2 else by_columns).add(layer.rpartition(".")[2])
     assert by_columns == COLUMNS.get(name, {"o_proj", "down_proj"})
     assert not by_rows & by_columns
-    assert ("lm_head" in by_rows) == (name == "head")
+    assert ("lm_head" in by_rows) == (name == "phi3")
 
 
 def test_generate_gives_the_tokens_of_one_process(launched, results):
@@ -125,6 +138,7 @@ SAID = {
     "odd": "_proj has 49 columns, which do not make 2 equal parts; load it on another number of processes, or give it",
     "blocks": "_proj has 48 columns, which do not make 2 equal parts of whole blocks of 16; load it on another number",
     "style": "layers.0.mlp.up_proj is 'packed_colwise' in the tensor parallel plan, and a packed layer is cut by",
+    "weight": "ValueError: tp_plan names the weight of model.layers.0.mlp.up_proj, which is packed; name the layer",
     "others": "ValueError: a model saved by save_sparse is loaded under tensor parallelism alone, got fsdp_size=2",
     "save_sparse": PART,
     "save_pretrained": PART,
