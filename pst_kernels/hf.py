@@ -8,24 +8,20 @@ rows or columns of each layer that the plan cuts (hf_parallel.py).
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import hf_parallel
-from .export import checked
+from .export import checked, classes
 from .export.cut import cut
 from .export.folder import KEEP, pack_model, refuse_parts
-from .export.packed import BLOCK_BITS, WEIGHT, WEIGHT_BITS, Shape, empty, indices
-from .layers.block_sparse_linear import BlockSparseLinear
+from .export.packed import BLOCK_BITS, WEIGHT, WEIGHT_BITS, Compact, Shape, empty, indices
 from .layers.checks import is_conv1d
-from .layers.sparse_linear import SparseLinear
 
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -37,20 +33,13 @@ except ModuleNotFoundError as error:
 def load_sparse(directory: str | Path, **settings: Any) -> Any:
     """Load a folder written by `save_sparse` with the class that its config names.
 
-    `settings` go to that class's `from_pretrained`, `dtype` and `device_map` among them. Raises ValueError for a
-    damaged, incomplete or foreign folder, before anything is loaded, and OSError where there is none.
+    `settings` go to that class's `from_pretrained`, `dtype`, `device_map` and `distributed_config` among them. Raises
+    ValueError for a damaged, incomplete or foreign folder, before anything is loaded, and OSError where there is none.
     """
     config = transformers.AutoConfig.from_pretrained(directory)
     given = getattr(config, "quantization_config", None)
     checked.check_entry(given if isinstance(given, dict) else {}, str(directory))
-    name = (getattr(config, "architectures", None) or ["none"])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ValueError(
-            f"{directory} is of the class {name}, which transformers {transformers.__version__} does not have; load it"
-            " with from_pretrained of the class it is of"
-        )
-    return kind.from_pretrained(directory, **settings)
+    return classes.named(config, directory).from_pretrained(directory, **settings)
 
 
 @register_quantization_config(checked.METHOD)
@@ -81,9 +70,9 @@ class SparseQuantizer(HfQuantizer):
         plan = hf_parallel.Plan.of(model)
         self.in_parts = plan.ranks > 1
         found = checked.check(checkpoint_files, self.quantization_config.digest)
-        modules, prefix = dict(model.named_modules(remove_duplicate=False)), f"{model.base_model_prefix}."
+        modules = dict(model.named_modules(remove_duplicate=False))
         for name, (shape, kept) in found.items():
-            here = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+            here = next((n for n in classes.possible_names(model, name) if n in modules), None)
             if here is None:  # of a head that this class does not have
                 continue
             _check_fit(here, modules[here], shape)
@@ -105,16 +94,15 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **others: Any) -> Any:
         for layer in model.modules():
-            if isinstance(layer, (SparseLinear, BlockSparseLinear)):
+            if isinstance(layer, Compact):
                 layer.weight.requires_grad_(False)  # as merge_and_unload makes them
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         refuse_parts(model)
-        with torch.device("meta"):
-            twin = type(model)(copy.deepcopy(model.config))
+        twin = classes.unpruned(model)
         for name, layer in list(model.named_modules()):
-            if not isinstance(layer, (SparseLinear, BlockSparseLinear)):
+            if not isinstance(layer, Compact):
                 continue
             parent, _, child = name.rpartition(".")
             plain: Any = twin.get_submodule(name)
