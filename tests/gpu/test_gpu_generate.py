@@ -31,13 +31,15 @@ def prompt(gpu: Place, rows: int = 1) -> torch.Tensor:
     return torch.randint(3, toys.VOCABULARY, (rows, PROMPT), generator=torch.Generator().manual_seed(0)).to(gpu.device)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
-    ("cache", "eager"),
-    [("dynamic", True), ("static", True), pytest.param("static", False, marks=pytest.mark.large)],  # or compiled
+    ("cache", "rows", "eager"),
+    [
+        ("dynamic", 1, True), ("dynamic", 3, True), ("static", 1, True), ("static", 3, True),
+        pytest.param("static", 1, False, marks=pytest.mark.large),  # compiled, in a minute perhaps
+    ],
     ids=str,
-)
-def test_generate_gives_the_dense_models_tokens(gpu: Place, cache: str, eager: bool, rows: int) -> None:
+)  # fmt: skip
+def test_generate_gives_the_dense_models_tokens(gpu: Place, cache: str, rows: int, eager: bool) -> None:
     """transformers compiles the model for a static cache on CUDA by itself, with CUDA graphs."""
     tokens = prompt(gpu, rows)
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
