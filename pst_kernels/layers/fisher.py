@@ -160,7 +160,8 @@ class Weighs:
     def refuse_compiled(self: Any) -> None:
         """Raise RuntimeError where only ops may be called, which know no moments: in a graph, and for shards."""
         if self.moments is not None:
-            magnitude_fisher_does_not_compile()
+            # a compiler that met the error itself would break its graph there, and go on
+            torch.compiler.disable(magnitude_fisher_does_not_compile)()
 
     def notice_processes(self: Any) -> None:
         """Remember the DistributedDataParallel that this forward runs in.
@@ -180,7 +181,6 @@ class Weighs:
             )
 
 
-@torch.compiler.disable  # a compiler that met the error itself would break its graph there, and go on
 def magnitude_fisher_does_not_compile() -> None:  # of which fullgraph=True shows the name alone
     raise RuntimeError(
         "magnitude='fisher' does not run in compiled graphs (torch.compile) nor with sharded weights; use"

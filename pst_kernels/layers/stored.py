@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ class StoredParts(nn.Module):
     puts them in the place of its own."""
 
     PARTS: ClassVar[tuple[str, str, str]]
+    part_of: Any = None  # loaded under tensor parallelism: which part of which layer this is, an export.cut.Part
 
     def _wrong(self, weight: Tensor, one: Tensor, other: Tensor, /) -> str | None:
         raise NotImplementedError

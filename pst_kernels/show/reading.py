@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..checkpoint import ADAPTER_NAME, check_mask, compare_base, read_adapter
 from ..config import PSTConfig
 from ..export import checked
-from ..export.convert import weight_files, without_data
+from ..export.classes import possible_names, without_data
+from ..export.convert import weight_files
 from ..export.packed import WEIGHT, unpack
 from ..files import read_json
 from ..functional import scores as scores_of
@@ -154,11 +155,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _saved_name(name: str, model: Any, tensors: _Tensors) -> str | None:
     """A layer's name in files, which hold a base model with the prefix of its larger classes or without it."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if f"{candidate}.{WEIGHT}" in tensors.place:
-            return candidate
-    return None
+    return next((n for n in possible_names(model, name) if f"{n}.{WEIGHT}" in tensors.place), None)
 
 
 def _of_weight(name: str, weight: Tensor, size: int) -> Layer:
