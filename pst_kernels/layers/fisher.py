@@ -80,7 +80,7 @@ class Moments:
     def sums(self, device: torch.device) -> Tensor:
         """What is to join, fp32 (out + in + 1,)."""
         if self.seen is None:
-            return torch.zeros(sum(self.shape) + 1, device=device)
+            return torch.zeros(sum(self.shape) + 1, dtype=torch.float32, device=device)
         return self.seen.to(device)
 
     def join(self, sums: Tensor) -> None:
@@ -139,7 +139,7 @@ class Weighs:
     def _add_moments(self: Any, shape: tuple[int, int]) -> None:
         if self.config.magnitude == "fisher":
             _hook_optimizers()
-            self.register_buffer(MOMENTS, torch.zeros(sum(shape), device=self.weight.device))
+            self.register_buffer(MOMENTS, torch.zeros(sum(shape), dtype=torch.float32, device=self.weight.device))
             self.moments = Moments(self._buffers, shape)
 
     def weighed_room(self: Any, device_type: str) -> WeighedRoom:
