@@ -95,7 +95,7 @@ SCREENED = (
     _candidate("low score rate, early", pst(**FREE, **SMALL, warmup=0.0, cooldown=0.6), _rates((8e-3, 3e-5))),
 )
 # Of the presets: when the mask is fixed, and what trains from there on. One rate, from which all others follow.
-LR = tuple({"lr": rate} for rate in (1.5e-4, 4.5e-4))
+LR = ({"lr": 1.5e-4},)
 FREEZES = (
     _candidate("accurate, frozen at 70 %", preset("accurate", freeze=0.3, cooldown=0.3, warmup=0.1), LR),
     _candidate("accurate, frozen at 50 %", preset("accurate", freeze=0.5, cooldown=0.5, warmup=0.0), LR),

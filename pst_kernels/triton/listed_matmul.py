@@ -112,10 +112,11 @@ def listed_matmul(
     splits = cdiv(cdiv(chunks, tile.chunks), steps)
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     sums = y if splits == 1 else torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
+    registers = platform.all_registers if tokens <= 2 else {}  # of more, what two blocks a multiprocessor can have
     added, has_bias = y if bias is None else bias, int(bias is not None)
     listed_matmul_kernel[down, splits](
         x, values, offsets, pointers, added, sums, tokens, rows, chunks, steps, has_bias if splits == 1 else 0,
         TOKENS=width, BLOCK_ROWS=tile.rows, BLOCK_CHUNKS=tile.chunks, LANES=tile.lanes, TURNS=tile.turns, CHUNK=CHUNK,
-        num_warps=tile.warps,
+        num_warps=tile.warps, **registers,
     )  # fmt: skip
     return add_sums(sums, added, y, has_bias) if splits > 1 else y
