@@ -23,7 +23,7 @@ from ..masks.packing import PAIR_MASK, WORD, packed_width
 from .listed_matmul import listed_matmul
 from .matmul import store_result
 from .sums import add_sums
-from .tiles import choice, tables, targets
+from .tiles import choice, tables, targets, versions
 from .tiles.targets import Platform, cdiv
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x and of the values, in any pair
@@ -190,7 +190,8 @@ def sparse_matmul(
     y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
     sums = y if splits == 1 else torch.empty((splits, tokens, width), dtype=torch.float32, device=x.device)
     # in 16 bits nothing spills, and registers that are not taken let more programs run at a time
-    registers = platform.all_registers if x.dtype == torch.float32 else {}
+    spills = x.dtype == torch.float32 or (versions.WIDE_PACKED_SPILLS and tile.columns >= 64)
+    registers = platform.all_registers if spills else {}
     added, has_bias = y if bias is None else bias, int(bias is not None)
     sparse_matmul_kernel[across, down, splits](
         x, values, words, pointers, added, sums, tokens, rows, columns, words.shape[1], steps,

@@ -36,5 +36,8 @@ INSTALLED = number(triton.__version__)
 TRANSPOSED_ACROSS = 32 if INSTALLED < (3, 7) else 128
 MANY_HELD_ROWS = 4 if INSTALLED < (3, 7) else 8
 
-# Triton 3.9 takes more registers for a tile of G that is read: columns of a tile, at most.
+# Triton 3.9 takes more registers for 64 tokens and packed 16-bit weights,
+WIDE_PACKED_SPILLS = INSTALLED >= (3, 9)
+
+# and for a tile of G that is read: columns of a tile, at most.
 G_STORED_COLUMNS = 64 if INSTALLED >= (3, 9) else 128
