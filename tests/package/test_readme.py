@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from pages import PAGES, README, ROOT, blocks
 from transformers import BertConfig, BertForSequenceClassification
 
 import pst_kernels as pst
 from bench.accuracy import catalogue, methods
 from bench.accuracy.tasks import Size, Topic
 
-ROOT = Path(__file__).parents[2]
-README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
+TROUBLESHOOTING = PAGES["troubleshooting"]
 OTHER_LIBRARIES = (
     "torch.amp.grad_scaler",
     "torch.utils.checkpoint",
@@ -31,20 +31,6 @@ OTHER_LIBRARIES = (
     "accelerate.utils.dataclasses",
     "peft.utils.peft_types",
 )
-
-
-PAGES = {path.stem: path for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
-
-
-def blocks(page: str) -> list[tuple[str, str | None]]:
-    """The Python of a page, block by block, and what each is said to print."""
-    found = re.findall(r"```(python|text)\n(.*?)```", PAGES[page].read_text(encoding="utf-8"), re.S)
-    following = [*found[1:], ("", "")][: len(found)]
-    return [
-        (text, then if after == "text" else None)
-        for (kind, text), (after, then) in zip(found, following, strict=True)
-        if kind == "python"
-    ]
 
 
 def printed(code: str, names: dict[str, Any]) -> str:
