@@ -11,7 +11,7 @@ from typing import Any
 from pst_kernels import Distillation
 
 from .. import baselines
-from .methods import Method, Setting, dense, lora, pst, trains_all, variant, wanda_lora
+from .methods import NORMS, Method, Setting, dense, lora, preset, pst, trains_all, variant, wanda_lora
 
 WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
 FACTOR_RATES = tuple({"factors": rate} for rate in (5e-4, 2e-3, 8e-3))
@@ -31,7 +31,6 @@ BASELINES = (
     Method(PST, pst(), PST_RATES),
 )
 
-NORMS = ("LayerNorm",)
 ABLATIONS = (
     *(
         Method(f"PST, score of {' and '.join(parts)}", variant(parts), like=PST)
@@ -41,8 +40,8 @@ ABLATIONS = (
     Method("PST, not through |W'|", pst(through_magnitude=False), like=PST),
     Method("PST, head frozen", pst(head=False), like=PST),
     Method("PST, LayerNorm and biases trained", pst(also=NORMS, train_bias=True), like=PST),
-    Method("PST, mask every 4 steps", pst(mask_interval=4), like=PST, mask_interval=4),
-    Method("PST, mask every 16 steps", pst(mask_interval=16), like=PST, mask_interval=16),
+    Method("PST, mask every 4 steps", pst(mask_interval=4), like=PST),
+    Method("PST, mask every 16 steps", pst(mask_interval=16), like=PST),
     Method("PST, alpha 0.25", pst(alpha1=0.25, alpha2=0.25), like=PST),
     Method("PST, alpha 4", pst(alpha1=4.0, alpha2=4.0), like=PST),
     Method("PST, input norms as in Wanda", variant(wanda=True), like=PST),
@@ -56,7 +55,6 @@ PATTERNS = (
             f"PST, block:{size}",
             pst(pattern=f"block:{size}", mask_interval=BLOCK_INTERVAL),
             like=PST,
-            mask_interval=BLOCK_INTERVAL,
         )
         for size in (16, 32)
     ),
@@ -91,20 +89,30 @@ SCREENED = (
     _candidate("decoder, logits and states", pst(**DECODER), _rates((8e-3, 5e-4)), distillation=LOGITS_AND_MORE_STATES),
     _candidate("decoder, slow", pst(**DECODER), SLOW_DECODER),
     _candidate("decoder", pst(**DECODER), _rates((8e-3, 5e-4), (8e-3, 3e-5), (2e-3, 3e-5), (3.2e-2, 3e-5))),
-    _candidate("decoder, early", pst(**DECODER), _rates((8e-3, 3e-5)), warmup=0.0, cooldown=0.6),
+    _candidate("decoder, early", pst(**DECODER, warmup=0.0, cooldown=0.6), _rates((8e-3, 3e-5))),
     _candidate("decoder, rank 32", pst(**DECODER, weight_rank=32), _rates((8e-3, 3e-5))),
     _candidate("low score rate", pst(**FREE, **SMALL), _rates((8e-3, 3e-5))),
-    _candidate("low score rate, early", pst(**FREE, **SMALL), _rates((8e-3, 3e-5)), warmup=0.0, cooldown=0.6),
+    _candidate("low score rate, early", pst(**FREE, **SMALL, warmup=0.0, cooldown=0.6), _rates((8e-3, 3e-5))),
+)
+# Of the presets: when the mask is fixed, and what trains from there on. One rate, from which all others follow.
+LR = tuple({"lr": rate} for rate in (1.5e-4, 4.5e-4))
+FREEZES = (
+    _candidate("accurate, frozen at 70 %", preset("accurate", freeze=0.3, cooldown=0.3, warmup=0.1), LR),
+    _candidate("accurate, frozen at 50 %", preset("accurate", freeze=0.5, cooldown=0.5, warmup=0.0), LR),
+    _candidate("accurate, frozen at 30 %", preset("accurate", freeze=0.7, cooldown=0.7, warmup=0.0), LR),
+    _candidate("recipe, one rate", preset("recipe"), LR),
+    _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
 )
 CANDIDATES = (
     FOUND,
     FOUND_AND_LOGITS,
     FOUND_AND_STATES,
     *SCREENED,
+    *FREEZES,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
     _candidate("norms, logits", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS),
-    _candidate("norms, early", pst(**FREE), _rates((1.25e-4, 5e-4)), warmup=0.0, cooldown=0.5),
+    _candidate("norms, early", pst(**FREE, warmup=0.0, cooldown=0.5), _rates((1.25e-4, 5e-4))),
     _candidate("norms, logits and states", pst(**FREE), _rates((1.25e-4, 5e-4)), distillation=LOGITS_AND_STATES),
 )
 

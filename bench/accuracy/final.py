@@ -8,4 +8,4 @@ from . import tasks
 
 
 def judge(model: Any, task: tasks.Task) -> float:
-    return task.judge(model, tasks.test_texts())
+    return task.judge(model, tasks.test_texts(task.source))

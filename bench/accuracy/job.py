@@ -24,6 +24,21 @@ from .record import FINAL, SHOW, TUNE, Cell, Row
 from .tasks import TASKS, Size, Task
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A regime: how long a cell trains and on how many labels, and the folder of what was found."""
+
+    size: Size
+    folder: Path
+    marker: str  # of its table in a page
+
+
+STUDIES = {
+    "short": Study(Size(), results.RESULTS, "accuracy"),
+    "long": Study(Size(steps=500, labels_each=0), results.RESULTS / "long", "accuracy_long"),
+}
 MASKS = results.ROOT / "runs" / "accuracy" / "masks"
 TEACHERS = MASKS.with_name("teachers")
 GROUPS = {
@@ -33,16 +48,16 @@ GROUPS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    size = Size()
+    parser.add_argument("--study", choices=list(STUDIES), default="short", help="few steps and labels, or many")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK")
     parser.add_argument(
         "--methods", nargs="+", default=["baselines"], metavar="NAME", help=f"of {'; '.join([*GROUPS, *METHODS])}"
     )
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="S")
     parser.add_argument("--seeds", type=int, default=3, help="reported seeds: 0, 1, ... (tuning has one of its own)")
-    parser.add_argument("--steps", type=int, default=size.steps)
+    parser.add_argument("--steps", type=int, help="instead of the study's")
     parser.add_argument("--minutes", type=float, help="start no cell after that; the next call goes on from there")
-    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of the CSV, the table, the plots")
+    parser.add_argument("--output", type=Path, help="folder of the CSV, the table, the plots, instead of the study's")
     parser.add_argument("--show", action="store_true", help="train nothing: table and plots of the CSV as it is")
     parser.add_argument(
         "--rerun", type=int, metavar="N", help=f"train N finished cells of the grid again, into {rerun.CSV_NAME}"
@@ -53,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     """Returns 0, also when the time was up before the grid was done."""
     out = console()
+    options.output = options.output or STUDIES[options.study].folder
     path = options.output / record.CSV_NAME
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -67,7 +83,7 @@ def main(options: argparse.Namespace) -> int:
         options.output / overlap.CSV_NAME, MASKS, [cell for cell in rows if cell.stage == FINAL and cell.sparsity]
     )
     if options.readme is not None:
-        table.rewrite_readme(options.readme, rows)
+        table.rewrite_readme(options.readme, rows, STUDIES[options.study].marker)
     table.print_rows(rows, out)
     table.write_validation(options.output / table.VALIDATION_NAME, rows)
     for picture in plots.draw(rows, overlap.read(options.output / overlap.CSV_NAME), options.output):
@@ -165,7 +181,8 @@ def grid(options: argparse.Namespace) -> list[Wanted]:
     """What is reported, seed by seed, so that an early stop leaves every method with as many seeds. Raises ValueError
     for a method that is not known.
     """
-    size = Size(steps=options.steps)
+    size = STUDIES[options.study].size
+    size = dataclasses.replace(size, steps=options.steps or size.steps)
     tasks = [TASKS[name](size) for name in options.tasks]
     found: dict[Cell, Wanted] = {}
     for seed, task, sparsity, method in itertools.product(

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pst_kernels import Distillation, PSTConfig, replace_linear
+from pst_kernels import Distillation, PSTConfig, SparsitySchedule, parameter_groups, replace_linear
 from pst_kernels.layers.pst_layer import PSTLayer
+from pst_kernels.schedule import sparsity_at
 from pst_kernels.targets import find_targets
 
 from .. import baselines
@@ -26,6 +27,7 @@ Setting = dict[str, float]
 HEAD_RATE = 1e-3
 RANK = 8
 LORA_RANK = 2 * RANK  # as many numbers as PST's two products of rank 8
+NORMS = ("LayerNorm",)
 SCORES = ("mask_scores", "gate_scores", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = ("pst_U", "pst_V", "lora_A", "lora_B")
 
@@ -48,9 +50,9 @@ class Method:
     """`convert(model, plan)` makes the layers and sets what trains.
 
     `like`: the method whose tuned setting it takes: that of which it is an ablation, shown on validation, or the
-    candidate that became this recipe, which is tested. `warmup` and `cooldown`: fractions of the steps, as in
-    `PSTConfig`. `distillation`: what it learns from the dense model of the same seed. `candidate`: a recipe that is
-    compared with others on validation, by seeds of its own, and never tested. `only`: the one sparsity it is for.
+    candidate that became this recipe, which is tested. `distillation`: what it learns from the dense model of the same
+    seed. `candidate`: a recipe that is compared with others on validation, by seeds of its own, and never tested.
+    `only`: the one sparsity it is for.
     """
 
     name: str
@@ -58,9 +60,6 @@ class Method:
     grid: tuple[Setting, ...] = ()
     like: str | None = None
     sparse: bool = True
-    mask_interval: int = 1
-    warmup: float = PSTConfig.warmup
-    cooldown: float = PSTConfig.cooldown
     distillation: Distillation | None = None
     candidate: bool = False
     only: float | None = None
@@ -125,6 +124,16 @@ def pst(
     return convert
 
 
+def preset(name: str, also: tuple[str, ...] = (), **config: Any) -> Callable[[nn.Module, Plan], None]:
+    """A preset of the package, as its user takes it. `also`: suffixes of modules to train beside head and norms."""
+
+    def convert(model: nn.Module, plan: Plan) -> None:
+        saved = [*plan.task.head, *(NORMS if name != "paper" else ()), *also]
+        replace_linear(model, PSTConfig.preset(name, sparsity=plan.sparsity, modules_to_save=saved, **config))
+
+    return convert
+
+
 def variant(parts: tuple[str, ...] = PARTS, wanda: bool = False, **config: Any) -> Any:
     """PST in plain PyTorch, for what the package does not do. `wanda`: |W'| times the input norm, of mean 1."""
 
@@ -160,7 +169,12 @@ def role(name: str, head: tuple[str, ...]) -> str:
 
 
 def groups(model: nn.Module, task: Task, setting: Setting) -> list[dict[str, Any]]:
-    """AdamW's parameter groups. Raises ValueError for a parameter whose role has no rate in the setting."""
+    """AdamW's parameter groups: those of the package where the setting is one rate, "lr".
+
+    Raises ValueError for a parameter whose role has no rate in the setting.
+    """
+    if "lr" in setting:
+        return parameter_groups(model, setting["lr"])
     by_role: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -186,21 +200,26 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.mask if isinstance(layer, PSTLayer) else layer.mask() for name, layer in layers}
 
 
-def go_to(model: nn.Module, sparsity: float, progress: float) -> None:
-    """Every mask to where the schedule is; PST's own layers are told their sparsity."""
-    for layer in sparse_layers(model).values():
-        if not isinstance(layer, PSTLayer):
-            layer.go_to(progress)
-        elif int(layer.pst_num_pruned) != layer.num_pruned_at(sparsity * progress):
-            layer.sparsity = sparsity * progress
+def pruning(model: nn.Module, steps: int) -> Callable[[int], None]:
+    """What takes every mask to where it is after a number of optimizer steps.
+
+    The package's schedule for its own layers, the same with the default settings for all others.
+    """
+    layers = [layer for layer in sparse_layers(model).values() if isinstance(layer, baselines.SparseLayer)]
+    if not layers:
+        return SparsitySchedule(model, steps).go_to if sparse_layers(model) else lambda step: None
+
+    def go_to(step: int) -> None:
+        for layer in layers:
+            layer.go_to(progress_at(step, steps))
+
+    return go_to
 
 
-def finish(model: nn.Module, sparsity: float) -> None:
-    """The final sparsity, and masks of the final factors, however old `mask_interval` let them get."""
-    go_to(model, sparsity, 1.0)
-    for layer in sparse_layers(model).values():
-        if isinstance(layer, PSTLayer):
-            layer.mark_stale()
+def progress_at(step: int, steps: int) -> float:
+    """From 0 to 1 along the cubic schedule of pst_kernels."""
+    config = PSTConfig()
+    return sparsity_at(step, steps, config) / config.sparsity
 
 
 def penalty(model: nn.Module) -> Tensor | None:

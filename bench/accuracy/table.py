@@ -19,7 +19,6 @@ from .tasks import TASKS
 
 VALIDATION_NAME = "accuracy_validation.md"
 Score = Callable[[Row], float | None]
-BEGIN, END = "<!-- accuracy:begin -->", "<!-- accuracy:end -->"
 TESTED = [method.name for method in (*BASELINES, *RECIPES)]
 HEADINGS = {"accuracy": "test accuracy, %", "loss": "test loss, nats a masked word"}
 
@@ -120,7 +119,8 @@ def markdown(rows: Mapping[Cell, Row]) -> str:
 def caption(tested: Sequence[Row]) -> str:
     """Sizes, machine, versions and dates of the rows, and how to read them."""
     sizes = _names(
-        f"{r.cell.steps} steps of {r.cell.batch} x {r.cell.length} tokens, {r.cell.labels_each} labelled texts a class"
+        f"{r.cell.steps} steps of {r.cell.batch} x {r.cell.length} tokens, {r.cell.labels_each or 'all'} labelled texts"
+        f"{' a class' if r.cell.labels_each else ''}"
         for r in tested
     )
     metrics = {row.cell.task: HEADINGS[row.metric] for row in tested}
@@ -149,8 +149,9 @@ def _borrowed(tested: Sequence[Row]) -> str:
     return "".join(rules)
 
 
-def rewrite_readme(path: Path, rows: Mapping[Cell, Row]) -> None:
-    replace_between(path, BEGIN, END, markdown(rows))
+def rewrite_readme(path: Path, rows: Mapping[Cell, Row], marker: str = "accuracy") -> None:
+    begin, end = (f"<!-- {marker}:{where} -->" for where in ("begin", "end"))
+    replace_between(path, begin, end, markdown(rows))
 
 
 def _trainable(rows: Sequence[Row], method: str) -> str:

@@ -1,4 +1,4 @@
-"""Two tasks from the same articles: their topic from few labels, and masked words of articles that were held out.
+"""The tasks: topics of articles, masked words of articles that were held out, and packages that docstrings are from.
 
 Training and validation texts come from here; test texts only through `final`, which alone calls `test_texts`.
 """
@@ -19,7 +19,10 @@ from pst_kernels.distillation import IGNORED
 from pst_kernels.finetune import data, models
 from pst_kernels.finetune.settings import Settings
 
+from . import docstrings
+
 MINILM = Settings(dropout=0.0)
+DOCSTRINGS = "docstrings"
 SPLIT_SEED = 0  # of all runs: a cell's seed draws its labelled texts, its order, its head and its factors
 EVALUATION_BATCH = 64
 MASKED_SHARE, KEPT_SHARE, RANDOM_SHARE = 0.15, 0.1, 0.1  # BERT's: of the masked, 80 % become [MASK]
@@ -47,11 +50,13 @@ class Size:
     steps: int = 120
     batch: int = 8
     length: int = 32
-    labels_each: int = 10  # labelled texts of each class
+    labels_each: int = 10  # labelled texts of each class; 0: all there are
 
 
 @functools.cache
-def _split() -> data.Dataset:
+def _split(source: str) -> data.Dataset:
+    if source == DOCSTRINGS:
+        return docstrings.load(SPLIT_SEED)
     return data.load(None, None, None, MINILM.text_column, MINILM.label_column, SPLIT_SEED)
 
 
@@ -60,9 +65,9 @@ def _tokenizer() -> Any:
     return models.load_tokenizer(MINILM)
 
 
-def test_texts() -> Texts:
-    """The test articles. `final` alone calls this."""
-    return _split().test
+def test_texts(source: str) -> Texts:
+    """`final` alone calls this."""
+    return _split(source).test
 
 
 class Task:
@@ -73,6 +78,7 @@ class Task:
     higher_is_better: bool
     head: tuple[str, ...]  # modules that are new, or stand between the blocks and what is new
     decoder: tuple[str, ...] = ()  # pretrained modules that the logits are made with
+    source: str = "articles"
 
     def __init__(self, size: Size):
         self.size = size
@@ -84,7 +90,7 @@ class Task:
         raise NotImplementedError
 
     def validation_texts(self) -> Texts:
-        return _split().validation
+        return _split(self.source).validation
 
     def encode(self, texts: Texts, seed: int) -> list[Batch]:
         """A batch of one a text, padded to the length of a cell; `seed` for what is random in it."""
@@ -127,23 +133,26 @@ class Task:
 
 
 class Topic(Task):
-    """Which of five topics an article has, from its first words and few labelled articles."""
+    """Which of five topics an article has, from its first words."""
 
     name, metric, higher_is_better = "topic", "accuracy", True
     head = ("classifier", "bert.pooler")
 
     def model(self) -> nn.Module:
-        return models.load_model(MINILM, _split().labels)
+        return models.load_model(MINILM, _split(self.source).labels)
 
     def training_texts(self, seed: int) -> Texts:
+        split = _split(self.source)
+        if not self.size.labels_each:
+            return split.train
         chosen: list[data.Example] = []
-        for label in _split().labels:
-            of_label = [text for text in _split().train if text.label == label]
+        for label in split.labels:
+            of_label = [text for text in split.train if text.label == label]
             chosen += random.Random(f"{seed}/{label}").sample(of_label, self.size.labels_each)
         return chosen
 
     def encode(self, texts: Texts, seed: int) -> list[Batch]:
-        labels = torch.tensor([_split().labels.index(text.label) for text in texts])
+        labels = torch.tensor([_split(self.source).labels.index(text.label) for text in texts])
         return _rows(self._tokens(texts) | {"labels": labels})
 
     def outputs(self, model: Any, batch: Batch) -> Outputs:
@@ -159,6 +168,12 @@ class Topic(Task):
         return right / len(texts)
 
 
+class Package(Topic):
+    """Which of twenty packages of the standard library a docstring is from."""
+
+    name, source = "package", DOCSTRINGS
+
+
 class MaskedWords(Task):
     """BERT's masked language modelling on the articles; the loss in nats a masked token of held-out articles."""
 
@@ -167,10 +182,10 @@ class MaskedWords(Task):
     decoder = ("bert.embeddings.word_embeddings",)
 
     def model(self) -> nn.Module:
-        return MaskedLanguageModel(models.load_model(MINILM, _split().labels).bert)
+        return MaskedLanguageModel(models.load_model(MINILM, _split(self.source).labels).bert)
 
     def training_texts(self, seed: int) -> Texts:
-        return _split().train
+        return _split(self.source).train
 
     def encode(self, texts: Texts, seed: int) -> list[Batch]:
         tokenizer = _tokenizer()
@@ -233,7 +248,7 @@ class MaskedHead(nn.Module):
         return self.norm(self.transform(hidden)) @ embeddings.T + self.bias
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Topic, MaskedWords)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Topic, MaskedWords, Package)}
 
 
 def _rows(batch: Batch) -> list[Batch]:

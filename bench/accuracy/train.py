@@ -12,9 +12,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from pst_kernels import PSTConfig
-from pst_kernels.schedule import sparsity_at
-
 from ..tables import rows as results
 from . import final, methods, overlap
 from .methods import Method, Plan
@@ -58,7 +55,8 @@ def run(
 
 
 def train(cell: Cell, task: Task, method: Method, teacher: nn.Module | None = None) -> Trained:
-    """Linear decay of all learning rates, and the cubic schedule of `PSTConfig` for all that prune gradually.
+    """Linear decay of all learning rates, and the cubic schedule of `PSTConfig` for all that prune gradually; PST's own
+    settings may say otherwise.
 
     Stops at the first loss that is not finite.
     """
@@ -71,14 +69,13 @@ def train(cell: Cell, task: Task, method: Method, teacher: nn.Module | None = No
     optimizer = torch.optim.AdamW(methods.groups(model, task, setting), weight_decay=0.0, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 - step / cell.steps)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    interval = method.mask_interval
+    go_to = methods.pruning(model, cell.steps)
     losses: list[float] = []
     model.train()
     for step, batch in enumerate(task.batches(cell.seed)):
-        progress = progress_at(step - step % interval, cell.steps, method.warmup, method.cooldown)
-        methods.go_to(model, cell.sparsity, progress)
+        go_to(step)
         loss, wanted = _losses(model, batch, task, method, teacher)
-        total = wanted + _penalty(model, setting, progress)
+        total = wanted + _penalty(model, setting, methods.progress_at(step, cell.steps))
         total.backward()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
@@ -87,15 +84,9 @@ def train(cell: Cell, task: Task, method: Method, teacher: nn.Module | None = No
         optimizer.step()
         decay.step()
         optimizer.zero_grad()
-    methods.finish(model, cell.sparsity)
+    go_to(cell.steps)
     last = losses[-max(1, cell.steps // 10) :]
     return Trained(model, sum(last) / len(last), time.perf_counter() - start)
-
-
-def progress_at(step: int, steps: int, warmup: float = PSTConfig.warmup, cooldown: float = PSTConfig.cooldown) -> float:
-    """From 0 to 1 along the cubic schedule of pst_kernels."""
-    config = PSTConfig(warmup=warmup, cooldown=cooldown)
-    return sparsity_at(step, steps, config) / config.sparsity
 
 
 def _losses(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import pst_kernels as pst
 from pst_kernels.layers.checks import is_conv1d
 
+from ..console import console
 from ..tables.report import Report, measured_on
 from .measure import interleaved
 from .roofline import DEVICES
@@ -92,7 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     if options.own_time:
         torch.set_num_threads(1)
-    REPORT.run(options, lambda: [row for model in options.models for row in _rows_of(model, options)])
+    def rows() -> list[Row]:
+        found = []
+        for model in options.models:
+            for row in _rows_of(model, options):
+                found.append(row)
+                console().print(" | ".join(_cells(row)), highlight=False)  # each takes a minute
+        return found
+
+    REPORT.run(options, rows)
     return 0
 
 

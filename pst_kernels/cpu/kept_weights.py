@@ -21,7 +21,7 @@ def forward(
 ) -> Tensor:
     """y (T, out) = x (T, in) W^T + bias in x's dtype; values and bias in any floating dtype."""
     passes = compiled_passes(x, values)
-    if passes is not None and x.shape[0] == 1:
+    if passes is not None:
         y = sparse_products.multiply_ready(passes, x, values, offsets, pointers, bias)
         if y is not None:
             return y

@@ -41,9 +41,9 @@ def multiply_by(passes: ModuleType, x: Tensor, lists: SparseRows, bias: Tensor |
 def multiply_ready(
     passes: ModuleType, x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None
 ) -> Tensor | None:
-    """`multiply_by` of one token, where an earlier call has left its own ready; else None."""
-    call = passes.ready(x, values, offsets, pointers, bias)
-    return None if call is None else call(x, x.new_empty((1, call.rows)), scratch.get)
+    """`multiply_by`, where an earlier call with as many tokens has left its own ready; else None."""
+    call = passes.find_ready(x, values, offsets, pointers, bias)
+    return None if call is None else call(x, x.new_empty((x.shape[0], call.rows)), scratch.get)
 
 
 def sampled(gy: Tensor, x: Tensor, lists: SparseRows) -> Tensor:

@@ -11,7 +11,7 @@ from tiny_grid import LINEARS, SIZE, cell, row, run, task
 from torch import nn
 
 import bench.accuracy
-from bench.accuracy import catalogue, choose, final, methods, overlap, plots, record, table, tasks, train
+from bench.accuracy import catalogue, choose, docstrings, final, methods, overlap, plots, record, table, tasks, train
 from bench.accuracy.record import FINAL, SHOW, TUNE
 from pst_kernels import PSTConfig, replace_linear
 from pst_kernels.masks.patterns import num_pruned_at
@@ -44,6 +44,39 @@ def test_few_labels_as_many_of_each_class_and_others_for_another_seed(tiny):
     assert sorted(text.label for text in chosen) == sorted(tiny.labels * 3)
     assert chosen == task().training_texts(0) != task().training_texts(1)
     assert set(chosen) <= set(tiny.train)
+
+
+def test_all_labels_are_all_training_texts(tiny):
+    assert tasks.Topic(dataclasses.replace(SIZE, labels_each=0)).training_texts(1) == tiny.train
+
+
+def test_docstrings_are_of_twenty_packages_and_no_text_is_in_two_splits(tmp_path, monkeypatch):
+    for package in range(docstrings.PACKAGES + 1):
+        lines = [
+            f'"""Package {package} as a whole, in six words."""',
+            'def same():\n    """Words that each package of them has."""',
+        ]
+        for word in range(12 if package else 3):  # the first is the smallest
+            lines.append(
+                f'def f{word}():\n    """Do {word} of {package}, {package * 100 + word} times or {word} times."""'
+            )
+        folder = tmp_path / f"p{package}"
+        folder.mkdir()
+        (folder / "a.py").write_text("\n".join(lines))
+        (folder / "tests").mkdir()
+        (folder / "tests" / "b.py").write_text('"""A test whose words are not of the library at all."""')
+    (tmp_path / "p1" / "wrong.py").write_text("def (")
+    monkeypatch.setattr(docstrings.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    found = docstrings.load(0)
+    assert found.labels == sorted(f"p{package}" for package in range(1, docstrings.PACKAGES + 1))
+    texts = [example.text for name in ("train", "validation", "test") for example in found.split(name)]
+    assert len(texts) == len(set(texts)) == 20 * 13  # what all packages say is in none of the splits twice
+    assert not any("A test whose" in text for text in texts)
+    assert all(
+        {example.label for example in found.split(name)} == set(found.labels)
+        for name in ("train", "validation", "test")
+    )
+    assert docstrings.load(0).train == found.train != docstrings.load(1).train
 
 
 def test_an_epoch_holds_every_text_once():
@@ -103,7 +136,7 @@ def test_accuracy_counts_right_texts(tiny):
 
 
 def test_only_a_final_cell_reads_test_texts(monkeypatch):
-    def refuse():
+    def refuse(source):
         raise RuntimeError("test texts were read")
 
     monkeypatch.setattr(tasks, "test_texts", refuse)
@@ -124,7 +157,9 @@ def test_no_other_file_names_the_test_texts():
                 readers.setdefault(path.name, set()).add("final.judge")
     assert readers == {"final.py": {"test_texts"}, "train.py": {"final.judge"}}
     # inside tasks.py one function reads the split's test texts
-    assert (Path(bench.accuracy.__file__).parent / "tasks.py").read_text(encoding="utf-8").count("_split().test") == 1
+    assert (Path(bench.accuracy.__file__).parent / "tasks.py").read_text(encoding="utf-8").count(
+        "_split(source).test"
+    ) == 1
 
 
 def test_a_final_cell_is_judged_on_the_test(tiny):
@@ -230,9 +265,9 @@ def test_the_table_gives_mean_worst_best_and_number_of_seeds(tmp_path):
     ]
     assert text.splitlines()[6].startswith("topic: test accuracy, %; masked words: test loss, nats a masked word. Mean")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    readme.write_text("before\n<!-- accuracy:begin -->\nold\n<!-- accuracy:end -->\nafter\n")
     table.rewrite_readme(readme, some_rows())
-    assert readme.read_text() == f"before\n{table.BEGIN}\n{text}\n{table.END}\nafter\n"
+    assert readme.read_text() == f"before\n<!-- accuracy:begin -->\n{text}\n<!-- accuracy:end -->\nafter\n"
     with pytest.raises(ValueError, match="no final rows"):
         table.markdown({})
 

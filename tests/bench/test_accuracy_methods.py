@@ -13,9 +13,11 @@ from bench.accuracy.record import FINAL
 from pst_kernels import Distillation, PSTConfig
 from pst_kernels.masks import patterns
 from pst_kernels.masks.patterns import num_pruned_at
+from pst_kernels.parameter_groups import group_of
 from pst_kernels.schedule import SparsitySchedule, sparsity_at
 
 pytest_plugins = ["tiny_grid"]
+FACTORS = {"update": 5.0, "scores": 5.0, "kept": 5.0, "others": 10.0}  # over the rate of dense fine-tuning
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
@@ -77,8 +79,18 @@ def test_every_parameter_has_one_rate(method):
     for name, parameter in model.named_parameters():
         if name in names:
             role = methods.role(name, task().head)
-            assert rates[id(parameter)] == setting.get(role, methods.HEAD_RATE)
-    assert rates.get(id(model.classifier.weight), methods.HEAD_RATE) == methods.HEAD_RATE
+            expected = setting.get(role, methods.HEAD_RATE)
+            if "lr" in setting:
+                expected = (
+                    setting["lr"]
+                    * FACTORS[group_of(name)]
+                    * (
+                        4 if group_of(name) == "update" and "paper" not in method else 1  # beta is 1 / 16
+                    )
+                )
+            assert rates[id(parameter)] == pytest.approx(expected)
+    head_rate = 10 * setting["lr"] if "lr" in setting else methods.HEAD_RATE
+    assert rates.get(id(model.classifier.weight), head_rate) == head_rate
 
 
 def test_a_setting_without_a_rate_is_refused():
@@ -114,9 +126,9 @@ def test_the_penalty_is_the_mean_over_layers():
 def test_masks_follow_the_schedule_of_the_package():
     config = PSTConfig(sparsity=0.8)
     for step in range(121):
-        count = num_pruned_at(147456, 0.8 * train.progress_at(step, 120))
+        count = num_pruned_at(147456, 0.8 * methods.progress_at(step, 120))
         assert abs(count - num_pruned_at(147456, sparsity_at(step, 120, config))) <= 1
-    assert (train.progress_at(0, 120), train.progress_at(120, 120)) == (0.0, 1.0)
+    assert (methods.progress_at(0, 120), methods.progress_at(120, 120)) == (0.0, 1.0)
 
 
 def test_the_last_mask_is_that_of_the_last_factors_whatever_the_interval():
@@ -140,29 +152,35 @@ def test_input_norms_leave_padding_out():
     assert not layers[name]._forward_pre_hooks
 
 
-def test_a_schedule_of_its_own(monkeypatch):
-    found = []
-    monkeypatch.setattr(methods, "go_to", lambda model, sparsity, progress: found.append(progress))
-    method = dataclasses.replace(catalogue.METHODS["PST"], warmup=0.0, cooldown=0.5)
-    train.train(cell(), task(), method)
-    config = PSTConfig(sparsity=0.9, warmup=0.0, cooldown=0.5)
-    expected = [sparsity_at(step, SIZE.steps, config) / 0.9 for step in range(SIZE.steps)]
-    assert found == pytest.approx([*expected, 1.0])
-    assert found[2] < 1.0 == found[3]  # half of six steps
+def counts_of(method):
+    """Pruned weights of each layer at every step of a cell, and in the end."""
+    seen = []
+
+    class Watched(tasks.Topic):
+        def loss(self, model, batch):
+            seen.append([int(layer.pst_num_pruned) for layer in methods.sparse_layers(model).values()])
+            return super().loss(model, batch)
+
+    model = train.train(cell(method.name), Watched(SIZE), method).model
+    return [*seen, [int(layer.pst_num_pruned) for layer in methods.sparse_layers(model).values()]]
+
+
+def test_a_schedule_of_its_own():
+    method = dataclasses.replace(catalogue.METHODS["PST"], convert=methods.pst(warmup=0.0, cooldown=0.5))
+    found = counts_of(method)
+    config = PSTConfig(sparsity=0.5, warmup=0.0, cooldown=0.5)
+    model = task().model()
+    sizes = [layer.weight.numel() for layer in methods.targets(model).values()]
+    for step, counts in enumerate(found):
+        assert counts == [num_pruned_at(size, sparsity_at(step, SIZE.steps, config)) for size in sizes]
+    assert found[2] < found[3] == found[-1]  # half of six steps
 
 
 @pytest.mark.parametrize("pattern", ["block:16", "2:4"])
-def test_patterns_rise_along_the_schedule(pattern, monkeypatch):
+def test_patterns_rise_along_the_schedule(pattern):
     """What each layer holds at every step is what `SparsitySchedule` gives it."""
-    method, seen = catalogue.METHODS[f"PST, {pattern}"], []
-    whole = methods.go_to
-
-    def watched(model, sparsity, progress):
-        whole(model, sparsity, progress)
-        seen.append([int(layer.pst_num_pruned) for layer in methods.sparse_layers(model).values()])
-
-    monkeypatch.setattr(methods, "go_to", watched)
-    train.train(cell(f"PST, {pattern}"), task(), method)
+    method = catalogue.METHODS[f"PST, {pattern}"]
+    seen = counts_of(method)
     model = task().model()
     method.convert(model, methods.Plan(task(), 0.5, 0))
     schedule, expected = SparsitySchedule(model, SIZE.steps), []

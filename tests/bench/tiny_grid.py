@@ -27,7 +27,7 @@ def tiny(tiny_grid_model, monkeypatch):
     settings = Settings(model=str(tiny_grid_model), dropout=0.0)
     tokenizer = tasks.models.load_tokenizer(settings)
     monkeypatch.setattr(tasks, "MINILM", settings)
-    monkeypatch.setattr(tasks, "_split", lambda: split)
+    monkeypatch.setattr(tasks, "_split", lambda source: split)
     monkeypatch.setattr(tasks, "_tokenizer", lambda: tokenizer)
     return split
 

@@ -64,10 +64,27 @@ def test_one_token_through_a_compiled_layer(format, tmp_path):
             torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_after_one_token_and_lists_loaded_anew(tmp_path):
-    """What a layer keeps ready for one token goes when its lists change in place."""
+def test_texts_of_many_lengths_and_strides():
+    """Each number of tokens has a call of its own, of which a layer keeps a few."""
+    torch.manual_seed(0)
+    weight = torch.randn(70, 150) * (torch.rand(70, 150) < 0.2)
+    bias = torch.nn.Parameter(torch.randn(70))
+    layer = SparseLinear.from_dense(weight, bias)
+    with torch.no_grad():
+        for tokens in (3, 3, 40, 3, 1, 128, 129, 64, 65, 17, 3, 40, 1, 1):
+            x = torch.randn(tokens, 150)
+            torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+            wide = torch.randn(tokens, 300)[:, :150]  # rows of stride 1 that do not touch
+            expected = torch.nn.functional.linear(wide, weight, bias)
+            torch.testing.assert_close(layer(wide), expected, rtol=1e-5, atol=1e-5)
+    assert 0 < len(layer.offsets._pst_ready) <= 4
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 32])
+def test_lists_loaded_anew(tokens, tmp_path):
+    """What a layer keeps ready for few tokens goes when its lists change in place."""
     one, other = (SparseLinear.from_dense(torch.eye(40)[order], None) for order in (range(40), range(39, -1, -1)))
-    x = torch.randn(1, 40)
+    x = torch.randn(tokens, 40)
     with torch.no_grad():
         assert torch.equal(one(x), x)
         assert torch.equal(one(x), x)

@@ -16,10 +16,10 @@ from torch import Tensor
 from pst_kernels.masks.chunks import CHUNK, chunks_of, fill_pointers
 from pst_kernels.masks.packing import packed_width
 
-from . import one_token, sparse_lists, sparse_passes
+from . import one_token, ready, sparse_lists, sparse_passes
 from . import threads as team
 from .expansion import SPREADS
-from .one_token import Lists, Scratch
+from .ready import Lists, Scratch
 from .vectors import WIDTH, WIDTHS
 
 TASK = 1 << 16  # weights of a task of rows of the passes that make lists
@@ -28,7 +28,7 @@ GROUP_ROWS = 16  # of which a group of rows is a multiple: a line of y in fp32 i
 SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # whose part of gy stays in a core's second cache: 512 KB
 SUMS = sparse_passes.ROWS * WIDTH  # floats of a thread
 _CPU = torch.device("cpu")
-ready = one_token.ready
+find_ready = ready.find
 
 
 def _frame(names: dict[str, int], **values: int) -> np.ndarray:
@@ -109,12 +109,29 @@ def _plan(tokens: int) -> _Plan:
 
 def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch: Scratch) -> Tensor:
     """out (T, rows) = x (T, columns) W^T + bias; x and out with rows of stride 1, bias fp32, T and the sizes not 0."""
-    values, offsets, pointers, rows, columns = lists
-    tokens, threads = x.shape[0], torch.get_num_threads()
-    if tokens == 1 and SPREADS and x.dtype is out.dtype:
-        return one_token.run(x, lists, bias, out, scratch)
+    values, tokens = lists[0], x.shape[0]
+    fits = tokens <= ready.MOST_TOKENS and x.is_contiguous() and out.is_contiguous() and x.dtype is out.dtype
+    if fits and tokens == 1 and SPREADS:
+        return ready.keep(one_token.prepared(x, lists, bias), x, *lists[:3], bias)(x, out, scratch)
     if tokens > WIDTHS[0] and values.dtype is torch.bfloat16:
         values = scratch("sparse values", values.shape, torch.float32, _CPU).copy_(values)
+        lists, fits = (values, *lists[1:]), False
+    record, tasks, panels = _multiplying(x, lists, bias, out)
+    compiled = sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply
+    room = (torch.get_num_threads(), record["packed_bytes"])
+    if fits:
+        call = ready.Ready(compiled, sparse_passes.FRAME, record, lists[3], room, 4 * panels, _plan(tokens))
+        return ready.keep(call, x, *lists[:3], bias)(x, out, scratch)
+    begins = scratch("few tokens", room, torch.uint8, _CPU).data_ptr()
+    frame = _product(**record, x=x.data_ptr(), y=out.data_ptr(), packed=begins, sums=begins + 4 * panels)
+    team.run(compiled, frame, tasks)
+    return out
+
+
+def _multiplying(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor) -> tuple[dict[str, int], int, int]:
+    """The record of a product but for where x, y and the scratch lie, its tasks, and a thread's floats of x."""
+    values, offsets, pointers, rows, columns = lists
+    tokens, threads = x.shape[0], torch.get_num_threads()
     plan = _plan(tokens)
     # each task packs its tile: many tiles are tasks enough, few are cut by rows
     groups = 1 if plan.many >= 8 * threads else -(-TASKS * threads // plan.many)
@@ -123,18 +140,16 @@ def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch:
         group_rows = min(group_rows, sparse_passes.ROWS)
     groups = -(-rows // group_rows)
     panels = chunks_of(columns) * CHUNK * plan.width
-    room = scratch("sparse panels", (threads, panels + SUMS), torch.float32, _CPU).data_ptr()
     tasks = plan.many * groups
-    frame = _product(
-        tasks=tasks, groups=groups, group_rows=group_rows, rows=rows, columns=columns, tokens=tokens,
-        packed_bytes=4 * (panels + SUMS), x_stride=x.stride(0), y_stride=out.stride(0),
-        x_is_bf16=x.dtype is torch.bfloat16, y_is_bf16=out.dtype is torch.bfloat16,
-        values_are_bf16=values.dtype is torch.bfloat16, x=x.data_ptr(), y=out.data_ptr(), values=values.data_ptr(),
-        offsets=offsets.data_ptr(), pointers=pointers.data_ptr(), bias=0 if bias is None else bias.data_ptr(),
-        tiles=plan.address, packed=room, sums=room + 4 * panels,
-    )  # fmt: skip
-    team.run(sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply, frame, tasks)
-    return out
+    record = {
+        "tasks": tasks, "groups": groups, "group_rows": group_rows, "rows": rows, "columns": columns, "tokens": tokens,
+        "packed_bytes": 4 * (panels + SUMS), "x_stride": x.stride(0), "y_stride": out.stride(0),
+        "x_is_bf16": x.dtype is torch.bfloat16, "y_is_bf16": out.dtype is torch.bfloat16,
+        "values_are_bf16": values.dtype is torch.bfloat16, "values": values.data_ptr(),
+        "offsets": offsets.data_ptr(), "pointers": pointers.data_ptr(), "bias": 0 if bias is None else bias.data_ptr(),
+        "tiles": plan.address,
+    }  # fmt: skip
+    return record, tasks, panels
 
 
 def sampled(gy: Tensor, x: Tensor, lists: Lists, out: Tensor, scratch: Scratch) -> Tensor:
