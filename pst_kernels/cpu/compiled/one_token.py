@@ -16,7 +16,7 @@ from . import threads as team
 from .expansion import BYTES, bit_products
 from .jit import whole_pass
 from .ready import Lists, Ready
-from .sparse_passes import _narrow, pack_token
+from .sparse_passes import add_lanes, pack_token
 from .threads import take_task
 from .vectors import LANES
 from .views import bytes_at, floats_at, halves_at, integers_at, record_of
@@ -72,17 +72,7 @@ def multiply(address):
                 f.values_are_bf16, f.values, f.offsets, bits, pointers, kept, first, last, packed + chunk * CHUNK * 4,
                 sums, np.int64(chunk == 0),
             )  # fmt: skip
-        # as in `multiply_one`: a function for both took 7 % of a product of 3072 x 768
-        for i in range(first, last):
-            total = np.float32(0)
-            for lane in range(LANES):
-                total += totals[(i - first) * LANES + lane]
-            if f.bias:
-                total += bias[i]
-            if f.y_is_bf16:
-                y_halves[i] = _narrow(total)
-            else:
-                y[i] = total
+        add_lanes(f, totals, bias, y, y_halves, first, last)
 
 
 def prepared(x: Tensor, lists: Lists, bias: Tensor | None) -> Ready:

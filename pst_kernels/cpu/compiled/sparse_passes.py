@@ -10,7 +10,7 @@ import numpy as np
 
 from pst_kernels.masks.chunks import CHUNK
 
-from .jit import part, whole_pass
+from .jit import inlined, part, whole_pass
 from .threads import take_task
 from .vectors import (
     HALVES,
@@ -181,6 +181,21 @@ def pack_token(x, is_bf16, columns, packed):
         table[j] = np.float32(0)
 
 
+@inlined
+def add_lanes(f, totals, bias, y, y_halves, first, last):
+    """y of one token and rows first to last, of their sums lane by lane."""
+    for i in range(first, last):
+        total = np.float32(0)
+        for lane in range(LANES):
+            total += totals[(i - first) * LANES + lane]
+        if f.bias:
+            total += bias[i]
+        if f.y_is_bf16:
+            y_halves[i] = _narrow(total)
+        else:
+            y[i] = total
+
+
 @whole_pass
 def multiply_one(address):
     """`multiply` for one token: lists are read once, at the speed of memory. A task is a group of rows."""
@@ -202,16 +217,7 @@ def multiply_one(address):
                 f.values_are_bf16, f.values, f.offsets, f.pointers + 4 * chunk * f.rows, kept, first, last,
                 packed + chunk * CHUNK * 4, sums, np.int64(chunk == 0),
             )  # fmt: skip
-        for i in range(first, last):
-            total = np.float32(0)
-            for lane in range(LANES):
-                total += totals[(i - first) * LANES + lane]
-            if f.bias:
-                total += bias[i]
-            if f.y_is_bf16:
-                y_halves[i] = _narrow(total)
-            else:
-                y[i] = total
+        add_lanes(f, totals, bias, y, y_halves, first, last)
 
 
 @part
