@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from .files import replacing
 from .layers.averages import fits
 from .layers.checks import is_conv1d, refuse_meta, whole
 from .layers.experts import ExpertWeights, PSTExperts
+from .layers.fisher import MOMENTS
 from .layers.pst_layer import FACTORS, PSTLayer
+from .layers.resting import KEPT
 from .masks.packing import packed_width
 from .masks.patterns import Pattern, parse
 from .model import get_config, modules_to_save, pst_layers, replace_linear
@@ -209,7 +212,7 @@ def _check_settings(converted: dict[str, PSTLayer], config: PSTConfig, path: Pat
     for name, layer in converted.items():
         if layer.merged:
             raise RuntimeError(f"{name or 'the layer'} is merged; call unmerge() before loading into it")
-        for setting in ("beta", "alpha1", "alpha2", "pattern"):
+        for setting in ("beta", "alpha1", "alpha2", "pattern", "magnitude"):
             given, saved = getattr(layer.config, setting), getattr(config, setting)
             if given != saved:
                 raise ValueError(
@@ -231,6 +234,7 @@ def _check_fit(
             f"{path} does not fit the model: {_some('missing', missing)}{_some('unexpected', unexpected)}"
             "load it into the model it was made for, converted with the same target_modules"
         )
+    _follow_counts(layers, config, factors, tensors)
     for name, tensor in tensors.items():
         shape = factors[name] if name in factors else tuple(state[name].shape)
         if tuple(tensor.shape) != shape:
@@ -246,6 +250,18 @@ def _check_fit(
         pattern = parse((layer.config if isinstance(layer, PSTLayer) else config).pattern)
         mask, pruned = tensors[f"{prefix}pst_mask"], int(tensors[f"{prefix}pst_num_pruned"])
         check_mask(name, _shape(layer)[-1], pattern, mask, pruned, path)
+
+
+def _follow_counts(
+    layers: dict[str, Any], config: PSTConfig, shapes: dict[str, tuple[int, ...]], tensors: dict[str, Tensor]
+) -> None:
+    """Under one threshold for all layers, a fixed mask's own count says how many kept weights there are."""
+    if not (config.train_kept and config.allocation == "global"):
+        return
+    for name, layer in layers.items():
+        prefix = f"{name}." if name else ""
+        if bool(tensors[f"{prefix}pst_frozen"]):
+            shapes[f"{prefix}{KEPT}"] = (math.prod(_shape(layer)) - int(tensors[f"{prefix}pst_num_pruned"]),)
 
 
 def check_mask(name: str, columns: int, pattern: Pattern, mask: Tensor, pruned: int, path: Path) -> None:
@@ -276,9 +292,11 @@ def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple
         )  # fmt: skip
         if own.freeze:
             entries["pst_frozen"] = ()
+        if own.magnitude == "fisher":
+            entries[MOMENTS] = (shape[0] + shape[1],)
         if own.train_kept:
             out, columns = shape
-            entries["pst_kept"] = (parse(own.pattern).weights_kept_at((out, columns), own.sparsity),)
+            entries[KEPT] = (parse(own.pattern).weights_kept_at((out, columns), own.sparsity),)
         shapes |= {f"{name}.{entry}" if name else entry: shape for entry, shape in entries.items()}
     return shapes
 
@@ -295,6 +313,8 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             owner, _, entry = name.rpartition(".")
             module = model.get_submodule(owner)
+            if isinstance(module, PSTLayer) and entry == KEPT:
+                module.fit_kept(tensor.numel())
             current = getattr(module, entry)
             if not current.is_meta:
                 current.copy_(tensor)

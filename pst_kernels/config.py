@@ -21,6 +21,7 @@ CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"
 MASKED_WEIGHT = ("auto", "keep", "remake")
 ALLOCATIONS = ("uniform", "global")
+MAGNITUDES = ("plain", "fisher")
 PRODUCTS = ("auto", "dense", "sparse")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -91,10 +92,15 @@ class PSTConfig:
             C rest then (no gradient), and every product skips what is pruned. It stays fixed after the schedule's end.
         allocation: "uniform", the same sparsity in every layer, or "global", one threshold over the scores of all
             layers, which a schedule applies; each layer keeps at least a quarter of its uniform share. For
-            pattern="unstructured", without `train_kept`.
+            pattern="unstructured"; with `train_kept` in one process, where `pst_kept` gets its size at the freeze.
         train_kept: also train the kept weights themselves from the freeze on, as the parameter `pst_kept` of each
             layer, a number a kept weight. `freeze` is then 0.2 unless given. Give it a learning rate of its own, that
             of dense fine-tuning.
+        magnitude: "plain" |W'| in the importance, or "fisher": |W'| weighed by the root of its gradient's second moment
+            (layers/fisher.py), of which rows and columns are summed up, out + in numbers a layer (one for each weight
+            would be 4 bytes a weight). Backward then makes G in plain PyTorch, and a mask one copy of W at a time.
+            For "unstructured" and "N:M", in one process or under DDP, not compiled, not for experts. No study has
+            shown it to win.
 
     Raises ValueError or TypeError that names the setting, its value and what is allowed.
     """
@@ -123,6 +129,7 @@ class PSTConfig:
     freeze: float = _DefaultFraction(0.0)
     train_kept: bool = False
     allocation: str = "uniform"
+    magnitude: str = "plain"
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -159,12 +166,18 @@ class PSTConfig:
         if self.products == "sparse" and self.masked_weight == "keep":
             raise ValueError("products='sparse' and masked_weight='keep' exclude one another; leave one of them out")
         self._check_rest()
+        if self.magnitude not in MAGNITUDES:
+            raise ValueError(f"magnitude={self.magnitude!r} is not known; use one of {', '.join(MAGNITUDES)}")
+        if self.magnitude == "fisher" and patterns.parse(self.pattern).block_size is not None:
+            raise ValueError(
+                f"magnitude='fisher' is for pattern='unstructured' or 'N:M', got pattern={self.pattern!r}; leave it out"
+            )
         if self.allocation not in ALLOCATIONS:
             raise ValueError(f"allocation={self.allocation!r} is not known; use one of {', '.join(ALLOCATIONS)}")
-        if self.allocation == "global" and (self.pattern != "unstructured" or self.train_kept):
+        if self.allocation == "global" and self.pattern != "unstructured":
             raise ValueError(
-                f"allocation='global' is for pattern='unstructured' and train_kept=False, got {self.pattern!r} and"
-                f" {self.train_kept}: how many weights a layer keeps must not be fixed beforehand"
+                f"allocation='global' is for pattern='unstructured', got pattern={self.pattern!r}: how many weights a"
+                " layer keeps must not be fixed beforehand; leave it out"
             )
         self.adapter_dtype = _dtype(self.adapter_dtype)
         self.target_modules = _targets("target_modules", self.target_modules)

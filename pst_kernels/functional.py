@@ -115,6 +115,7 @@ class Options(NamedTuple):
     block_size: int | None = None  # of a mask that consists of blocks
     interval: int = 1  # steps from one mask of blocks to the next: on the last of them A, B, R and C learn too
     kernels: Any = None  # the room of plain tensors, or the layer's own; called past PyTorch's dispatch of ops
+    weighed: bool = False  # whether that room alone, and no op, knows how the score weighs |W'|
 
 
 class Made(NamedTuple):
@@ -256,7 +257,7 @@ class _PSTLinear(torch.autograd.Function):
                 )  # fmt: skip
             else:
                 needs = Needs(needs_input and masked is None and values is None, learns)
-                if options.kernels is not None and ops.goes_direct(gy):
+                if options.kernels is not None and (options.weighed or ops.goes_direct(gy)):
                     operands = MaskedWeight(weight, Factors(*factors), mask, ctx.scales)
                     split = None if left is None else (left, right)
                     dx, *found = options.kernels.linear_backward(

@@ -105,6 +105,15 @@ class MaskedWeight(NamedTuple):
         return cls(weight, Factors(*factors), flat[7], Scales(*flat[8:]))
 
 
+class Weighing(NamedTuple):
+    """How |W'| is weighed in the score, p |W'| q (layers/fisher.py), and what a backward sums up of G^2 for it."""
+
+    p: Tensor  # (out, 1)
+    q: Tensor  # (in,)
+    of_rows: Tensor  # (out,), is filled
+    of_columns: Tensor  # (in,), is added to
+
+
 class Needs(NamedTuple):
     """Which gradients a backward shall compute; the others come back empty."""
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import PSTConfig, check_count
 from .events import Events
+from .layers.checks import in_several_processes
 from .layers.pst_layer import PSTLayer
 from .layers.together import refresh_layers
 from .masks.allocation import global_counts
@@ -73,6 +74,11 @@ class SparsitySchedule:
         self.kind, self.events = kind, Events(first, events) if kind == "events" else None
         self.config = get_config(model)
         self.layers = [layer for _, layer in pst_layers(model)]
+        if self.config.allocation == "global" and self.config.train_kept and in_several_processes():
+            raise RuntimeError(
+                "allocation='global' with train_kept=True runs in one process: pst_kept gets its size at the freeze,"
+                " after DistributedDataParallel and FSDP have laid it out; use allocation='uniform' or train_kept=False"
+            )
         for layer in self.layers:
             layer.scheduled = True
             if restart:
@@ -84,8 +90,7 @@ class SparsitySchedule:
         self.step_count = step_count
         # The sparsity that the layers were trained or loaded at, and their counts; 0 for what was converted only.
         self._least = [0 if restart or not layer.has_learned_mask else n for layer, n in self._counted()]
-        reached = [layer.sparsity for (layer, _), least in zip(self._counted(), self._least, strict=True) if least]
-        self.least = min(max(reached, default=0.0), self.config.sparsity)
+        self.least = min(self._reached(), self.config.sparsity)
         if self.least > self._planned():
             logger.warning(
                 "the model is at sparsity %.4g already, and the schedule's %.4g at step %d of %d is below it: the"
@@ -122,6 +127,13 @@ class SparsitySchedule:
 
     def _counted(self) -> list[tuple[PSTLayer, int]]:
         return list(zip(self.layers, self._pruned, strict=True))
+
+    def _reached(self) -> float:
+        """The sparsity that the layers were trained or loaded at; that of all together where each has its own."""
+        if self.config.allocation == "global":
+            return sum(self._least) / sum(layer.weight.numel() for layer in self.layers)
+        reached = [layer.sparsity for (layer, _), least in zip(self._counted(), self._least, strict=True) if least]
+        return max(reached, default=0.0)
 
     def _planned(self) -> float:
         whole_intervals = self.step_count - self.step_count % self.config.mask_interval
@@ -169,6 +181,7 @@ class SparsitySchedule:
         """One threshold for all layers; the counts stay on their device."""
         layers = [layer for layer in self.layers if not layer.frozen]
         for layer in layers:
+            layer.refuse_cut()
             layer.has_learned_mask = True
         at_work = (
             self.step_count % self.config.mask_interval == 0 or self.freezes or self.step_count >= self.total_steps

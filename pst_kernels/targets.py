@@ -54,11 +54,13 @@ def find_targets(model: nn.Module, config: PSTConfig) -> dict[str, Any]:
     chosen = {name: m for name, m in chosen.items() if not isinstance(m, PSTLayer)}
     bypassed = weights_read_past_their_layers(model) if chosen else {}
     reasons = {name: reason for name, m in chosen.items() if (reason := why_not(model, name, m, bypassed, named))}
-    if config.train_kept:
-        experts = {name for name, m in chosen.items() if isinstance(m, ExpertWeights)} - reasons.keys()
-        reasons |= dict.fromkeys(
-            sorted(experts), "belongs to experts, whose kept weights PST does not train (train_kept)"
-        )
+    for asked, why in (
+        (config.train_kept, "belongs to experts, whose kept weights PST does not train (train_kept)"),
+        (config.magnitude != "plain", "belongs to experts, whose magnitudes PST does not weigh (magnitude='fisher')"),
+    ):
+        if asked:
+            experts = {name for name, m in chosen.items() if isinstance(m, ExpertWeights)} - reasons.keys()
+            reasons |= dict.fromkeys(sorted(experts), why)
     if named:
         for name, reason in reasons.items():
             raise TypeError(f"{name} {reason}; leave it out with exclude_modules=[{name!r}]")

@@ -53,7 +53,7 @@ def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 SHARED = {"found", "finished", "launched", "report"}
 TOGETHER = {
     "test_linear_interpreted.py", "test_blocks_interpreted.py", "test_sparse_interpreted.py", "test_finetune.py",
-    "test_distributed.py", "test_minilm.py", "test_machine_code.py",
+    "test_distributed.py", "test_parallel_loading.py", "test_minilm.py", "test_machine_code.py",
 }  # fmt: skip
 COMPILED = {"emulator", "found", "report"}  # what asks for these is no part of `make test-quick`
 SLOW = {"finished", "launched"}  # nor is what asks for these

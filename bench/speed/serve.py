@@ -93,6 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     if options.own_time:
         torch.set_num_threads(1)
+
     def rows() -> list[Row]:
         found = []
         for model in options.models:

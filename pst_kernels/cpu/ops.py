@@ -18,7 +18,7 @@ from torch.nn.functional import linear, pad
 from ..env import cpu as requested
 from ..masks.guess import SAMPLE, Bracket, Guess, sample_bracket
 from ..masks.packing import pack_mask
-from ..operands import Factors, MaskedWeight, Needs, Scales, compute_dtype
+from ..operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype
 from . import block_matmul, scratch, small
 from .compiled import passes_for
 from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, multiply_into, row_blocks
@@ -166,6 +166,15 @@ def linear_backward(
     return gy @ masked if masked is not None else gy.new_empty(0), *gradients
 
 
+def weighed_backward(
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs_input: bool, weighing: Weighing
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`linear_backward` where the score weighs |W'|, in PyTorch on every device: Q = G * (M + p |W'| q)."""
+    masked = _masked_buffer(operands.weight, gy.dtype) if needs_input else None
+    gradients = _factor_gradients(gy, x, operands, through_magnitude, masked, weighing)
+    return gy @ masked if masked is not None else gy.new_empty(0), *gradients
+
+
 def block_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, learn_scores: bool, through_magnitude: bool,
     needs: Needs,
@@ -182,8 +191,9 @@ def block_backward(
 
 
 def _factor_gradients(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, masked: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, masked: Tensor | None,
+    weighing: Weighing | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The six factor gradients; `masked` gets M * W'."""
     weight, factors, mask, (beta, alpha1, alpha2) = operands
     by_rows = UpdatedRows(weight, factors, operands.scales)
@@ -206,7 +216,13 @@ def _factor_gradients(
             D = torch.mul(G, updated, out=product[: len(G)])
             torch.mm(D, right_of_D, out=dAR[rows])
             dBC.addmm_(AR[rows].T, D)
-            Q = torch.mul(G, flags.add_(updated.abs_()) if through_magnitude else flags, out=D)
+            magnitude = updated.abs_()
+            if weighing is not None:
+                magnitude.mul_(weighing.p[rows]).mul_(weighing.q)
+                squares = torch.square(G, out=D)
+                weighing.of_rows[rows] = squares.sum(1)
+                weighing.of_columns.add_(squares.sum(0))
+            Q = torch.mul(G, flags.add_(magnitude) if through_magnitude else flags, out=D)
             torch.mm(Q, right_of_Q, out=dU[rows])
             dV.addmm_(U[rows].T, Q)
     rank = len(B)

@@ -39,7 +39,8 @@ class UpdatedRows:
         self.U, self.V = factors.U.to(self.dtype), factors.V.to(self.dtype)
         self.weight, self.beta = weight, scales.beta
         self.out, self.columns = weight.shape
-        self.step = rows_per_block(self.out, self.columns)
+        # elsewhere a block need not fit into a cache, and each operator is a launch
+        self.step = rows_per_block(self.out, self.columns) if weight.is_cpu else max(1, min(self.out, GEMM_ROWS))
         self._updated = self.buffer("updated")
 
     def buffer(self, name: str) -> Tensor:

@@ -25,6 +25,7 @@ from ..files import read_json
 from ..layers.checks import is_conv1d
 from ..operands import FLOATING
 from . import checked
+from .classes import without_data
 from .folder import INDEX, LEAST_ZEROS, WEIGHT_FILES, block_size, compact, mostly_zero, move_in, write_index
 from .packed import WEIGHT, Shape, pack, unpack
 
@@ -160,19 +161,6 @@ def _linears(directory: Path) -> dict[str, nn.Module]:
             found[name] = module
     prefix = f"{model.base_model_prefix}."  # files of a base model's own class go without
     return {name.removeprefix(prefix): module for name, module in found.items()} | found
-
-
-def without_data(directory: Path) -> Any:
-    """The model that a folder's config names, on the meta device."""
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(directory)
-    name = (getattr(config, "architectures", None) or ["none"])[0]
-    kind = getattr(transformers, name, None)
-    if kind is None:
-        raise ValueError(f"transformers {transformers.__version__} has no class {name}, which {directory} names")
-    with torch.device("meta"):
-        return kind(config)
 
 
 def _dense_files(directory: Path, files: list[Path]) -> Iterator[Shard]:

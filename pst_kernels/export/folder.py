@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..bypass import weights_read_past_their_layers
@@ -25,6 +24,7 @@ from ..masks.patterns import Blocks
 from ..operands import FLOATING
 from ..targets import is_transformers_model, parameter_uses, weight_key
 from . import checked
+from .classes import unpruned
 from .packed import WEIGHT, Compact, Shape, pack
 
 logger = logging.getLogger("pst_kernels")
@@ -59,7 +59,8 @@ def save_sparse(
         max_shard_size: of a file of weights, in bytes or as "5GB", say.
 
     Raises before anything is written: TypeError for what is no transformers model; ValueError for a format that is not
-    known or does not fit, and when nothing is sparse; RuntimeError for offloaded or shared weights.
+    known or does not fit, and when nothing is sparse; RuntimeError for offloaded or shared weights, and for
+    layers that were cut over processes.
     """
     if not is_transformers_model(model):
         raise TypeError(
@@ -91,6 +92,7 @@ def save_sparse(
 def pack_model(model: Any, format: str) -> Packed:
     """A model's state dict with its sparse weights packed, without the tensors that loading ties, and their shapes."""
     size, conv1d = block_size(format), _conv1d_names(model)
+    refuse_parts(model)
     state: dict[str, Tensor] = {name: whole(tensor).detach() for name, tensor in model.state_dict().items()}
     shapes: dict[str, Shape] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -118,6 +120,16 @@ def pack_model(model: Any, format: str) -> Packed:
     return Packed(_on_the_cpu(model, state), shapes)
 
 
+def refuse_parts(model: nn.Module) -> None:
+    """Raise RuntimeError for a model whose packed layers were cut over processes."""
+    for name, module in model.named_modules():
+        if (part := getattr(module, "part_of", None)) is not None:
+            raise RuntimeError(
+                f"{name} is one of {part.ranks} parts of a layer: the model was loaded under tensor parallelism. The"
+                " folder that it came from holds it whole; load that in one process"
+            )
+
+
 def _sparse_layers(model: nn.Module, format: str) -> Iterator[tuple[str, Any]]:
     """(name, layer) of PST layers and of those that store what they keep; of dense ones with zeros where they count."""
     uses, zeros_count = parameter_uses(model), format not in ("dense", KEEP)
@@ -126,7 +138,7 @@ def _sparse_layers(model: nn.Module, format: str) -> Iterator[tuple[str, Any]]:
         layer: Any = module
         if isinstance(module, PSTExperts):
             continue
-        if isinstance(module, (PSTLayer, SparseLinear, BlockSparseLinear)):
+        if isinstance(module, PSTLayer | Compact):
             refuse_meta(f"the weight of {name}", layer.weight)
             if isinstance(module, PSTLayer) and uses[weight_key(layer.weight)] > 1:
                 raise RuntimeError(
@@ -180,10 +192,8 @@ def block_size(format: str) -> int:
 def _conv1d_names(model: Any) -> set[str]:
     """Layers whose dense weight is (in, out). What a sparse layer was made of is asked of a model without data."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    if any(isinstance(module, (SparseLinear, BlockSparseLinear)) for module in modules.values()):
-        with torch.device("meta"):
-            twin = type(model)(copy.deepcopy(model.config))
-        modules |= {name: module for name, module in twin.named_modules() if is_conv1d(module)}
+    if any(isinstance(module, Compact) for module in modules.values()):
+        modules |= {name: module for name, module in unpruned(model).named_modules() if is_conv1d(module)}
     return {name for name, module in modules.items() if is_conv1d(module) or isinstance(module, PSTConv1D)}
 
 
@@ -195,14 +205,14 @@ def dense_weight(layer: Any) -> Tensor:
     """Of any layer, as (out, in)."""
     if isinstance(layer, PSTLayer):
         return layer.masked_weight()
-    if isinstance(layer, (SparseLinear, BlockSparseLinear)):
+    if isinstance(layer, Compact):
         return layer.to_dense()
     return layer.weight.detach().T if is_conv1d(layer) else layer.weight.detach()
 
 
 def compact(layer: Any, name: str, format: str, size: int) -> Compact | None:
     """The layer in a format; None where a dense one has too few blocks without a weight."""
-    if format == KEEP and isinstance(layer, (SparseLinear, BlockSparseLinear)):
+    if format == KEEP and isinstance(layer, Compact):
         return layer
     if format in ("sparse", KEEP):
         return layer if isinstance(layer, SparseLinear) else SparseLinear.from_dense(dense_weight(layer), None)
@@ -214,7 +224,7 @@ def compact(layer: Any, name: str, format: str, size: int) -> Compact | None:
     if isinstance(layer, BlockSparseLinear) and layer.block_size == size:
         return layer
     made = BlockSparseLinear.from_dense(dense_weight(layer), None, size)
-    if made.sparsity < LEAST_ZEROS and not isinstance(layer, (PSTLayer, SparseLinear, BlockSparseLinear)):
+    if made.sparsity < LEAST_ZEROS and not isinstance(layer, PSTLayer | Compact):
         logger.warning("%s stays dense: it has weights in most blocks of %d", name, size)
         return None
     return made

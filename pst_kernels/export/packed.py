@@ -109,6 +109,11 @@ def blocks(bits: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(starts).to(bits.device), torch.from_numpy(columns).to(bits.device)
 
 
+def indices(shape: Shape, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer of this shape holds beside its values."""
+    return blocks(bits, shape.grid[1]) if shape.block else lists(bits, shape.columns)
+
+
 def _count(bits: np.ndarray) -> np.ndarray:
     """How many bits of each row are set."""
     return _ONES[bits].sum(1, dtype=np.int64)
@@ -132,7 +137,6 @@ def empty(shape: Shape, kept: int, bias: bool, dtype: torch.dtype) -> Compact:
 def unpack(shape: Shape, values: Tensor, bits: Tensor) -> Tensor:
     """The dense weight, as the layer held it that this one was made of."""
     layer = empty(shape, len(values), False, values.dtype)
-    made = blocks(bits, shape.grid[1]) if shape.block else lists(bits, shape.columns)
-    layer._take(values, *made)
+    layer._take(values, *indices(shape, bits))
     dense = layer.to_dense()
     return (dense.T if shape.transposed else dense).contiguous()

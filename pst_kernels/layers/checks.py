@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 PLAIN = (Tensor, nn.Parameter)
@@ -21,6 +22,11 @@ def whole(tensor: Any) -> Tensor:
     if type(tensor) in PLAIN:  # asked for every layer and step, and hasattr is slow to say no
         return tensor
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def in_several_processes() -> bool:
+    """Whether this process belongs to a group with others, which may train one model together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def refuse_meta(what: str, tensor: Tensor) -> None:

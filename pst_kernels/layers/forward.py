@@ -46,6 +46,8 @@ class Forward(Resting):
     def forward(self: Any, x: Tensor) -> Tensor:
         if self.merged:
             return self._merged_forward(x)
+        if self.moments is not None:
+            self.notice_processes()
         ready = self._ready
         fits = ready is not None and not torch.compiler.is_compiling() and self._fits(ready, x)
         if ready is None or not fits or not self._is_fresh(ready):
@@ -60,7 +62,7 @@ class Forward(Resting):
         if ready.made.masked is not None and not ready.options.kept:  # in a buffer that the next layer overwrites
             self._ready = ready._replace(made=NOTHING_MADE)
         producer = producer_of(x) if self.config.recompute_input else None
-        made = ready.made._replace(waiting=self.pst_kept) if self.config.train_kept else ready.made
+        made = ready.made._replace(waiting=self.pst_kept) if self.kept_wait else ready.made
         bias = ready.parameters[0] if ready.parameters else self.bias
         return masked_linear(x, ready.operands, bias, ready.dtype, ready.options, made, producer)
 
@@ -112,14 +114,18 @@ class Forward(Resting):
         through = config.through_magnitude and not self.frozen
         options = Options(through, False, self.pattern.block_size, self.mask_interval)
         if compiling or type(weight) not in PLAIN:
+            self.refuse_compiled()
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
-        kernels, any_mask = ops.kernels_for(weight.device.type), self._any_mask
+        kernels: Any = ops.kernels_for(weight.device.type)
+        any_mask = self._any_mask
         keep = any_mask and config.products != "sparse" and keeps(config.masked_weight, weight, dtype)
         parameters = tuple(self._parameters.get(name) for name in NAMES)
         addresses = due.NOTHING if None in parameters[1:] else due.addresses_of(parameters[1:])
-        if self.pattern.with_masked_weight and addresses != due.NOTHING and hasattr(kernels, "bound_to"):
+        if self.moments is not None:
+            kernels = self.weighed_room(weight.device.type)
+        elif self.pattern.with_masked_weight and addresses != due.NOTHING and hasattr(kernels, "bound_to"):
             kernels = kernels.bound_to(operands, dtype) or kernels
-        options = options._replace(kept=keep, kernels=kernels)
+        options = options._replace(kept=keep, kernels=kernels, weighed=self.moments is not None)
         return Ready(dtype, x.device, operands, parameters, NOTHING_MADE, options, self.mask_state(), addresses, -1)
 
     def _renewed(self: Any, ready: Ready, x: Tensor) -> Ready:
@@ -176,7 +182,7 @@ class Forward(Resting):
     def can_be_grouped(self: Any) -> bool:
         """Whether a grouped pass can make this layer's mask, where its device has one."""
         by_pass = self.pattern.with_masked_weight and self._parameters["weight"].dtype != torch.float64
-        return by_pass and self.is_whole()
+        return by_pass and self.moments is None and self.is_whole()
 
     def is_whole(self: Any) -> bool:
         """Whether its mask can be made outside of a forward: nothing is sharded, merged or fixed."""

@@ -17,6 +17,7 @@ from ..masks.refresh import MaskState
 from ..operands import Factors, MaskedWeight, Scales, factor_shapes
 from . import averages, reads
 from .checks import PLAIN, check_finite, refuse_meta, whole
+from .fisher import Weighs
 from .forward import NAMES, Forward
 from .rested import masked_with
 
@@ -25,7 +26,7 @@ NEVER = 1 << 62  # steps from one mask to the next, of a mask that is fixed
 FROZEN = "pst_weight"  # in a checkpoint whose `weight` is M * W' (whole_model.py): W itself
 
 
-class PSTLayer(Forward, nn.Module):
+class PSTLayer(Forward, Weighs, nn.Module):
     """What PSTLinear and PSTConv1D share; they differ in how the weight lies.
 
     Parameters pst_U (out, weight_rank), pst_V (weight_rank, in), pst_A (out, score_rank), pst_B (score_rank, in),
@@ -37,7 +38,8 @@ class PSTLayer(Forward, nn.Module):
     and merging make the mask anew, for a forward call `refresh_mask(force=True)` after one.
 
     With `PSTConfig(freeze=)` a schedule fixes the mask at last (`freeze_mask`), which the buffer pst_frozen says, and
-    with `train_kept` the parameter pst_kept (kept,) is added to the kept weights from there on.
+    with `train_kept` the parameter pst_kept (kept,) is added to the kept weights from there on. With
+    `PSTConfig(magnitude="fisher")` the buffer pst_moments (out + in,) holds running sums of G^2 (fisher.py).
     """
 
     bias: Any  # a Parameter or None
@@ -95,7 +97,8 @@ class PSTLayer(Forward, nn.Module):
         self.reset_factors()
         self.given = averages.Given(0, self)
         self.sparsity = config.sparsity
-        self._add_rest((out, columns))
+        self._add_rest()
+        self._add_moments((out, columns))
 
     def _new_guess(self, device: torch.device) -> Tensor:
         return new_guess(device).view(torch.int32).repeat(*self.oriented_weight.shape[:-2], 1)
@@ -216,6 +219,10 @@ class PSTLayer(Forward, nn.Module):
             self._shards = tensor_parallel.take_over(self)
         return self._shards
 
+    def refuse_cut(self) -> None:
+        """Raise RuntimeError for a layer that tensor parallelism has cut, and whose settings do not go with it."""
+        self._tensor_parallel()
+
     def _whole_mask(self) -> Tensor:
         shards = self._tensor_parallel()
         return self.pst_mask if shards is None else shards.whole_mask(self.pst_mask)
@@ -232,7 +239,10 @@ class PSTLayer(Forward, nn.Module):
         if not torch.compiler.is_compiling():
             averages.mend(self)
         with torch.no_grad():
-            ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+            if self.moments is None:
+                ops.refresh_mask(*self._weights(), *self.scales, *self.mask_state())
+            else:
+                self.refresh_weighed(*self._weights())
             self.added()  # what a compiled forward takes as it is
 
     def settle_mask(self) -> None:
@@ -258,7 +268,9 @@ class PSTLayer(Forward, nn.Module):
 
     def scores(self) -> Tensor:
         """What the mask is decided by, fp32 (out, in)."""
-        return ops.scores(*self._weights(), *self.scales)
+        if self.moments is None:
+            return ops.scores(*self._weights(), *self.scales)
+        return self.weighed_scores(*self._weights())
 
     def mask_state(self) -> MaskState:
         """What `refresh` takes: the mask, and what says when it is due."""
@@ -363,6 +375,7 @@ class PSTLayer(Forward, nn.Module):
             state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}{FROZEN}")
         if f"{prefix}pst_mask" in state_dict and (shards := self._tensor_parallel()) is not None:
             state_dict[f"{prefix}pst_mask"] = shards.cut_mask(state_dict[f"{prefix}pst_mask"])
+        self.fit_loaded_kept(state_dict, prefix)
         with_mask = averages.without_averages(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.after_load(with_mask)

@@ -42,6 +42,16 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
                 parameter = layer._parameters.get(name)
                 if parameter is not None:
                     parameter.grad = None
+            if layer.kept_follow and layer.frozen:
+                _fit_state(optimizer, layer.pst_kept)
+
+
+def _fit_state(optimizer: torch.optim.Optimizer, kept: nn.Parameter) -> None:
+    """What an optimizer made for another number of kept weights (at its own start, or in an earlier freeze) is zero."""
+    state = optimizer.state.get(kept, {})
+    for name, held in state.items():
+        if isinstance(held, Tensor) and held.dim() == 1 and held.shape != kept.shape:
+            state[name] = held.new_zeros(kept.shape)
 
 
 class Resting:
@@ -59,20 +69,48 @@ class Resting:
 
     frozen = False  # whether the mask is fixed
     scores_rest = False  # whether A, B, R and C learn nothing from the next backward
+    kept_follow = False  # whether there are as many trained kept weights as the mask at the freeze keeps
     steps = 0  # of the optimizer, as far as they are counted: by a schedule, or for `score_interval`
     _fixed: FixedMask | None = None
     _fixed_of = due.NOTHING  # versions and addresses of what it was made of
 
-    def _add_rest(self: Any, shape: tuple[int, int]) -> None:
+    def _add_rest(self: Any) -> None:
         config, device = self.config, self.weight.device
         if config.freeze:
             _hook_optimizers()
             # no bool, of which torch can make no average
             self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.uint8, device=device))
         if config.train_kept:
-            kept = self.pattern.weights_kept_at(shape, config.sparsity)
+            kept = self.kept_at(False, 0)
             self.pst_kept = nn.Parameter(torch.zeros(kept, dtype=config.adapter_dtype, device=device))
+            self.kept_follow = config.allocation == "global"
         self.at_step(0)
+
+    def kept_at(self: Any, frozen: bool, num_pruned: int) -> int:
+        """How many trained kept weights there are: with one threshold for all layers, as many as a fixed mask keeps."""
+        if frozen and self.kept_follow:
+            return self.weight.numel() - num_pruned
+        return self.pattern.weights_kept_at(self._shape, self.config.sparsity)
+
+    def fit_kept(self: Any, count: int) -> None:
+        """Let there be so many trained kept weights, zeros where there were more or fewer.
+
+        The Parameter, which an optimizer holds, stays: no graph has it in it before the freeze.
+        """
+        if self.kept_follow and self.pst_kept.numel() != count:
+            self.pst_kept.grad = None
+            self.pst_kept.data = self.pst_kept.data.new_zeros(count)
+
+    def fit_loaded_kept(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Before loading; of what does not fit its own count torch's error is to tell."""
+        frozen, count = (state_dict.get(f"{prefix}{name}") for name in ("pst_frozen", "pst_num_pruned"))
+        if self.kept_follow and not (frozen is None or count is None or frozen.is_meta or count.is_meta):
+            self.fit_kept(self.kept_at(bool(frozen), int(count)))
+
+    @property
+    def kept_wait(self) -> bool:
+        """Whether who waits for all gradients waits for the kept weights' too, which have no part in y yet."""
+        return self.config.train_kept and not self.frozen and not self.kept_follow
 
     def at_step(self, steps: int) -> None:
         """So many optimizer steps are done: the scores learn on every `score_interval`-th one, until the freeze."""
@@ -87,10 +125,12 @@ class Resting:
         if self._tensor_parallel() is not None:
             raise RuntimeError("a mask cannot be fixed under tensor parallelism; use PSTConfig(freeze=0.0)")
         self.refresh_mask()
+        if self.kept_follow:
+            self.fit_kept(self.kept_at(True, int(self.pst_num_pruned)))
         self.pst_frozen.fill_(True)
         self._set_frozen(True)
 
-    def unfreeze_mask(self) -> None:
+    def unfreeze_mask(self: Any) -> None:
         """Let the mask follow the factors again. Trained kept weights belong to the fixed one, and go back to zero."""
         if not self.frozen:
             return
@@ -98,6 +138,7 @@ class Resting:
         if self.config.train_kept:
             with torch.no_grad():
                 self.pst_kept.zero_()
+            self.fit_kept(self.kept_at(False, 0))
         self._set_frozen(False)
 
     def _set_frozen(self, frozen: bool) -> None:
@@ -134,10 +175,12 @@ class Resting:
         added, options = self.added(), ready.options
         if ready.made.masked is not None and not options.kept:  # in a buffer, or of kept weights that are about to move
             self._ready = None
-        rest = Rest(self.frozen, options.through_magnitude, options.kept)
+        # of a weighed |W'| its part of Q is left out too: lists of kept weights hold no weighing
+        through = options.through_magnitude and not options.weighed
+        rest = Rest(self.frozen, through, options.kept)
         producer = producer_of(x) if self.config.recompute_input else None
         x = x if x.dtype == ready.dtype else x.to(ready.dtype)
         made = ready.made
-        if self.config.train_kept and not self.frozen:
+        if self.kept_wait:
             made = made._replace(waiting=self.pst_kept)
         return rested_linear(x, ready.operands, self.bias, made, rest, added, producer)

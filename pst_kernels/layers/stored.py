@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ class StoredParts(nn.Module):
 
     PARTS: ClassVar[tuple[str, str, str]]
     in_features: int
+    part_of: Any = None  # loaded under tensor parallelism: which part of which layer this is, an export.cut.Part
 
     def _wrong(self, weight: Tensor, one: Tensor, other: Tensor, /) -> str | None:
         raise NotImplementedError

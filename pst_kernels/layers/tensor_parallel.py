@@ -35,7 +35,7 @@ RUNS_ALONG = ((0, 0), (1, 1), (0, 0), (1, 1), (0, 0), (1, 0))  # U V A B R C: (o
 def take_over(layer: Any) -> Shards:
     """Give a layer that torch has cut the buffers of its shard. Raises ValueError or RuntimeError for other cuts."""
     config = layer.config
-    for name, needed in (("score_interval", 1), ("freeze", 0.0), ("allocation", "uniform")):
+    for name, needed in (("score_interval", 1), ("freeze", 0.0), ("allocation", "uniform"), ("magnitude", "plain")):
         if getattr(config, name) != needed:
             raise RuntimeError(
                 f"{name}={getattr(config, name)!r} does not run under tensor parallelism; use {name}={needed!r}"

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from ..checkpoint import ADAPTER_NAME, check_mask, compare_base, read_adapter
 from ..config import PSTConfig
 from ..export import checked
-from ..export.convert import weight_files, without_data
+from ..export.classes import possible_names, without_data
+from ..export.convert import weight_files
 from ..export.packed import WEIGHT, unpack
 from ..files import read_json
 from ..functional import scores as scores_of
 from ..layers.checks import is_conv1d
+from ..layers.fisher import MOMENTS, weighed
 from ..layers.pst_layer import FACTORS
 from ..masks.packing import unpack_mask
 from ..masks.patterns import Unstructured, parse
-from ..operands import FLOATING
+from ..operands import FLOATING, Factors
 
 STEPS = 1000  # from the smallest number of a layer to its largest, in equal shares of them
 MAGNITUDES, SCORES = "|weight| of what is not zero", "score"
@@ -153,11 +155,7 @@ def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _saved_name(name: str, model: Any, tensors: _Tensors) -> str | None:
     """A layer's name in files, which hold a base model with the prefix of its larger classes or without it."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
-        if f"{candidate}.{WEIGHT}" in tensors.place:
-            return candidate
-    return None
+    return next((n for n in possible_names(model, name) if f"{n}.{WEIGHT}" in tensors.place), None)
 
 
 def _of_weight(name: str, weight: Tensor, size: int) -> Layer:
@@ -208,8 +206,10 @@ def _adapter(directory: Path, base: Path | None) -> Folder:
     for place, layer in enumerate(layers):
         if layer.name not in weights:
             continue
-        factors = [tensors[_entry(layer.name, factor)] for factor in FACTORS]
-        scores = scores_of(weights[layer.name], *factors, beta=config.beta, alpha1=config.alpha1, alpha2=config.alpha2)
+        weight, factors = weights[layer.name], Factors(*(tensors[_entry(layer.name, factor)] for factor in FACTORS))
+        if config.magnitude == "fisher":
+            weight, factors = weighed(weight, factors, tensors[_entry(layer.name, MOMENTS)])
+        scores = scores_of(weight, *factors, beta=config.beta, alpha1=config.alpha1, alpha2=config.alpha2)
         threshold = _smallest(scores, layer.zeros) if has_threshold and layer.zeros else None
         stale += threshold is not None and bool((scores[~masks[layer.name]] > threshold).any())
         layers[place] = layer._replace(quantiles=_quantiles(scores), threshold=threshold)

@@ -26,6 +26,8 @@ RANKS, STEPS, BATCH, WIDTH = 4, 6, 8, 24
 PLAN = {"0": ColwiseParallel, "2": RowwiseParallel, "4": lambda: ColwiseParallel(output_layouts=Replicate())}
 MATRICES = {"dyadic": (96, 70), "bf16 ties": (65, 131), "one row more": (13, 260)}
 FROZEN = {"train_kept": True, "freeze": 0.34, "cooldown": 0.4, "score_interval": 2}  # for the last two steps
+GLOBAL = {"allocation": "global", "sparsity": 0.8}
+FISHER = {"magnitude": "fisher", "freeze": 0.17, "score_interval": 2}  # moments of every second step, a last one fixed
 SPARSITIES = (0.0, 0.3, 0.31, 0.6, 0.97)
 
 
@@ -39,10 +41,10 @@ def build(**settings) -> nn.Module:
 
 
 class Training:
-    """A model, its optimizer and its schedule over STEPS steps of SGD with momentum, two micro-batches each."""
+    """A model, its optimizer and its schedule over STEPS steps of SGD with momentum, of micro-batches each."""
 
-    def __init__(self, engine: str = "single", mesh: DeviceMesh | None = None, **settings):
-        self.engine, self.mesh, self.model = engine, mesh, build(**settings)
+    def __init__(self, engine: str = "single", mesh: DeviceMesh | None = None, parts: int = 2, **settings):
+        self.engine, self.mesh, self.parts, self.model = engine, mesh, parts, build(**settings)
         self.forward: nn.Module = self.model
         if engine == "ddp":
             self.forward = nn.parallel.DistributedDataParallel(self.model)
@@ -70,8 +72,8 @@ class Training:
         batches = [torch.randn(BATCH, WIDTH, generator=generator) for _ in range(STEPS)]
         rank, ranks = (self.mesh.get_local_rank(), self.mesh.size()) if self.engine in ("ddp", "fsdp2") else (0, 1)
         for batch in batches[first:last]:
-            for half in batch.view(2, -1, WIDTH):
-                (self.forward(half.view(ranks, -1, WIDTH)[rank]).pow(2).mean() / 2).backward()
+            for part in batch.view(self.parts, -1, WIDTH):
+                (self.forward(part.view(ranks, -1, WIDTH)[rank]).pow(2).mean() / self.parts).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.schedule.step()
@@ -189,6 +191,8 @@ def run(rank: int, folder: str) -> None:
     for engine, mesh in (("ddp", four), ("fsdp2", two["parts"])):
         frozen = Training(engine, mesh, **FROZEN).run()
         results["frozen", engine] = frozen.state(), [getattr(layer, "frozen", None) for layer in frozen.model]
+        results["global", engine] = Training(engine, mesh, **GLOBAL).run().state()
+    results["fisher"] = Training("ddp", four, **FISHER).run().state()
     results["traffic"] = largest_message(four)
     twice = fully_shard(cut(pst.PSTLinear(8, 8), two["parts"]), mesh=two["copies"])
     late = nn.Sequential(cut(nn.Linear(8, 8), four), nn.Linear(8, 2))
@@ -199,6 +203,9 @@ def run(rank: int, folder: str) -> None:
         "block pattern": refused(lambda: cut(pruning("block:16"), four)(torch.ones(2, 32))),
         "N:M pattern": refused(lambda: cut(pruning("2:4"), four).mask),
         "frozen": refused(lambda: cut(pst.PSTLinear(8, 8, config=pst.PSTConfig(freeze=0.2)), four).mask),
+        "global": refused(lambda: Training("tensor parallel", four, **GLOBAL).run()),
+        "fisher": refused(lambda: Training("tensor parallel", four, magnitude="fisher").run()),
+        "fisher, sharded": refused(lambda: Training("fsdp2", four, magnitude="fisher").run()),
         "Conv1D": refused(lambda: cut(pst.PSTConv1D(8, 8), four)),
     }
 

@@ -103,6 +103,32 @@ def test_kept_weights_train_as_in_one_process(results, engine):
         assert_state(state, expected)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_one_threshold_for_all_layers_is_that_of_one_process(results, engine):
+    torch.manual_seed(0)
+    training = worker.Training(**worker.GLOBAL).run()
+    expected, layers = training.state(), [layer for _, layer in pst_layers(training.model)]
+    assert len({round(layer.sparsity, 2) for layer in layers}) == len(layers)
+    for found in results:
+        assert not toys.differences(found["global", engine], results[0]["global", engine])
+    assert_state(results[0]["global", engine], expected)
+
+
+def test_moments_are_the_same_on_every_rank(results):
+    """Of four ranks with two micro-batches each: those of eight micro-batches, but for the scale of the loss."""
+    torch.manual_seed(0)
+    expected = worker.Training(parts=8, **worker.FISHER).run().state()
+    plain = worker.Training(parts=8, **worker.FISHER | {"magnitude": "plain"}).run().state()
+    state = results[0]["fisher"]
+    for found in results:
+        assert not toys.differences(found["fisher"], state)
+    for name in [name for name in expected if name.endswith("pst_moments")]:
+        assert state[name].any()
+        state[name] /= worker.RANKS**2
+    assert_state(state, expected)
+    assert any(not torch.equal(plain[name], expected[name]) for name in plain if name.endswith("pst_mask"))
+
+
 @pytest.mark.parametrize("name", worker.MATRICES)
 def test_the_threshold_is_that_of_the_whole_matrix_on_1_2_and_4_ranks(results, name):
     layer = worker.pruning_layer(name)
@@ -161,6 +187,9 @@ def test_what_sharded_layers_refuse(results):
             f"RuntimeError: pattern='{pattern}' does not run under tensor parallelism; use pattern='unstructured'"
         )
     assert "freeze=0.2 does not run under tensor parallelism" in found["errors"]["frozen"]
+    assert found["errors"]["global"].startswith("RuntimeError: allocation='global' does not run under tensor parallel")
+    for name in ("fisher", "fisher, sharded"):
+        assert "magnitude='fisher' trains in one process, or in several under" in found["errors"][name]
     # torch's own, for GPT-2's layers with and without PST; quoted in docs/troubleshooting.md
     assert "currently only support nn.Linear and nn.Embedding!" in found["errors"]["Conv1D"]
 

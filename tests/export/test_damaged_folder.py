@@ -84,6 +84,10 @@ def test_a_damaged_config_is_refused(folder, tmp_path):
         with pytest.raises(ValueError, match=error):
             pst.load_sparse(tmp_path)
     config["quantization_config"] = about
+    for name in ("BertTokenizer", "Unheard", 3):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": [name]}))
+        with pytest.raises(ValueError, match=f"has no class {name}"):
+            pst.load_sparse(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
     with pytest.raises(ValueError, match=r"the folder does not fit its config: .* is Linear \(40, 32\)"):
         pst.load_sparse(tmp_path)

@@ -32,13 +32,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def zeroed(family: str = "bert", dtype: torch.dtype = torch.float32, sparsity: float = 0.9) -> nn.Module:
-    """A dense model with zeros, as any method leaves it: W * mask, so that negative weights become -0.0."""
-    model = toys.seeded(family).to(dtype)
+    """A dense toy model with zeros."""
+    return thinned(toys.seeded(family).to(dtype), sparsity)
+
+
+def thinned(model: nn.Module, sparsity: float, block: int = 1) -> nn.Module:
+    """Zeros in the linears of a model's blocks, as any method leaves them: W * mask, so that negative ones are -0.0."""
     for name, module in model.named_modules():
         if ("layer" in name or ".h." in name) and type(module).__name__ in ("Linear", "Conv1D"):
+            generator = torch.Generator().manual_seed(len(name))
+            sizes = [-(-size // block) for size in module.weight.shape]
+            kept = (torch.rand(sizes, generator=generator) >= sparsity).repeat_interleave(block, 0)
             with torch.no_grad():
-                generator = torch.Generator().manual_seed(len(name))
-                module.weight.mul_(torch.rand(module.weight.shape, generator=generator) >= sparsity)
+                rows, columns = module.weight.shape
+                module.weight.mul_(kept.repeat_interleave(block, 1)[:rows, :columns])
     return model
 
 

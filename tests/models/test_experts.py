@@ -233,6 +233,8 @@ def test_scores_rest_and_masks_are_fixed_as_those_of_linears_are(tmp_path):
     torch.testing.assert_close(logits(pst.merge_and_unload(model)), expected)
     with pytest.raises(TypeError, match=r"gate_up_proj belongs to experts, whose kept weights PST does not train"):
         pst.replace_linear(mixtral(), pst.PSTConfig(target_modules=["gate_up_proj"], freeze=0.2, train_kept=True))
+    with pytest.raises(TypeError, match=r"gate_up_proj belongs to experts, whose magnitudes PST does not weigh"):
+        pst.replace_linear(mixtral(), pst.PSTConfig(target_modules=["gate_up_proj"], magnitude="fisher"))
 
 
 def test_experts_of_a_kind_that_is_not_known_stay_dense_and_are_said(caplog):

@@ -101,9 +101,110 @@ def test_a_copy_keeps_the_counts_of_its_own_schedule():
     assert all(count == pruned for count, pruned in found[0])
 
 
+KEPT = {"train_kept": True, "freeze": 0.3, "warmup": 0.0, "cooldown": 0.5}  # for the last 3 of 10 steps
+
+
+def optimizer_of(model, kind=torch.optim.AdamW):
+    return kind([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(model, schedule, optimizer, first=0, last=10):
+    loss = None
+    for step in range(first, last):  # with the last step's loss, and so its graph, still there
+        loss = model(torch.randn(9, 24, generator=torch.Generator().manual_seed(step))).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return loss
+
+
+def kept_of(model):
+    return [layer.pst_kept for layer in model if isinstance(layer, pst.PSTLinear)]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_kept_weights_are_as_many_as_the_freeze_leaves(kind):
+    model = model_of(**KEPT)
+    optimizer, parameters = optimizer_of(model, kind), kept_of(model)
+    uniform = [p.numel() for p in parameters]
+    schedule = pst.SparsitySchedule(model, 10)
+    train(model, schedule, optimizer, 0, 7)
+    kept = [int(layer.mask.sum()) for layer in model if isinstance(layer, pst.PSTLinear)]
+    assert all(layer.frozen for layer in model if isinstance(layer, pst.PSTLinear))
+    train(model, schedule, optimizer, 7)
+    assert all(one is other for one, other in zip(parameters, kept_of(model), strict=True))
+    assert [p.numel() for p in parameters] == kept != uniform
+    assert sum(kept) == sum(uniform)
+    for layer in model:
+        if isinstance(layer, pst.PSTLinear):
+            assert layer.pst_kept.count_nonzero() > layer.pst_kept.numel() / 2  # all but those of dead units
+            added = layer.masked_weight() - (layer.weight + layer.pst_U @ layer.pst_V) * layer.mask
+            torch.testing.assert_close(added.abs().sum(), layer.pst_kept.abs().sum(), rtol=1e-4, atol=0)
+
+
+def test_a_second_freeze_with_the_same_optimizer():
+    model = model_of(**KEPT)
+    optimizer = optimizer_of(model)
+    train(model, pst.SparsitySchedule(model, 10), optimizer)
+    uniform = [p.numel() for p in kept_of(model_of(**KEPT))]
+    with torch.no_grad():
+        model[0].weight.mul_(4)  # and so other counts
+    schedule = pst.SparsitySchedule(model, 10, restart=True)
+    assert [p.numel() for p in kept_of(model)] == uniform
+    train(model, schedule, optimizer)
+    for parameter, layer in zip(kept_of(model), (model[0], model[2]), strict=True):
+        assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape == (int(layer.mask.sum()),)
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+@pytest.mark.parametrize("at", [4, 9])
+def test_a_resumed_run_is_the_same_to_the_bit(at, made, tmp_path, caplog):
+    """Stopped before the freeze, and in it; with a schedule made before the state is loaded, or after it, as Trainer's.
+
+    That some layers are sparser than the schedule says of all is no reason to warn.
+    """
+    model = model_of(**KEPT)
+    optimizer, schedule = optimizer_of(model), pst.SparsitySchedule(model, 10)
+    train(model, schedule, optimizer, 0, at)
+    torch.save([model.state_dict(), optimizer.state_dict(), schedule.state_dict()], tmp_path / "state")
+    train(model, schedule, optimizer, at, 12)
+    again, states = model_of(**KEPT), torch.load(tmp_path / "state")
+    its_optimizer, its_schedule = optimizer_of(again), pst.SparsitySchedule(again, 10)
+    again.load_state_dict(states[0])
+    its_optimizer.load_state_dict(states[1])
+    if made == "before":
+        its_schedule.load_state_dict(states[2])
+    else:
+        its_schedule = pst.SparsitySchedule(again, 10, step_count=at)
+        assert "sparsity stays" not in caplog.text
+    train(again, its_schedule, its_optimizer, at, 12)
+    assert not toys.differences(model.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("format", ["dense", "sparse"])
+@pytest.mark.parametrize("steps", [4, 10])
+def test_saved_and_merged(steps, format, tmp_path):
+    model, x = model_of(**KEPT), torch.randn(5, 24)
+    train(model, pst.SparsitySchedule(model, 10), optimizer_of(model), 0, steps)
+    pst.save_pretrained(model, tmp_path)
+    loaded = pst.load_pretrained(model_of(**KEPT), tmp_path)
+    assert not toys.differences(model.state_dict(), loaded.state_dict())
+    expected = model(x)
+    assert torch.equal(loaded(x), expected)
+    merged = pst.merge_and_unload(loaded, format=format)
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setattr("pst_kernels.schedule.in_several_processes", lambda: True)
+    pst.SparsitySchedule(model_of(), 10)
+    with pytest.raises(RuntimeError, match="allocation='global' with train_kept=True runs in one process: pst_kept"):
+        pst.SparsitySchedule(model_of(**KEPT), 10)
+
+
 def test_what_it_is_not_for():
-    for settings in ({"train_kept": True}, {"pattern": "2:4"}):
-        with pytest.raises(ValueError, match="allocation='global' is for pattern='unstructured' and train_kept=False"):
-            pst.PSTConfig(allocation="global", **settings)
+    with pytest.raises(ValueError, match="allocation='global' is for pattern='unstructured', got pattern='2:4'"):
+        pst.PSTConfig(allocation="global", pattern="2:4")
     with pytest.raises(ValueError, match="allocation='layers' is not known; use one of uniform, global"):
         pst.PSTConfig(allocation="layers")

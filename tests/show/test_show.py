@@ -114,6 +114,17 @@ def test_scores_and_threshold_of_an_adapter(saved):
         assert bool((scores[dense[layer.name] == 0] <= layer.threshold + 1e-6).all())
 
 
+def test_scores_with_weighed_magnitudes(tmp_path):
+    model = toys.trained("gpt2", sparsity=0.8, magnitude="fisher")
+    toys.seeded("gpt2").save_pretrained(tmp_path / "base")
+    pst.save_pretrained(model, tmp_path / "adapter")
+    found = look(tmp_path / "adapter", tmp_path / "base")
+    assert found.notes == []  # such as of masks that are not of these scores
+    for layer in found.layers:
+        ordered = model.get_submodule(layer.name).scores().flatten().sort().values
+        assert layer.threshold == float(ordered[layer.zeros - 1])
+
+
 def test_a_base_without_its_head_and_blocks(tmp_path):
     """The prefix of the larger class is in the adapter's names, but not in the base's file."""
     model = toys.seeded("bert")

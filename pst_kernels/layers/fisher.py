@@ -1,0 +1,226 @@
+"""`magnitude="fisher"`: |W'| in the score is weighed by sqrt(F), F the diagonal Fisher matrix E[G^2] of G = gy^T x.
+
+Kept of it are the sums over its rows and its columns, out + in numbers, and F_ij is taken for r_i c_j / mean, which is
+Adafactor's factored second moment (Shazeer and Stern 2018, arXiv 1804.04235); one for each weight would cost 4 bytes a
+weight. F counts over its mean: so |W'| stays as large beside A B + R + C as without it, whatever the loss's scale.
+
+    p = sqrt(r / mean r)      q = sqrt(c / mean c)
+    S = p |W'| q + alpha1 A B + alpha2 (R + C)        Q = G * (M + p |W'| q)
+
+As p |W'| q = |p W q + beta (p U) (V q)|, the passes that make any mask make this one, of p W q, which exists for one
+layer at a time. All of G passes by in a backward (cpu/ops.py); one of a step in which the scores rest does not make it,
+and leaves F and |W'|'s part of Q out. At an optimizer's step what its backwards have seen joins the running sums.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .. import ops
+from ..cpu.ops import weighed_backward
+from ..masks import due
+from ..masks.refresh import Weights, refresh
+from ..operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype
+from .checks import in_several_processes
+
+MOMENTS = "pst_moments"  # fp32 (out + in,): the running sums of G^2 over rows, then over columns
+DECAY = 0.99  # of the running sums at a step; where they start does not count, as only their ratios do
+
+
+def weighings(moments: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """p (out, 1) and q (in,); ones as long as there are no moments."""
+    sums = moments.to(dtype).split(shape)
+    p, q = (torch.where((mean := part.mean()) > 0, part / mean, 1.0).sqrt() for part in sums)
+    return p[:, None], q
+
+
+def weighed(weight: Tensor, factors: Factors, moments: Tensor) -> tuple[Tensor, Factors]:
+    """p W q, and p U and V q among the factors: plain scores of these are the weighed ones."""
+    dtype = compute_dtype(weight.dtype)
+    p, q = weighings(moments, (weight.shape[0], weight.shape[1]), dtype)
+    U, V = factors.U.to(dtype) * p, factors.V.to(dtype) * q
+    return torch.mul(weight, p).mul_(q), factors._replace(U=U, V=V)
+
+
+class Moments:
+    """The second moments of one layer's gradient: the buffer of that name, and what is to join it."""
+
+    def __init__(self, buffers: dict[str, Any], shape: tuple[int, int]):
+        # the layer's own dict, not the layer: what a backward holds must not keep a model alive in a cycle
+        self.buffers, self.shape = buffers, shape
+        self.seen: Tensor | None = None  # the sums over what backwards have seen since the last step, and how many
+        self.waiting = False  # whether any has
+        self.wrapper: Any = None  # a weak reference to the DistributedDataParallel that the layer runs in
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"wrapper": None}
+
+    @property
+    def held(self) -> Tensor:
+        """The running sums, fp32."""
+        return self.buffers[MOMENTS]
+
+    def see(self, of_rows: Tensor, of_columns: Tensor) -> None:
+        """Sums of G^2 of one backward."""
+        sums = torch.cat([of_rows, of_columns, of_rows.new_ones(1)]).to(torch.float32)
+        if self.seen is None or self.seen.device != sums.device:
+            self.seen = sums
+        else:
+            self.seen.add_(sums)  # in place, for a captured graph
+        self.waiting = True
+
+    def sums(self, device: torch.device) -> Tensor:
+        """What is to join, fp32 (out + in + 1,)."""
+        if self.seen is None:
+            return torch.zeros(sum(self.shape) + 1, dtype=torch.float32, device=device)
+        return self.seen.to(device)
+
+    def join(self, sums: Tensor) -> None:
+        """Let the mean over backwards join the running sums, if there is one and it is finite (a scaled loss's)."""
+        mean, held = sums[:-1] / sums[-1], self.held
+        if held.dtype is not torch.float32:  # model.to(torch.bfloat16) has rounded it
+            held = self.buffers[MOMENTS] = held.float()
+        held.copy_(torch.where(mean.isfinite().all(), held * DECAY + mean.to(held.device), held))
+        if self.seen is not None:
+            self.seen.zero_()
+        self.waiting = False
+
+
+class WeighedRoom:
+    """A room (cpu/ or triton/) for one layer whose score weighs |W'|; what does not depend on it is the room's own."""
+
+    def __init__(self, kernels: Any, moments: Moments):
+        self.kernels, self.moments = kernels, moments
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kernels, name)
+
+    def scores(self, weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
+        return self.kernels.scores(*weighed(weight, factors, self.moments.held), scales)
+
+    def prune_mask(
+        self, weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor,
+        masked: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        packed = self.kernels.prune_mask(*weighed(weight, factors, self.moments.held), scales, num_pruned, guess)
+        if masked is not None:
+            masked.copy_(self.kernels.masked_weight(MaskedWeight(weight, factors, packed, scales), masked.dtype))
+        return packed
+
+    def forward_scratch(self, *_: Any) -> None:
+        """No pass makes mask and M * W' together."""
+
+    def linear_backward(
+        self, gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs, split: Any = None
+    ) -> tuple[Tensor, ...]:
+        if not needs.factors:
+            return self.kernels.linear_backward(gy, x, operands, through_magnitude, needs, split)
+        p, q = weighings(self.moments.held, self.moments.shape, compute_dtype(operands.weight.dtype))
+        weighing = Weighing(p, q, p.new_empty(len(p)), torch.zeros_like(q))
+        found = weighed_backward(gy, x, operands, through_magnitude, needs.input, weighing)
+        self.moments.see(weighing.of_rows, weighing.of_columns)
+        return found
+
+
+class Weighs:
+    """The part of `PSTLayer` that knows whether |W'| is weighed."""
+
+    config: Any
+    moments: Moments | None = None
+
+    def _add_moments(self: Any, shape: tuple[int, int]) -> None:
+        if self.config.magnitude == "fisher":
+            _hook_optimizers()
+            self.register_buffer(MOMENTS, torch.zeros(sum(shape), dtype=torch.float32, device=self.weight.device))
+            self.moments = Moments(self._buffers, shape)
+
+    def weighed_room(self: Any, device_type: str) -> WeighedRoom:
+        return WeighedRoom(ops.kernels_for(device_type), self.moments)
+
+    @torch.no_grad()
+    def refresh_weighed(self: Any, weight: Tensor, *factors: Tensor) -> None:
+        """What the op refresh_mask does for a layer without moments."""
+        with ops.without_autocast(weight.device.type):
+            weights = Weights(weight, Factors(*factors), self.scales)
+            refresh(self.weighed_room(weight.device.type), weights, self.mask_state(), self.watch)
+
+    @torch.no_grad()
+    def weighed_scores(self: Any, weight: Tensor, *factors: Tensor) -> Tensor:
+        with ops.without_autocast(weight.device.type):
+            return self.weighed_room(weight.device.type).scores(weight, Factors(*factors), self.scales)
+
+    def refuse_compiled(self: Any) -> None:
+        """Raise RuntimeError where only ops may be called, which know no moments: in a graph, and for shards."""
+        if self.moments is not None:
+            # a compiler that met the error itself would break its graph there, and go on
+            torch.compiler.disable(magnitude_fisher_does_not_compile)()
+
+    def notice_processes(self: Any) -> None:
+        """Remember the DistributedDataParallel that this forward runs in.
+
+        Raises RuntimeError where processes train together by other means: their moments, and masks, would differ.
+        """
+        if not in_several_processes() and not getattr(self, "_is_replica", False):  # of DataParallel
+            return
+        wrapper, known = nn.parallel.DistributedDataParallel._active_ddp_module, self.moments.wrapper
+        if wrapper is not None:
+            self.moments.wrapper = weakref.ref(wrapper)
+        # the forward of activation checkpointing in a backward has no wrapper, but its first one had
+        elif torch.is_grad_enabled() and (known is None or known() is None):
+            raise RuntimeError(
+                "magnitude='fisher' trains in one process, or in several under DistributedDataParallel; use"
+                " magnitude='plain' with FSDP, tensor parallelism and DataParallel"
+            )
+
+
+def magnitude_fisher_does_not_compile() -> None:  # of which fullgraph=True shows the name alone
+    raise RuntimeError(
+        "magnitude='fisher' does not run in compiled graphs (torch.compile) nor with sharded weights; use"
+        " magnitude='plain' there"
+    )
+
+
+@functools.cache
+def _hook_optimizers() -> None:
+    """Once a process, when its first such layer is made. Before the step: after it, masks are made."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    owned = [layer.moments for layer in due.owned_layers(optimizer) if layer.moments is not None]
+    waiting = [moments for moments in owned if moments.waiting]
+    found = {wrapper for m in waiting if m.wrapper is not None and (wrapper := m.wrapper()) is not None}
+    if len(found) > 1:
+        raise RuntimeError(
+            f"{len(found)} models under DistributedDataParallel share an optimizer, in which magnitude='fisher' cannot"
+            " tell whose moments come first; give each model an optimizer of its own"
+        )
+    for wrapper in found:
+        # All of the model, in its order: each rank gives the same sums, whatever its optimizer owns.
+        waiting = [m.moments for m in wrapper.module.modules() if isinstance(m, Weighs) and m.moments is not None]
+        _join(waiting, wrapper.process_group)
+        return
+    _join(waiting)
+
+
+@torch.no_grad()
+def _join(every: Sequence[Moments], group: dist.ProcessGroup | None = None) -> None:
+    """Let each join what it has seen, or what all ranks of a group have."""
+    if not every:
+        return
+    device = every[0].held.device
+    sums = [moments.sums(device) for moments in every]
+    if group is not None:
+        flat = torch.cat(sums)
+        dist.all_reduce(flat, group=group)
+        sums = list(flat.split([len(one) for one in sums]))
+    for moments, one in zip(every, sums, strict=True):
+        moments.join(one)
