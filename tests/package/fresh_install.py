@@ -53,6 +53,8 @@ def build(python: str, work: Path) -> list[Path]:
     builder = work / "builder" / "bin" / "python"
     run([builder, "-m", "pip", "install", "--quiet", "build"], work)
     run([builder, "-m", "build", "--outdir", work / "dist", work / "tree"], work)
+    for name in ("tests", "bench", "pyproject.toml"):  # as the working tree was then, for `--tests`
+        (work / "tree" / name).rename(work / name)
     shutil.rmtree(work / "tree")
     (wheel,), (sdist,) = (list((work / "dist").glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
     print(f"{wheel.name}: {len(zipfile.ZipFile(wheel).namelist())} files, {wheel.stat().st_size / 1e3:.0f} kB")
@@ -112,9 +114,6 @@ def check_types(python: Path, work: Path) -> None:
 def run_tests(python: Path, install: Sequence[str | Path], work: Path, folders: Sequence[str]) -> None:
     """Those that are neither slow nor compile kernels, away from the package's sources."""
     run([*install, "pytest", "hypothesis"], work)
-    for name in ("tests", "bench"):
-        shutil.copytree(ROOT / name, work / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", work)
     chosen = ["-m", "not gpu and not slow and not compiled", *(f"tests/{folder}" for folder in folders)]
     print(run([python, "-m", "pytest", "-q", *chosen], work).splitlines()[-1])
 
