@@ -74,15 +74,19 @@ INTERPRETED = [
     ),
     Problem(70, 200, 64, kept=0.0), Problem(40, 128, 3, kept=1.0), Problem(37, 150, 65), Problem(37, 150, 0),
     Problem(37, 150, 8, weight="float32"),
+    Problem(70, 1300, 1, kept=0.1), Problem(70, 1300, 3, "float16", kept=0.1), Problem(70, 1300, 8, "float32", 0.1),
+    Problem(70, 1300, 2, "bfloat16", kept=0.3, weight="float32"), Problem(40, 128, 1, kept=1.0),
 ]  # fmt: skip
 
 COMPILED = [  # as shipped, for the emulator and for GPUs
     Problem(37, 300, 1), Problem(35, 150, 8, "float32"), Problem(37, 150, 33), Problem(33, 130, 64, "float16"),
     Problem(33, 130, 8, kept=0.0), Problem(37, 150, 65),
+    Problem(35, 1100, 3, kept=0.1), Problem(33, 130, 8, kept=0.1), Problem(33, 300, 2, "float32", kept=0.4),
 ]  # fmt: skip
 FOR_GPUS = [
     Problem(7, 33, 64, "float32"), Problem(40, 257, 8, kept=1.0, weight="float32"), Problem(1000, 3000, 8, kept=0.1),
     Problem(1000, 3000, 64, kept=0.5), Problem(1000, 3000, 200, "float32"),
+    Problem(1000, 3000, 1, kept=0.1), Problem(1000, 3000, 4, kept=0.2),
 ]  # fmt: skip
 
 if __name__ == "__main__":

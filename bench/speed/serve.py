@@ -4,7 +4,7 @@ The models have the layer lists of published ones and random weights, their bloc
 (whole blocks of 64 x 64 by their norm for block:64). Each contestant is timed in turns with the dense model, prompt
 first, then token by token with a cache; ratios are medians over rounds. Load time and memory are those of a fresh
 process that reads the folder and touches every weight once. GPU rows are computed: the bytes of a step over the
-bandwidth of memory.
+bandwidth of memory, or its instructions over what is issued.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 import pst_kernels as pst
 from pst_kernels.layers.checks import is_conv1d
+from pst_kernels.triton.tiles import choice
+from pst_kernels.triton.tiles.targets import TARGETS
 
 from ..console import console
 from ..tables.report import Report, measured_on
@@ -71,8 +73,9 @@ REPORT = Report(
     _cells,
     lambda under: (
         f"{measured_on(under)} fp32 on the CPU, a prompt of {PROMPT} tokens and {NEW} new ones; random weights, pruned"
-        f" by magnitude. {COMPUTED.name}: computed, not measured, from the bytes of a step in 16 bits over"
-        f" {COMPUTED.bandwidth / 1e12:g} TB/s."
+        f" by magnitude. {COMPUTED.name}: computed, not measured: the bytes of a step in 16 bits over"
+        f" {COMPUTED.bandwidth / 1e12:g} TB/s, or the instructions of the compiled kernel, one a cycle and scheduler,"
+        " where those take longer."
     ),
     left=3,
 )  # fmt: skip
@@ -277,10 +280,18 @@ def _decode(model: Any, token: Tensor, cache: Any, steps: int, clock: Clock) -> 
 
 
 def _computed(label: str, dense: Any, what: str, sparsity: float, batch: int) -> Row:
-    """A step reads every weight once; in 16 bits, with one bit a place where weights are packed. No cache, no x."""
+    """A step reads every weight once, in 16 bits, with a bit a place where weights are packed, or issues its
+    instructions, whichever takes longer. No cache, no x.
+    """
     in_blocks = sum(layer.weight.numel() for layer in block_linears(dense).values())
     head = dense.get_output_embeddings().weight.numel()
-    bits = {DENSE: 16.0, SPARSE: 16 * (1 - sparsity) + 1, BLOCK: 16 * (1 - sparsity)}[what]
-    step, of_dense = ((b * in_blocks + 16 * head) / 8 for b in (bits, 16.0))
-    speed = batch * COMPUTED.bandwidth / step
-    return Row(label, what, sparsity, batch, speed, of_dense / step, device=f"{COMPUTED.name}, computed")
+    cost = choice.sparse_costs(batch, 1.0 - sparsity)
+    bits = {DENSE: 16.0, SPARSE: cost.bits, BLOCK: 16 * (1 - sparsity)}[what]
+    target = TARGETS[COMPUTED.architecture]
+    issued = COMPUTED.peak / (2 * target.fma_per_cycle) * 128  # a thread's instructions: 128 a cycle and multiprocessor
+    of_dense = 2 * (in_blocks + head) / COMPUTED.bandwidth
+    blocks = bits / 8 * in_blocks / COMPUTED.bandwidth
+    if what == SPARSE:
+        blocks = max(blocks, cost.instructions * in_blocks / issued)
+    step = blocks + 2 * head / COMPUTED.bandwidth
+    return Row(label, what, sparsity, batch, batch / step, of_dense / step, device=f"{COMPUTED.name}, computed")

@@ -7,8 +7,8 @@ bits a kept 16-bit weight, beside one pointer a tile. A load of the kept values 
 which a tensor core multiplies. dx is the same tile turned over, so there is no second copy of the weight.
 
 Few tokens have few tiles of y, so the depth is shared among programs. Their sums are added in a fixed order by a second
-kernel: the same bits in every run. For many tokens W is written out once and the library multiplies; it is freed with
-the product, as the masked weight of matmul.py is.
+kernel: the same bits in every run. With very few tokens y is made without tiles (listed_matmul.py). For many W is
+written out once and the library multiplies; it is freed with the product, as the masked weight of matmul.py is.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from torch import Tensor
 
 from ..masks.chunks import CHUNK, chunks_of
 from ..masks.packing import PAIR_MASK, WORD, packed_width
+from .listed_matmul import listed_matmul
 from .matmul import store_result
+from .sums import add_sums
 from .tiles import choice, tables, targets
 from .tiles.targets import Platform, cdiv
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of x and of the values, in any pair
 BITS, WORDS, PAIR = tl.constexpr(WORD), tl.constexpr(CHUNK // WORD), tl.constexpr(PAIR_MASK)
 RUNS = 32  # of a chunk, whose words one program makes
-EXPANDED_ROWS, ADDED = 32, 512  # of a program that writes W out, or adds up sums
+EXPANDED_ROWS = 32  # of a program that writes W out
 WORDS_OF = "_pst_words"  # attribute of the offsets that holds their words
 
 
@@ -125,19 +127,6 @@ def sparse_matmul_kernel(
     store_result(b_y, p_y, p_bias, has_bias, i_tokens, i_tile.to(tl.int64) * WIDTH, tokens, width, WIDTH, BLOCK_COLUMNS)
 
 
-@triton.jit(do_not_specialize=["numel", "splits", "has_bias"])
-def add_sums_kernel(p_sums, p_bias, p_y, numel, width, splits, has_bias, BLOCK: tl.constexpr):
-    """y (numel / width, width) = bias + the sums of each split, from the first to the last."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = i < numel
-    b_y = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        b_y += tl.load(p_sums + i, mask=m, other=0.0)
-        p_sums += numel
-    b_y += tl.load(p_bias + i % width, mask=m & (has_bias != 0), other=0.0).to(tl.float32)
-    tl.store(p_y + i, b_y.to(p_y.dtype.element_ty), mask=m)
-
-
 @triton.jit
 def expand_kernel(
     p_values, p_words, p_pointers, p_weight, rows, columns, words, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr
@@ -210,9 +199,7 @@ def sparse_matmul(
         num_warps=tile.warps, num_stages=tile.stages, **registers,
     )  # fmt: skip
     if splits > 1:
-        add_sums_kernel[cdiv(y.numel(), ADDED),](
-            sums, added, y, y.numel(), width, splits, has_bias, BLOCK=ADDED, num_warps=4
-        )
+        add_sums(sums, added, y, has_bias)
     return y
 
 
@@ -229,7 +216,10 @@ def sparse_forward(
     if not 0 < x.shape[0] <= tables.SPARSE_TOKENS:
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, expanded(values, offsets, pointers, shape, x.dtype), bias)
-    words, platform = words_of(offsets, pointers, *shape), targets.platform(x.device)
+    platform = targets.platform(x.device)
+    if choice.listed_matmul(x.shape[0], values.numel(), shape):
+        return listed_matmul(x.contiguous(), values, offsets, pointers, bias, out_features, platform)
+    words = words_of(offsets, pointers, *shape)
     return sparse_matmul(x.contiguous(), values, words, pointers, bias, shape, False, platform)
 
 

@@ -29,7 +29,7 @@ from pst_kernels.triton.tools import machine_code
 PATH = Path(__file__).with_name("machine_code.json")
 NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
 PRODUCTS, BLOCKS = ("matmul", "gradients"), ("block_lists", "block_matmul", "block_gradients")
-PACKED = ("sparse_matmul",)
+PACKED = ("sparse_matmul", "listed_matmul")
 SWEEPS, SELECTION, TABLES = ("score", "select", "mask"), ("select", "mask"), ("group_mask",)
 ASKED_FOR = [
     *((target, files) for target in NVIDIA for files in (PRODUCTS, BLOCKS, PACKED, SWEEPS, TABLES)),

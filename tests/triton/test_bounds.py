@@ -20,8 +20,8 @@ from block_problem import Problem as BlockProblem  # noqa: E402
 from linear_problem import Problem, operands_of  # noqa: E402
 from sparse_problem import Problem as PackedProblem  # noqa: E402
 
-from pst_kernels.triton import block_gradients, block_matmul, gradients, matmul, sparse_matmul  # noqa: E402
-from pst_kernels.triton.tiles import tables  # noqa: E402
+from pst_kernels.triton import block_gradients, block_matmul, gradients, listed_matmul, matmul, sparse_matmul  # noqa: E402
+from pst_kernels.triton.tiles import tables, targets  # noqa: E402
 from pst_kernels.triton.tools import machine_code as shipping  # noqa: E402
 
 SELECTION = {
@@ -47,6 +47,7 @@ BLOCKS = {
 PACKED = {
     "words_kernel": ("rows", "words"),
     "sparse_matmul_kernel": ("tokens", "rows", "columns"),
+    "listed_matmul_kernel": ("tokens", "rows", "chunks"),
     "add_sums_kernel": ("numel", "splits"),
     "expand_kernel": ("rows", "columns"),
 }
@@ -104,6 +105,8 @@ def run_packed(rows: int, columns: int) -> None:
     x, gy, layer = PackedProblem(rows, columns, 3, kept=1.0).tensors()
     lists = layer.weight.detach(), layer.offsets, layer.pointers
     sparse_matmul.sparse_forward(x, *lists, layer.bias.detach(), rows)
+    platform = targets.platform(x.device)
+    listed_matmul.listed_matmul(x, *lists, layer.bias.detach(), rows, platform)
     sparse_matmul.sparse_input_gradient(gy, *lists, columns)
     sparse_matmul.expanded(*lists, (rows, columns), torch.float32)
 

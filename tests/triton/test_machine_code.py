@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -124,11 +125,26 @@ def test_kernels_for_packed_weights_keep_their_budgets(target: str) -> None:
     rows = recorded.report(target, files=recorded.PACKED)
     assert {row.case: row.problems for row in rows if row.problems} == {}
     assert {row.kernel for row in rows} == {
-        "words_kernel", "sparse_matmul_kernel", "add_sums_kernel", "expand_kernel"
+        "words_kernel", "sparse_matmul_kernel", "add_sums_kernel", "expand_kernel", "listed_matmul_kernel"
     }  # fmt: skip
     products = [row for row in rows if row.kernel == "sparse_matmul_kernel"]
     assert all(row.products or "float32, " in row.case for row in products)
     assert sum(row.budget is not None for row in products) == 6  # three tiles, two directions
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize(("target", "tokens", "most"), [("sm_90", 1, 12.0), ("sm_90", 8, 25.0), ("sm_80", 1, 15.0)])
+def test_a_kept_weight_of_a_list_costs_few_instructions(
+    target: str, tokens: int, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thread, in the inner loop beside the multiplications: what `choice.listed_matmul` goes by."""
+    binaries = kernels.shipped(target, ("listed_matmul",))
+    (binary,) = [b for b in binaries if b.case.name == f"forward, packed, bfloat16, {tokens} tokens"]
+    cubin = binary.compile(kernels.gpu_target(target)).asm["cubin"]
+    tile = tables.LISTED_MATMUL
+    lanes = tile.chunks * tile.rows * tile.lanes * tile.turns // (32 * tile.warps)  # of a thread, each pass
+    monkeypatch.setattr(kernels, "TENSOR_CORE", re.compile("FFMA$"))
+    assert lanes * 5 < kernels._read_cubin(cubin)["loop"] <= most * lanes
 
 
 @pytest.mark.compiled

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from sparse_problem import COMPILED, Problem
 
 from pst_kernels import SparseLinear, ops
+from pst_kernels.masks.chunks import CHUNK
 from pst_kernels.masks.packing import pack_mask
 from pst_kernels.triton import sparse_matmul
 from pst_kernels.triton.tiles import choice, tables, targets
@@ -23,10 +24,13 @@ def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
         errors = problem.errors()
     assert problem.wrong(errors) == {}
     launches = {name: stats.launches for name, stats in session.stats.items()}
-    assert launches.pop("words_kernel") == 1  # for both products
+    assert launches.pop("words_kernel") == 1  # for both products, where they need them
     launches.pop("add_sums_kernel", None)
     few = problem.tokens <= tables.SPARSE_TOKENS
-    assert launches == {"sparse_matmul_kernel" if few else "expand_kernel": 2}
+    shape = problem.out, problem.columns
+    listed = choice.listed_matmul(problem.tokens, problem.tensors()[2].weight.numel(), shape)
+    assert launches.pop("listed_matmul_kernel", 0) == listed
+    assert launches == {"sparse_matmul_kernel" if few else "expand_kernel": 2 - listed}
 
 
 def test_words_and_the_written_out_weight_are_exact(emulator, arch: int) -> None:
@@ -39,9 +43,10 @@ def test_words_and_the_written_out_weight_are_exact(emulator, arch: int) -> None
         assert torch.equal(found, layer.to_dense())
 
 
-def test_program_order_changes_no_bit(emulator, arch: int) -> None:
+@pytest.mark.parametrize("form", ["tiles", "lists"])
+def test_program_order_changes_no_bit(emulator, arch: int, form: str) -> None:
     """The depth shared among programs in both directions: the same bits, and right."""
-    problem = Problem(69, 300, 8)
+    problem = Problem(69, 300, 8) if form == "tiles" else Problem(37, 1100, 2, kept=0.1)
     results = []
     for order in ("forward", "reversed", "shuffled"):
         with emulator.emulate(arch, order) as session:
@@ -52,8 +57,9 @@ def test_program_order_changes_no_bit(emulator, arch: int) -> None:
 
 
 @pytest.mark.parametrize("kept", [0.1, 0.5])
-def test_it_reads_what_the_format_holds(emulator, arch: int, kept: float) -> None:
-    """At 8 tokens: besides x, at most 1.15 times the bits and the kept values, in both directions."""
+def test_it_reads_what_the_format_holds(emulator, arch: int, kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, at 8 tokens: besides x, at most 1.15 times the bits and the kept values, in both directions."""
+    monkeypatch.setattr(choice, "listed_matmul", lambda *given: False)
     out, columns = 64, 256
     x, gy, _ = Problem(out, columns, 8).tensors()
     layer = SparseLinear.from_dense(torch.randn(out, columns).bfloat16(), None, torch.rand(out, columns) < kept)
@@ -73,23 +79,71 @@ def test_it_reads_what_the_format_holds(emulator, arch: int, kept: float) -> Non
         assert size <= read <= 1.15 * size, (transposed, read / size)
 
 
+def test_lists_are_read_once(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 8 tokens and a tenth kept: what lies anywhere in memory and is looked at, beside x, is at most 1.15 times the
+    bits and the kept values. Lanes past a run's end look at what their neighbours read anyway.
+    """
+    out, columns = 64, 1024
+    layer = SparseLinear.from_dense(torch.randn(out, columns).bfloat16(), None, torch.rand(out, columns) < 0.1)
+    lists = [layer.weight.detach(), layer.offsets, layer.pointers]
+    seen: list[set[int]] = [set(), set(), set()]
+    check = emulator.block.Block.check
+
+    def noting(block, address, size, mask, space, instruction) -> None:
+        places = (address if mask is None else address[mask]).ravel()
+        for tensor, found in zip(lists, seen, strict=True):
+            begin, _ = block.memory.places[tensor.untyped_storage().data_ptr()]
+            found.update(int(a) for a in places if space == "global" and begin <= a < begin + tensor.nbytes)
+        check(block, address, size, mask, space, instruction)
+
+    monkeypatch.setattr(emulator.block.Block, "check", noting)
+    with emulator.emulate(arch) as session:
+        sparse_matmul.sparse_forward(torch.randn(8, columns).bfloat16(), *lists, None, out)
+    assert session.stats["listed_matmul_kernel"].launches == 1
+    assert [len(found) for found in seen] == [tensor.numel() for tensor in lists]
+    assert sum(tensor.nbytes for tensor in lists) <= 1.15 * (out * columns // 8 + lists[0].nbytes)
+
+
+def test_lists_take_few_tokens_of_few_weights() -> None:
+    shape = 100, 128
+    assert choice.listed_matmul(8, 1600, shape)
+    assert not choice.listed_matmul(8, 1601, shape)
+    assert choice.listed_matmul(1, 12800, shape)
+    assert not choice.listed_matmul(9, 0, shape)
+
+
+def test_lists_cost_what_was_read_from_the_code() -> None:
+    """At a tenth kept, 24 lanes of a run for its 12.8 weights; and what a tile costs where that is taken."""
+    assert choice.sparse_costs(1, 0.1) == pytest.approx((2.65, 1.2 + 12.5 * 24 / 128))
+    assert choice.sparse_costs(3, 0.1) == pytest.approx((2.65, 1.2 + 20.8 * 24 / 128))
+    assert choice.sparse_costs(1, 1.0).instructions == pytest.approx(1.2 + 12.5)
+    assert choice.sparse_costs(8, 0.5) == (9, tables.SPARSE_INSTRUCTIONS)
+    assert choice.sparse_costs(9, 0.1) == pytest.approx((2.6, tables.SPARSE_INSTRUCTIONS))
+    for tokens in (1, 2, 4, 8):
+        assert choice.sparse_costs(tokens, 1.0 / tokens).instructions < 0.67 * tables.SPARSE_INSTRUCTIONS
+
+
 def test_sums_are_few_beside_the_weights_of_a_large_layer() -> None:
     """8 tokens, 4096 x 4096, nine tenths pruned: with y's sums, written and read, 1.15 of the format's size."""
     side, tokens = 4096, 8
+    kept, size = side * side // 10, side * side // 8 + 2 * (side * side // 10)
     for name in targets.TARGETS:
-        tile = tables.SPARSE_MATMUL[name]["half"][0][1]
-        splits = -(-side // (tile.depth * choice.steps_per_split(name, side // tile.rows, side, tile.depth)))
-        size = side * side // 8 + 2 * (side * side // 10)
-        sums = 2 * 4 * tokens * side * splits if splits > 1 else 0
-        pointers = 4 * side * side // (tile.rows * tile.depth)
-        assert size + pointers + sums <= 1.15 * size, (name, splits)
+        tile, lists = tables.SPARSE_MATMUL[name]["half"][0][1], tables.LISTED_MATMUL
+        forms = {
+            "tiles": (tile.rows, tile.depth, size + 4 * side * side // (tile.rows * tile.depth)),
+            "lists": (lists.rows, lists.chunks * CHUNK, 3 * kept + 4 * side * side // CHUNK),
+        }
+        for form, (rows, depth, read) in forms.items():
+            splits = -(-side // (depth * choice.steps_per_split(name, side // rows, side, depth)))
+            sums = 2 * 4 * tokens * side * splits if splits > 1 else 0
+            assert read + sums <= 1.15 * size, (name, form, splits)
 
 
 def test_a_layer_runs_it_and_its_gradients(emulator, arch: int) -> None:
-    x, gy, layer = Problem(37, 150, 5, "float32").tensors()
-    x, dense, bias = x.view(1, 5, 150).requires_grad_(), layer.to_dense().double(), layer.bias.detach().double()
+    x, gy, layer = Problem(37, 150, 8, "float32").tensors()
+    x, dense, bias = x.view(1, 8, 150).requires_grad_(), layer.to_dense().double(), layer.bias.detach().double()
     with emulator.emulate(arch) as session:
-        layer(x).backward(gy.view(1, 5, 37))
+        layer(x).backward(gy.view(1, 8, 37))
         with torch.no_grad():
             y = layer(x)
     assert session.stats["sparse_matmul_kernel"].launches == 3

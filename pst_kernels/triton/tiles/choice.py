@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
 import triton
+
+from pst_kernels.masks.chunks import CHUNK
 
 from . import tables, versions
 from .tables import Tile
@@ -83,6 +87,39 @@ def sparse_matmul(architecture: str, x: torch.dtype, tokens: int) -> Tile:
     """The tile of a product with packed weights, for at most SPARSE_TOKENS tokens."""
     table = tables.SPARSE_MATMUL[architecture]["float" if x == torch.float32 else "half"]
     return next(tile for most, tile in table if tokens <= most)
+
+
+def listed_matmul(tokens: int, kept: int, shape: tuple[int, int]) -> bool:
+    """Whether y is made from the lists: of few tokens, and where there are no more products than weights.
+
+    There `sparse_costs` has at most two thirds of a tile's instructions. Lists are 3 bytes a kept 16-bit weight in the
+    place of 2 and a bit for each: at 8 tokens and an eighth kept, 1.07 times as much.
+    """
+    return tokens <= tables.LISTED_TOKENS and kept * tokens <= shape[0] * shape[1]
+
+
+class Costs(NamedTuple):
+    """Of a weight, kept or not."""
+
+    bits: float  # that are read
+    instructions: float  # of a thread
+
+
+def sparse_costs(tokens: int, density: float) -> Costs:
+    """An estimate for a forward with packed 16-bit weights, kept at random.
+
+    With lists all lanes go on until the fullest of a program's runs is at its end.
+    """
+    if not tokens <= tables.LISTED_TOKENS or density * tokens > 1.0:
+        return Costs(16 * density + 1, tables.SPARSE_INSTRUCTIONS)
+    mean, spread = CHUNK * density, math.sqrt(CHUNK * density * (1.0 - density))
+    tile = tables.LISTED_MATMUL
+    runs = tile.rows * tile.chunks
+    most = min(CHUNK, mean + spread * NormalDist().inv_cdf((runs - 0.375) / (runs + 0.25)))  # Blom's, of the fullest
+    turn = tile.lanes * tile.turns
+    lanes = turn * math.ceil(most / turn)
+    a_lane = next(cost for most_tokens, cost in tables.LISTED_INSTRUCTIONS.items() if tokens <= most_tokens)
+    return Costs(24 * density + 32 / CHUNK, tables.LISTED_BESIDE + a_lane * lanes / CHUNK)
 
 
 def steps_per_split(architecture: str, tiles: int, depth: int, length: int) -> int:

@@ -18,6 +18,19 @@ class Tile(NamedTuple):
     slots: float | None = None  # budget of the main loop: issue slots per tensor-core cycle, read from machine code
 
 
+class Lists(NamedTuple):
+    """What one program computes of a product with lists: rows of W, and chunks of their columns at once.
+
+    A row of a chunk has `lanes`, which take its kept weights in `turns` between two looks at whether any is left.
+    """
+
+    rows: int
+    chunks: int
+    lanes: int
+    turns: int
+    warps: int
+
+
 # The masked matmul's rows are the weight's (of its transpose for the input gradient), columns are tokens, depth is what
 # is summed over. By the number of tokens up to which a tile is used; ODD where depth is no multiple of the tile's.
 Table = dict[str, tuple[tuple[int, Tile], ...]]
@@ -154,4 +167,9 @@ _SPARSE = {
     "float": ((16, Tile(16, 16, 128, 4, 1)), (64, Tile(16, 32, 128, 4, 1))),
 }  # fmt: skip
 SPARSE_MATMUL = dict.fromkeys(TARGETS, _SPARSE)
+
+# From lists, for very few tokens. Instructions of a thread, read from sm_90's code for 16 bits: those of a lane's kept
+# weight, by the number of tokens, and what else there is, of a weight (kept or not).
+LISTED_TOKENS, LISTED_MATMUL = 8, Lists(32, 8, 4, 2, 8)
+LISTED_INSTRUCTIONS, LISTED_BESIDE = {1: 12.5, 2: 16.2, 4: 20.8, 8: 32.0}, 1.2
 SPARSE_INSTRUCTIONS = 21  # budget of the main loop, instructions of a thread a weight (16-bit W and x, whole tiles)

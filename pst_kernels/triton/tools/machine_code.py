@@ -41,6 +41,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "group_mask": cases.of_tables, "matmul": cases.of_matmul, "gradients": cases.of_gradients,
     "block_lists": block_cases.of_lists, "block_matmul": block_cases.of_matmul,
     "block_gradients": block_cases.of_gradients, "sparse_matmul": sparse_cases.of_products,
+    "listed_matmul": sparse_cases.of_lists,
 }  # fmt: skip
 KERNEL_FILES = tuple(CASES)
 TENSOR_CORE = re.compile(r"[HQI]?G?MMA$|UTC\w*MMA$")

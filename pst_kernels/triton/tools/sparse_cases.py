@@ -37,6 +37,15 @@ def of_products() -> Iterator[Case]:
         )
 
 
+def of_lists() -> Iterator[Case]:
+    """Products of very few tokens: each number that one is compiled for, and other dtypes."""
+    for tokens in (1, 2, 4, 8):
+        yield _product(BF16, BF16, tokens, False)
+    for weight, x in ((FP32, FP32), (FP16, FP16), (FP32, BF16)):
+        for tokens in (1, 8):
+            yield _product(weight, x, tokens, False)
+
+
 def _budget(tile: tables.Tile) -> float | None:
     """SPARSE_INSTRUCTIONS as issue slots per tensor-core cycle; none for gfx942, whose code is not read."""
     name = architecture()
