@@ -22,6 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],  # those that were run
     packages=find_packages(include=["pst_kernels", "pst_kernels.*"]),
     package_data={"pst_kernels": ["py.typed"]},
     install_requires=[
