@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: finetune test test-quick record lint gpu test-gpu docs notebook bench bench-quick bench-ops clean
+.PHONY: finetune test test-quick record lint package gpu test-gpu docs notebook bench bench-quick bench-ops clean
 
 finetune: $(VENV)/demo.stamp
 	$(RUN) -m pst_kernels.cli finetune --output runs/finetune $(ARGS)
@@ -27,6 +27,10 @@ lint: $(VENV)/dev.stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The wheel and the sdist, each installed into an empty environment that runs README's quick start
+package: $(VENV)/dev.stamp
+	$(RUN) tests/package/fresh_install.py $(ARGS)
 
 # All that needs a GPU, in nine minutes, on a machine without network: with the Python that is there, installing nothing.
 gpu:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FINETUNE = ["transformers>=4.48", "accelerate>=1.1", "matplotlib>=3.8", "rich>=13"]
-BENCH = ["pytest-benchmark>=4", "matplotlib>=3.8", "rich>=13", "transformers>=4.48"]
+FINETUNE = ["transformers>=5", "accelerate>=1.1", "matplotlib>=3.8", "rich>=13"]
+BENCH = ["pytest-benchmark>=4", "matplotlib>=3.8", "rich>=13", "transformers>=5"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     "pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "hypothesis>=6", "ruff>=0.9", "mypy>=1.14",
@@ -22,6 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    classifiers=[f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)],  # those that were run
     packages=find_packages(include=["pst_kernels", "pst_kernels.*"]),
     package_data={"pst_kernels": ["py.typed"]},
     install_requires=[
@@ -36,7 +37,7 @@ setup(
         "demo": DEMO,
         "notebook": [*DEMO, "nbconvert>=7", "ipykernel>=6"],
         "bench": BENCH,
-        "docs": [*DOCS, "transformers>=4.48"],
+        "docs": [*DOCS, "transformers>=5"],
         "dev": [*FINETUNE, *BENCH, *DEV],
     },
     entry_points={"console_scripts": ["pst-kernels=pst_kernels.cli:main"]},

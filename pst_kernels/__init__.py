@@ -68,10 +68,12 @@ __all__ = [
 LAZY = {"PSTCallback": ".callback", "DistillationTrainer": ".distillation_trainer", "load_sparse": ".hf"}
 
 
-def __getattr__(name: str) -> Any:
-    if name in LAZY:
-        try:
-            return getattr(importlib.import_module(LAZY[name], __name__), name)
-        except ModuleNotFoundError as error:
-            raise ImportError(f"{name} needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # to a type checker, a module with this has every name
+
+    def __getattr__(name: str) -> Any:
+        if name in LAZY:
+            try:
+                return getattr(importlib.import_module(LAZY[name], __name__), name)
+            except ModuleNotFoundError as error:
+                raise ImportError(f"{name} needs {error.name}; run: pip install 'pst_kernels[finetune]'") from error
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

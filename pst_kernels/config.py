@@ -19,10 +19,12 @@ from .masks import patterns
 
 CONFIG_NAME = "pst_config.json"
 ALL_LINEAR = "all-linear"
-MASKED_WEIGHT = ("auto", "keep", "remake")
-ALLOCATIONS = ("uniform", "global")
-MAGNITUDES = ("plain", "fisher")
-PRODUCTS = ("auto", "dense", "sparse")
+CHOICES = {
+    "masked_weight": ("auto", "keep", "remake"),
+    "products": ("auto", "dense", "sparse"),
+    "magnitude": ("plain", "fisher"),
+    "allocation": ("uniform", "global"),
+}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -153,12 +155,9 @@ class PSTConfig:
         for name in ("through_magnitude", "train_bias", "recompute_input", "train_kept"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        if self.masked_weight not in MASKED_WEIGHT:
-            raise ValueError(
-                f"masked_weight={self.masked_weight!r} is not known; use one of {', '.join(MASKED_WEIGHT)}"
-            )
-        if self.products not in PRODUCTS:
-            raise ValueError(f"products={self.products!r} is not known; use one of {', '.join(PRODUCTS)}")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(known)}")
         if self.products == "sparse" and self.pattern != "unstructured":
             raise ValueError(
                 f"products='sparse' is for pattern='unstructured', got pattern={self.pattern!r}; leave products out"
@@ -166,14 +165,10 @@ class PSTConfig:
         if self.products == "sparse" and self.masked_weight == "keep":
             raise ValueError("products='sparse' and masked_weight='keep' exclude one another; leave one of them out")
         self._check_rest()
-        if self.magnitude not in MAGNITUDES:
-            raise ValueError(f"magnitude={self.magnitude!r} is not known; use one of {', '.join(MAGNITUDES)}")
         if self.magnitude == "fisher" and patterns.parse(self.pattern).block_size is not None:
             raise ValueError(
                 f"magnitude='fisher' is for pattern='unstructured' or 'N:M', got pattern={self.pattern!r}; leave it out"
             )
-        if self.allocation not in ALLOCATIONS:
-            raise ValueError(f"allocation={self.allocation!r} is not known; use one of {', '.join(ALLOCATIONS)}")
         if self.allocation == "global" and self.pattern != "unstructured":
             raise ValueError(
                 f"allocation='global' is for pattern='unstructured', got pattern={self.pattern!r}: how many weights a"

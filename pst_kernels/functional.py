@@ -169,6 +169,11 @@ def in_dimensions_of(x: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[1]])
 
 
+def bias_gradient(gy: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over tokens, made in fp32 at least, in the bias's dtype."""
+    return gy.sum(0, dtype=compute_dtype(gy.dtype)).to(dtype)
+
+
 def check(x: Tensor, operands: MaskedWeight, bias: Tensor | None) -> None:
     """Raise ValueError or TypeError that names what does not fit."""
     weight, factors, mask, _ = operands
@@ -264,7 +269,7 @@ class _PSTLinear(torch.autograd.Function):
                     dx = gy_ @ masked
                 elif values is not None and needs_input:
                     dx, _ = ops.sparse_backward(gy_, x, values, offsets, pointers, weight.shape[1], True, False)
-        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
+        dbias = bias_gradient(gy, ctx.bias_dtype) if needs_bias else None
         gradients = [
             None if not need else gradient if gradient.dtype is factor.dtype else gradient.to(factor.dtype)
             for gradient, factor, need in zip(found, factors, needs_factors, strict=True)

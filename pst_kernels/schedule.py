@@ -161,7 +161,7 @@ class SparsitySchedule:
         refresh_layers(self.layers, only_grouped=True)
 
     def _read_pruned(self) -> None:
-        self._pruned = [int(layer.pst_num_pruned) for layer in self.layers]  # on the host: stepping never waits
+        self._pruned = [int(layer.pst_num_pruned) for layer in self.layers]  # a step need not ask the device
 
     def _set_sparsity(self) -> None:
         sparsity = self.sparsity

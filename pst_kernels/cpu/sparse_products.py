@@ -1,7 +1,8 @@
 """Products with a weight of which only lists of kept weights are stored: y = x W^T + bias, and gy^T x where it is kept.
 
 A NaN or an infinity of x reaches the outputs whose weight for that column is kept, as in a dense product, and no other:
-there a dense product would make NaN of 0 * inf, and this one never looks.
+there a dense product makes NaN of 0 * inf, and the compiled passes do not look. Without them (no Numba, other dtypes)
+the product is a dense one.
 """
 
 from __future__ import annotations

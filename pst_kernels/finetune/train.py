@@ -1,7 +1,8 @@
 """One method, start to end: train with `transformers.Trainer`, save, and judge what was saved.
 
 `run` is called in a process of its own, so that the peak memory of one method is not hidden by the other's. Under
-torchrun the processes share each batch, and the first one writes. A kill at any moment leaves whole checkpoints only.
+torchrun the processes share each batch, and the first one writes. A run that goes on after a kill takes the
+newest whole checkpoint, and removes what is half written.
 """
 
 from __future__ import annotations

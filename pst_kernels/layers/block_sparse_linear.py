@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cpu.kept_blocks import row_of_each, starts
-from ..functional import autocasts, operand_dtype, without_autocast
-from ..operands import FLOATING, compute_dtype
+from ..functional import bias_gradient, operand_dtype, without_autocast
+from ..operands import FLOATING
 from .stored import StoredParts
 
 
@@ -137,7 +137,7 @@ class BlockSparseLinear(StoredParts):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) to y (..., out), in x's dtype, or in autocast's under autocast."""
-        self._check(x)
+        self._check(x, self.weight)
         dtype = operand_dtype(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         flat = x.reshape(-1, self.in_features).to(dtype).contiguous()
@@ -147,15 +147,9 @@ class BlockSparseLinear(StoredParts):
             )
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
-    def _check(self, x: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must be (..., {self.in_features}), got shape {tuple(x.shape)}")
-        dtype, device = self.weight.dtype, self.weight.device
-        if x.device != device:
-            raise ValueError(f"weight is on {device} but x is on {x.device}; move the layer or the input")
-        if x.dtype != dtype and not (x.is_floating_point() and autocasts(x)):
-            raise TypeError(f"x is {x.dtype} but weight is {dtype}; cast x with x.to({dtype}), or use torch.autocast")
-        if self.weight.requires_grad and torch.is_grad_enabled():
+    def _check(self, x: Tensor, weight: Tensor) -> None:
+        super()._check(x, weight)
+        if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 "weight requires grad, but a BlockSparseLinear does not train it; call weight.requires_grad_(False)"
             )
@@ -214,5 +208,5 @@ class _Product(torch.autograd.Function):
         # contiguous(): the gradient of a sum has stride 0, and each product of a block would copy it
         kept = ctx.saved_tensors
         dx = ops.kept_blocks_backward(gy.contiguous(), *kept, ctx.in_features) if needs_input else None
-        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(gy.dtype) if needs_bias else None
+        dbias = bias_gradient(gy, gy.dtype) if needs_bias else None
         return dx, None, dbias, None, None, None

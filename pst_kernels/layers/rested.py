@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .. import ops
-from ..functional import Made, in_dimensions_of, without_autocast
+from ..functional import Made, bias_gradient, in_dimensions_of, without_autocast
 from ..operands import MaskedWeight, compute_dtype
 from .fixed import add_at
 
@@ -90,7 +90,7 @@ class _RestedLinear(torch.autograd.Function):
                 dx, dU, dV = gradient.dense(made.masked)
                 d_added = dU  # of none
         of_added = None
-        dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
+        dbias = bias_gradient(gy, ctx.bias_dtype) if needs_bias else None
         zeros = [None if rest.frozen else torch.zeros_like(factor) for factor in operands.factors[2:]]
         pairs = zip((dU, dV, *zeros), operands.factors, needs_factors, strict=True)
         of_factors = [None if d is None or not need else d.to(factor.dtype) for d, factor, need in pairs]

@@ -10,9 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..cpu.sparse_rows import SparseRows
-from ..functional import autocasts, operand_dtype, without_autocast
+from ..functional import bias_gradient, operand_dtype, without_autocast
 from ..masks.chunks import CHUNK, chunks_of
-from ..operands import FLOATING, compute_dtype
+from ..operands import FLOATING
 from .checks import is_conv1d
 from .stored import StoredParts
 
@@ -143,15 +143,6 @@ class SparseLinear(StoredParts):
                 y = ops.sparse_product(*operands)
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
-    def _check(self, x: Tensor, values: Tensor) -> None:
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x must be (..., {self.in_features}), got shape {tuple(x.shape)}")
-        if x.device != values.device:
-            raise ValueError(f"weight is on {values.device} but x is on {x.device}; move the layer or the input")
-        if x.dtype is not values.dtype and not (x.is_floating_point() and autocasts(x)):
-            dtype = values.dtype
-            raise TypeError(f"x is {x.dtype} but weight is {dtype}; cast x with x.to({dtype}), or use torch.autocast")
-
     def _take(self, values: Tensor, offsets: Tensor, pointers: Tensor) -> None:
         self.weight = nn.Parameter(values, requires_grad=self.weight.requires_grad)
         self.offsets, self.pointers = offsets, pointers
@@ -205,6 +196,6 @@ class _Product(torch.autograd.Function):
                 dx, of_values = ops.sparse_backward(
                     gy, gy if x is None else x, values, offsets, pointers, ctx.in_features, needs_input, needs_values
                 )
-            dbias = gy.sum(0, dtype=compute_dtype(gy.dtype)).to(ctx.bias_dtype) if needs_bias else None
+            dbias = bias_gradient(gy, ctx.bias_dtype) if needs_bias else None
         of_values = of_values.to(values.dtype) if needs_values and of_values is not None else None
         return dx if needs_input else None, of_values, None, None, dbias, None

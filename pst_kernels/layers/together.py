@@ -97,7 +97,7 @@ def _held(looks: Sequence[Look]) -> list[Any]:
 
 
 def refresh_layers(layers: Iterable[PSTLayer], only_grouped: bool = False) -> None:
-    """Bring the masks that are due up to date, on the current stream; nothing waits for the device.
+    """Bring the masks that are due up to date, on the current stream; a grouped pass does not wait for the device.
 
     `only_grouped`: not those of layers that are sharded, or on a device without grouped passes, whose next forward does
     it. The others may be part of a captured graph, which looks at nothing.

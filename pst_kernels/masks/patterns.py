@@ -40,7 +40,7 @@ class Unstructured:
     """Every weight for itself. The other patterns differ from it as their methods say."""
 
     mask_interval = 1  # default number of optimizer steps from one mask to the next
-    block_size: ClassVar[int | None] = None  # of patterns whose products visit kept blocks only
+    block_size: ClassVar[int | None] = None  # of blocks that products skip, but for the scores' gradients
     with_masked_weight: ClassVar[bool] = True  # whether the pass that makes the mask can make M * W' too
     across_processes: ClassVar[bool] = True  # whether the mask of a sharded weight can be made
 

@@ -92,6 +92,14 @@ def test_every_public_name():
     assert all(getattr(pst, name) is not None for name in names)
 
 
+def test_the_typed_program_uses_every_public_name():
+    """`make lint` and `make package` check its types."""
+    text = Path(__file__).with_name("typed_user.py").read_text(encoding="utf-8")
+    names = [f"pst.{name}(" for name in pst.__all__ if name != "functional"]
+    names += [f"functional.{name}(" for name in functional.__all__]
+    assert not [name for name in names if name not in text and name.replace("(", ".from_linear(") not in text]
+
+
 def parameters(function) -> list[str]:
     """Names as they are written in a signature, `*` before keyword-only ones, defaults after `=`."""
     found, star = [], False

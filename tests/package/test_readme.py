@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 import torch
+from pages import PAGES, README, ROOT, blocks
 from transformers import BertConfig, BertForSequenceClassification
 
 import pst_kernels as pst
 from bench.accuracy import catalogue, methods
 from bench.accuracy.tasks import Size, Topic
 
-ROOT = Path(__file__).parents[2]
-README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
+TROUBLESHOOTING = PAGES["troubleshooting"]
 OTHER_LIBRARIES = (
     "torch.amp.grad_scaler",
     "torch.utils.checkpoint",
@@ -33,20 +33,6 @@ OTHER_LIBRARIES = (
 )
 
 
-PAGES = {path.stem: path for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
-
-
-def blocks(page: str) -> list[tuple[str, str | None]]:
-    """The Python of a page, block by block, and what each is said to print."""
-    found = re.findall(r"```(python|text)\n(.*?)```", PAGES[page].read_text(encoding="utf-8"), re.S)
-    following = [*found[1:], ("", "")][: len(found)]
-    return [
-        (text, then if after == "text" else None)
-        for (kind, text), (after, then) in zip(found, following, strict=True)
-        if kind == "python"
-    ]
-
-
 def printed(code: str, names: dict[str, Any]) -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
@@ -54,7 +40,7 @@ def printed(code: str, names: dict[str, Any]) -> str:
     return output.getvalue()
 
 
-# That of a Trainer has a test of its own below, that of the study too.
+# What is for several processes has a test of its own below, the recipe of the study too.
 SHOWN = {page: blocks(page) for page in PAGES if blocks(page)}
 
 
@@ -68,7 +54,7 @@ def test_what_a_page_shows_runs_and_prints_what_it_says(page, tmp_path, monkeypa
         size = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
         names = {"torch": torch, "pst": pst, "model": BertForSequenceClassification(BertConfig(**size))}
     for code, expected in SHOWN[page]:
-        if "Trainer(" in code:
+        if "accelerator.end_training()" in code:
             continue
         output = printed(code, names)
         assert expected is None or output == expected

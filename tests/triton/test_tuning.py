@@ -108,15 +108,6 @@ def test_sweeps_of_small_tiles_leave_as_many_warps() -> None:
     assert choice.sweep_length("sm_90", tile, 32, 32, 1024, 17) == 4
 
 
-def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "t.json"
-    tune.write(path, GOOD)
-    with pytest.raises(TypeError):
-        tune.write(path, {"not json": object()})
-    assert json.loads(path.read_text()) == GOOD
-    assert list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_needs_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     parser = argparse.ArgumentParser()

@@ -64,4 +64,6 @@ row = _compiler(numba.njit, fastmath=_EXACT, nogil=True, pipeline_class=_NoAlias
 # A sum along a row may be split over vector lanes.
 reduction = _compiler(numba.njit, fastmath=_EXACT | {"reassoc"}, nogil=True, pipeline_class=_NoAlias)
 part = _compiler(numba.njit, fastmath=_EXACT, nogil=True)
+# put in place by Numba: as a call, what a loop does with arrays of its caller's took 7 % of a small product
+inlined = _compiler(numba.njit, fastmath=_EXACT, nogil=True, inline="always")
 whole_pass = _compiler(numba.cfunc, types.void(types.int64), fastmath=_EXACT)

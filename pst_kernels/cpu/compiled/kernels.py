@@ -13,6 +13,7 @@ from pst_kernels.masks.packing import PAIRS, WORD
 from . import row_loops
 from .jit import part, whole_pass
 from .threads import pointer_to, take_task
+from .views import record_of
 
 _ADDRESSES = (
     "weight", "U", "V", "A", "B", "R", "C", "packed", "masked", "scores", "below", "found", "candidate_scores",
@@ -26,6 +27,7 @@ _NUMBERS = (
 ARGUMENTS = np.dtype(
     [(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)] + [("lower", np.float32), ("upper", np.float32)]
 )
+_arguments = record_of(ARGUMENTS)
 # Elements behind the last candidate that may be written to: a score is stored before it is known to be a candidate, as
 # many at a time as flags are looked at together.
 SLACK = 8
@@ -49,11 +51,6 @@ def _words(address, height, width):
 @part
 def _integers(address, size):
     return numba.carray(pointer_to(address), (size,), np.int64)
-
-
-@part
-def _arguments(address):
-    return numba.carray(pointer_to(address), (1,), ARGUMENTS)[0]
 
 
 @part

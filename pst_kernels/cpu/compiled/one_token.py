@@ -6,7 +6,6 @@ the bits with the layer.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,9 +16,10 @@ from . import threads as team
 from .expansion import BYTES, bit_products
 from .jit import whole_pass
 from .ready import Lists, Ready
-from .sparse_passes import _floats, _halves, _integers, _narrow, pack_token
-from .threads import pointer_to, take_task
+from .sparse_passes import add_lanes, pack_token
+from .threads import take_task
 from .vectors import LANES
+from .views import bytes_at, floats_at, halves_at, integers_at, record_of
 
 MOST_ROWS = 1024  # of a task: their sums, lane by lane, stay in a core's second cache
 LINE = 16  # floats of y that two threads must not write at once
@@ -29,19 +29,20 @@ _NUMBERS = (
 )  # fmt: skip
 _ADDRESSES = ("values", "offsets", "bits", "pointers", "bias", "packed", "sums")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
+_frame = record_of(FRAME)
 
 
 @whole_pass
 def make_bits(address):
     """One bit a weight, (chunks, rows, 16 bytes), of offsets and pointers. A task is a chunk."""
-    f = numba.carray(pointer_to(address), (1,), FRAME)[0]
+    f = _frame(address)
     while True:
         task = take_task(address)
         if task >= f.tasks:
             return
-        pointers = _integers(f.pointers + 4 * task * f.rows, f.rows + 1)
-        bits = numba.carray(pointer_to(f.bits + BYTES * task * f.rows), (BYTES * f.rows,), np.uint8)
-        offsets = numba.carray(pointer_to(f.offsets), (np.int64(pointers[f.rows]),), np.uint8)
+        pointers = integers_at(f.pointers + 4 * task * f.rows, f.rows + 1)
+        bits = bytes_at(f.bits + BYTES * task * f.rows, BYTES * f.rows)
+        offsets = bytes_at(f.offsets, np.int64(pointers[f.rows]))
         bits[:] = np.uint8(0)
         for i in range(f.rows):
             for entry in range(pointers[i], pointers[i + 1]):
@@ -52,13 +53,13 @@ def make_bits(address):
 @whole_pass
 def multiply(address):
     """y (1, rows) = x (1, columns) W^T + bias. A task is a group of rows."""
-    f = numba.carray(pointer_to(address), (1,), FRAME)[0]
+    f = _frame(address)
     slot = take_task(address + 8)
     chunks = (f.columns + CHUNK - 1) // CHUNK
-    kept = np.int64(_integers(f.pointers + 4 * f.rows * chunks, 1)[0])
+    kept = np.int64(integers_at(f.pointers + 4 * f.rows * chunks, 1)[0])
     packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
-    bias, totals = _floats(f.bias, f.rows), _floats(sums, f.task_rows * LANES)
-    y, y_halves = _floats(f.y, f.rows), _halves(f.y, f.rows)
+    bias, totals = floats_at(f.bias, f.rows), floats_at(sums, f.task_rows * LANES)
+    y, y_halves = floats_at(f.y, f.rows), halves_at(f.y, f.rows)
     pack_token(f.x, f.x_is_bf16, f.columns, packed)
     while True:
         task = take_task(address)
@@ -71,17 +72,7 @@ def multiply(address):
                 f.values_are_bf16, f.values, f.offsets, bits, pointers, kept, first, last, packed + chunk * CHUNK * 4,
                 sums, np.int64(chunk == 0),
             )  # fmt: skip
-        # as in `multiply_one`: a function for both took 7 % of a product of 3072 x 768
-        for i in range(first, last):
-            total = np.float32(0)
-            for lane in range(LANES):
-                total += totals[(i - first) * LANES + lane]
-            if f.bias:
-                total += bias[i]
-            if f.y_is_bf16:
-                y_halves[i] = _narrow(total)
-            else:
-                y[i] = total
+        add_lanes(f, totals, bias, y, y_halves, first, last)
 
 
 def prepared(x: Tensor, lists: Lists, bias: Tensor | None) -> Ready:

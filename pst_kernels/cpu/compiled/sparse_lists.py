@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import llvmlite.ir
-import numba
 import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
@@ -12,37 +11,14 @@ from pst_kernels.masks.chunks import CHUNK
 from pst_kernels.masks.packing import WORD
 
 from .jit import part, whole_pass
-from .threads import pointer_to, take_task
+from .threads import take_task
+from .views import bytes_at, halves_at, integers_at, record_of, words_at
 
 WORDS = CHUNK // WORD  # packed words of a chunk of a row
 _NUMBERS = ("next", "tasks", "task_rows", "rows", "columns", "row_stride", "column_stride", "words", "is_16_bit")
 _ADDRESSES = ("packed", "weight", "values", "offsets", "pointers", "bases", "its_values", "its_offsets", "its_pointers")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
-
-
-@part
-def _frame(address):
-    return numba.carray(pointer_to(address), (1,), FRAME)[0]
-
-
-@part
-def _array32(address, size):
-    return numba.carray(pointer_to(address), (size,), np.uint32)
-
-
-@part
-def _array16(address, size):
-    return numba.carray(pointer_to(address), (size,), np.uint16)
-
-
-@part
-def _array8(address, size):
-    return numba.carray(pointer_to(address), (size,), np.uint8)
-
-
-@part
-def _integers(address, size):
-    return numba.carray(pointer_to(address), (size,), np.int32)
+_frame = record_of(FRAME)
 
 
 @intrinsic
@@ -83,13 +59,13 @@ def _in_order(word):
 def count(address):
     """How many weights of each row are kept in each chunk, into pointers[1 + chunk * rows + row]."""
     f = _frame(address)
-    counts = _integers(f.pointers + 4, f.rows * ((f.columns + CHUNK - 1) // CHUNK))
+    counts = integers_at(f.pointers + 4, f.rows * ((f.columns + CHUNK - 1) // CHUNK))
     while True:
         task = take_task(address)
         if task >= f.tasks:
             return
         for i in range(task * f.task_rows, min(f.rows, (task + 1) * f.task_rows)):
-            words = _array32(f.packed + 4 * i * f.words, f.words)
+            words = words_at(f.packed + 4 * i * f.words, f.words)
             for first in range(0, f.words, WORDS):
                 total = np.int64(0)
                 for w in range(first, min(first + WORDS, f.words)):
@@ -101,17 +77,17 @@ def count(address):
 def fill(address):
     """Values and offsets of the kept weights, from the mask and a weight of any strides."""
     f = _frame(address)
-    kept = np.int64(_integers(f.pointers + 4 * f.rows * ((f.columns + CHUNK - 1) // CHUNK), 1)[0])
-    pointers = _integers(f.pointers, f.rows * ((f.columns + CHUNK - 1) // CHUNK))
-    values32, values16, offsets = _array32(f.values, kept), _array16(f.values, kept), _array8(f.offsets, kept)
+    kept = np.int64(integers_at(f.pointers + 4 * f.rows * ((f.columns + CHUNK - 1) // CHUNK), 1)[0])
+    pointers = integers_at(f.pointers, f.rows * ((f.columns + CHUNK - 1) // CHUNK))
+    values32, values16, offsets = words_at(f.values, kept), halves_at(f.values, kept), bytes_at(f.offsets, kept)
     extent = (f.rows - 1) * f.row_stride + (f.columns - 1) * f.column_stride + 1
-    weight32, weight16 = _array32(f.weight, extent), _array16(f.weight, extent)
+    weight32, weight16 = words_at(f.weight, extent), halves_at(f.weight, extent)
     while True:
         task = take_task(address)
         if task >= f.tasks:
             return
         for i in range(task * f.task_rows, min(f.rows, (task + 1) * f.task_rows)):
-            words = _array32(f.packed + 4 * i * f.words, f.words)
+            words = words_at(f.packed + 4 * i * f.words, f.words)
             for first in range(0, f.words, WORDS):
                 entry = np.int64(pointers[first // WORDS * f.rows + i])
                 for w in range(first, min(first + WORDS, f.words)):
@@ -134,13 +110,13 @@ def transpose(address):
     f = _frame(address)
     chunks, its_chunks = (f.columns + CHUNK - 1) // CHUNK, (f.rows + CHUNK - 1) // CHUNK
     pointers, its_pointers = (
-        _integers(f.pointers, f.rows * chunks + 1),
-        _integers(f.its_pointers, f.columns * its_chunks + 1),
+        integers_at(f.pointers, f.rows * chunks + 1),
+        integers_at(f.its_pointers, f.columns * its_chunks + 1),
     )
-    kept, bases = np.int64(pointers[f.rows * chunks]), _integers(f.bases, f.tasks)
-    offsets, its_offsets = _array8(f.offsets, kept), _array8(f.its_offsets, kept)
-    values32, its_values32 = _array32(f.values, kept), _array32(f.its_values, kept)
-    values16, its_values16 = _array16(f.values, kept), _array16(f.its_values, kept)
+    kept, bases = np.int64(pointers[f.rows * chunks]), integers_at(f.bases, f.tasks)
+    offsets, its_offsets = bytes_at(f.offsets, kept), bytes_at(f.its_offsets, kept)
+    values32, its_values32 = words_at(f.values, kept), words_at(f.its_values, kept)
+    values16, its_values16 = halves_at(f.values, kept), halves_at(f.its_values, kept)
     cursors = np.empty(CHUNK, np.int32)
     while True:
         task = take_task(address)

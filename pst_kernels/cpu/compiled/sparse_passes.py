@@ -6,13 +6,12 @@ stays in a core's first cache while all rows pass over it, and a row's sums over
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 
 from pst_kernels.masks.chunks import CHUNK
 
-from .jit import part, whole_pass
-from .threads import pointer_to, take_task
+from .jit import inlined, part, whole_pass
+from .threads import take_task
 from .vectors import (
     HALVES,
     LANES,
@@ -25,6 +24,7 @@ from .vectors import (
     transpose_to_halves,
     vector_products,
 )
+from .views import floats_at, halves_at, integers_at, record_of
 
 ROWS = 512  # rows whose sums are held at once: 128 KB with 64 tokens, which stay in a core's second cache
 _NUMBERS = (
@@ -34,27 +34,8 @@ _NUMBERS = (
 _ADDRESSES = ("x", "y", "values", "offsets", "pointers", "bias", "tiles", "packed", "sums", "packed_y", "out")
 # `packed_bytes` lie between the scratch of two threads; an address of 0: there is none
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
+_frame = record_of(FRAME)
 SQUARE = 8  # of the transposes
-
-
-@part
-def _frame(address):
-    return numba.carray(pointer_to(address), (1,), FRAME)[0]
-
-
-@part
-def _floats(address, size):
-    return numba.carray(pointer_to(address), (size,), np.float32)
-
-
-@part
-def _halves(address, size):
-    return numba.carray(pointer_to(address), (size,), np.uint16)
-
-
-@part
-def _integers(address, size):
-    return numba.carray(pointer_to(address), (size,), np.int32)
 
 
 @part
@@ -80,7 +61,7 @@ def _pack(source, stride, is_bf16, tokens, columns, width, packed):
     """packed (columns, width) = source (tokens, columns)^T in fp32, zero behind the last token."""
     size = 2 if is_bf16 else 4
     whole = columns // SQUARE * SQUARE
-    out = _floats(packed, columns * width)
+    out = floats_at(packed, columns * width)
     for first in range(0, width, SQUARE):
         there, start = min(SQUARE, max(0, tokens - first)), 0
         if there == SQUARE:
@@ -98,11 +79,11 @@ def _pack(source, stride, is_bf16, tokens, columns, width, packed):
         for token in range(there):
             line = source + (first + token) * stride * size
             if is_bf16:
-                halves = _halves(line, columns)
+                halves = halves_at(line, columns)
                 for j in range(start, columns):
                     out[j * width + first + token] = _widen(halves[j])
             else:
-                floats = _floats(line, columns)
+                floats = floats_at(line, columns)
                 for j in range(start, columns):
                     out[j * width + first + token] = floats[j]
 
@@ -112,7 +93,7 @@ def _unpack(sums, width, rows, target, stride, is_bf16, tokens):
     """target (tokens, rows) = sums (rows, width)^T."""
     size = 2 if is_bf16 else 4
     whole = rows // SQUARE * SQUARE
-    values = _floats(sums, rows * width)
+    values = floats_at(sums, rows * width)
     for first in range(0, tokens, SQUARE):
         there, start = min(SQUARE, tokens - first), 0
         if there == SQUARE:
@@ -126,11 +107,11 @@ def _unpack(sums, width, rows, target, stride, is_bf16, tokens):
         for token in range(there):
             line = target + (first + token) * stride * size
             if is_bf16:
-                halves = _halves(line, rows)
+                halves = halves_at(line, rows)
                 for i in range(start, rows):
                     halves[i] = _narrow(values[i * width + first + token])
             else:
-                floats = _floats(line, rows)
+                floats = floats_at(line, rows)
                 for i in range(start, rows):
                     floats[i] = values[i * width + first + token]
 
@@ -147,9 +128,9 @@ def _form(width):
 @part
 def _chunk_product(f, chunk, form, width, panel, sums, first, last):
     """Add one chunk's columns to the sums of rows first to last."""
-    pointers = _integers(f.pointers + 4 * chunk * f.rows, f.rows + 1)
+    pointers = integers_at(f.pointers + 4 * chunk * f.rows, f.rows + 1)
     size = 2 if f.values_are_bf16 else 4
-    bias = _floats(f.bias, f.rows)
+    bias = floats_at(f.bias, f.rows)
     starts = np.int64(chunk == 0)
     for i in range(first, last):
         begin, end = np.int64(pointers[i]), np.int64(pointers[i + 1])
@@ -172,7 +153,7 @@ def multiply(address):
         if task >= f.tasks:
             return
         tile, group = task // f.groups, task % f.groups
-        place = _integers(f.tiles + 8 * tile, 2)
+        place = integers_at(f.tiles + 8 * tile, 2)
         token, width = np.int64(place[0]), np.int64(place[1])
         tokens = min(width, f.tokens - token)
         form = np.int64(HALVES) if f.values_are_bf16 else np.int64(_form(width))
@@ -195,9 +176,24 @@ def multiply(address):
 def pack_token(x, is_bf16, columns, packed):
     """One token's x in fp32, with zeros up to the end of the last chunk."""
     _pack(x, 0, is_bf16, 1, columns, 1, packed)
-    table = _floats(packed, (columns + CHUNK - 1) // CHUNK * CHUNK)
+    table = floats_at(packed, (columns + CHUNK - 1) // CHUNK * CHUNK)
     for j in range(columns, table.size):
         table[j] = np.float32(0)
+
+
+@inlined
+def add_lanes(f, totals, bias, y, y_halves, first, last):
+    """y of one token and rows first to last, of their sums lane by lane."""
+    for i in range(first, last):
+        total = np.float32(0)
+        for lane in range(LANES):
+            total += totals[(i - first) * LANES + lane]
+        if f.bias:
+            total += bias[i]
+        if f.y_is_bf16:
+            y_halves[i] = _narrow(total)
+        else:
+            y[i] = total
 
 
 @whole_pass
@@ -206,10 +202,10 @@ def multiply_one(address):
     f = _frame(address)
     slot = take_task(address + 8)
     chunks = (f.columns + CHUNK - 1) // CHUNK
-    kept = np.int64(_integers(f.pointers + 4 * f.rows * chunks, 1)[0])
+    kept = np.int64(integers_at(f.pointers + 4 * f.rows * chunks, 1)[0])
     packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
-    bias, totals = _floats(f.bias, f.rows), _floats(sums, ROWS * LANES)
-    y, y_halves = _floats(f.y, f.rows), _halves(f.y, f.rows)
+    bias, totals = floats_at(f.bias, f.rows), floats_at(sums, ROWS * LANES)
+    y, y_halves = floats_at(f.y, f.rows), halves_at(f.y, f.rows)
     pack_token(f.x, f.x_is_bf16, f.columns, packed)
     while True:
         task = take_task(address)
@@ -221,16 +217,7 @@ def multiply_one(address):
                 f.values_are_bf16, f.values, f.offsets, f.pointers + 4 * chunk * f.rows, kept, first, last,
                 packed + chunk * CHUNK * 4, sums, np.int64(chunk == 0),
             )  # fmt: skip
-        for i in range(first, last):
-            total = np.float32(0)
-            for lane in range(LANES):
-                total += totals[(i - first) * LANES + lane]
-            if f.bias:
-                total += bias[i]
-            if f.y_is_bf16:
-                y_halves[i] = _narrow(total)
-            else:
-                y[i] = total
+        add_lanes(f, totals, bias, y, y_halves, first, last)
 
 
 @part
@@ -266,7 +253,7 @@ def sampled(address):
         if task >= f.tasks:
             return
         group, chunk = task // chunks, task % chunks
-        pointers = _integers(f.pointers + 4 * chunk * f.rows, f.rows + 1)
+        pointers = integers_at(f.pointers + 4 * chunk * f.rows, f.rows + 1)
         for tile in range(tiles):
             panel = f.packed + (tile * f.columns + chunk * CHUNK) * WIDTH * 4
             lines = f.packed_y + tile * f.rows * WIDTH * 4

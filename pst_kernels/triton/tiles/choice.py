@@ -125,8 +125,8 @@ def sparse_costs(tokens: int, density: float) -> Costs:
 def steps_per_split(architecture: str, tiles: int, depth: int, length: int) -> int:
     """How many steps of `length` a program takes of the depth of a product with packed weights.
 
-    As few as give every multiprocessor a program, and at best four: more than that only where their sums are little
-    beside the weights.
+    The depth is cut into as many parts as give every multiprocessor a program, or up to four where the sums of the
+    parts are little beside the weights.
     """
     processors, steps = TARGETS[architecture].multiprocessors, cdiv(depth, length)
     splits = max(1, processors // tiles, min(4 * processors // tiles, depth // tables.SPARSE_DEPTH))

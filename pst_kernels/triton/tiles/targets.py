@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -62,16 +62,22 @@ class Platform(NamedTuple):
 
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+_Value = TypeVar("_Value")
 
 
 @contextlib.contextmanager
-def compiling_for(architecture: str) -> Iterator[None]:
-    """Inside, launchers choose the tiles of `architecture`, whatever device or variable says otherwise."""
-    token = _target.set(architecture)
+def setting(variable: contextvars.ContextVar[_Value], value: _Value) -> Iterator[None]:
+    """Inside, the variable has that value, in this thread."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _target.reset(token)
+        variable.reset(token)
+
+
+def compiling_for(architecture: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, launchers choose the tiles of `architecture`, whatever device or variable says otherwise."""
+    return setting(_target, architecture)
 
 
 def architecture(device: torch.device) -> str:

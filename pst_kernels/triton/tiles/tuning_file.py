@@ -6,14 +6,13 @@ import contextlib
 import contextvars
 import functools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pst_kernels import env
 
 from .tables import BLOCK_SIZES, GRADIENT_COLUMNS, MATMUL_COLUMNS, ODD, Tile
-from .targets import TARGETS
+from .targets import TARGETS, setting
 
 
 @dataclass(frozen=True)
@@ -30,14 +29,9 @@ class Tuned:
 _used: contextvars.ContextVar[Tuned | None] = contextvars.ContextVar("tuned", default=None)
 
 
-@contextlib.contextmanager
-def using(tables: Tuned) -> Iterator[None]:
+def using(tables: Tuned) -> contextlib.AbstractContextManager[None]:
     """Inside, launchers choose from `tables` before the shipped ones, whatever file a variable names."""
-    token = _used.set(tables)
-    try:
-        yield
-    finally:
-        _used.reset(token)
+    return setting(_used, tables)
 
 
 def tuned(architecture: str) -> Tuned:

@@ -6,10 +6,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +17,7 @@ import triton
 from torch import Tensor
 
 from pst_kernels import cpu
+from pst_kernels.files import write_json
 from pst_kernels.masks.packing import pack_mask
 from pst_kernels.operands import Factors, MaskedWeight, Needs, Scales
 
@@ -66,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
     with using(Tuned()):  # the shipped tables are what is tuned, not an earlier run's file
         for key in DTYPES:
             _tune(key, found, args, device)
-    write(args.output, found)
+    write_json(args.output, found)
     print(f"wrote {args.output}; use it with PST_KERNELS_TUNING={args.output}")
     return 0
 
@@ -101,19 +99,6 @@ def neighbours(tile: Tile, columns: int = tables.MATMUL_COLUMNS) -> list[Tile]:
         found += [tile._replace(**{name: v}) for v in (value // 2, value * 2) if v >= smallest]
     found += [tile._replace(stages=stages) for stages in (tile.stages - 1, tile.stages + 1) if stages >= 1]
     return [tile for tile in found if tile.warps <= 16]
-
-
-def write(path: Path, data: dict[str, Any]) -> None:
-    """Whole or not at all: a reader never finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 Run = tuple[Tile, Callable[[], Any], list[Tensor]]  # a tile, a launch with it, and the results to expect
