@@ -70,7 +70,11 @@ def test_docstrings_are_of_twenty_packages_and_no_text_is_in_two_splits(tmp_path
     found = docstrings.load(0)
     assert found.labels == sorted(f"p{package}" for package in range(1, docstrings.PACKAGES + 1))
     texts = [example.text for name in ("train", "validation", "test") for example in found.split(name)]
-    assert len(texts) == len(set(texts)) == 20 * 13  # what all packages say is in none of the splits twice
+    assert len(set(texts)) == 20 * 13 + 1
+    where = [
+        name for name in ("train", "validation", "test") if any("each package" in e.text for e in found.split(name))
+    ]
+    assert len(where) == 1  # what all packages say is on one side
     assert not any("A test whose" in text for text in texts)
     assert all(
         {example.label for example in found.split(name)} == set(found.labels)

@@ -77,10 +77,16 @@ def block_gradients(architecture: str, x: torch.dtype, size: int, rank: int, rag
     """The tile of G that a program of the gradient kernel makes for blocks of `size`."""
     key = "float" if x == torch.float32 else "half"
     users = tuned(architecture).block_gradients.get(key, {})
-    tile = users.get(size) or tables.BLOCK_GRADIENTS[architecture][key][size]
+    tile = users.get(size) or _block_gradients(architecture, key, size)
     if ragged:
         tile = tile._replace(depth=min(tile.depth, 32))
     return tile._replace(columns=min(tile.columns, 64)) if ragged or rank > 16 else tile
+
+
+def _block_gradients(architecture: str, key: str, size: int) -> Tile:
+    tile = tables.BLOCK_GRADIENTS[architecture][key][size]
+    depth, stages = versions.BLOCK_GRADIENTS.get(architecture, {}).get(size, (tile.depth, tile.stages))
+    return tile if key == "float" else tile._replace(depth=depth, stages=stages)
 
 
 def sparse_matmul(architecture: str, x: torch.dtype, tokens: int) -> Tile:
