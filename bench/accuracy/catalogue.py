@@ -95,11 +95,13 @@ SCREENED = (
     _candidate("low score rate, early", pst(**FREE, **SMALL, warmup=0.0, cooldown=0.6), _rates((8e-3, 3e-5))),
 )
 # Of the presets: when the mask is fixed, and what trains from there on. One rate, from which all others follow.
-LR = ({"lr": 1.5e-4},)
+LRS = tuple({"lr": rate} for rate in (5e-5, 1.5e-4, 4.5e-4))
+LR = LRS[1:2]
 FREEZES = (
-    _candidate("accurate, frozen at 70 %", preset("accurate", freeze=0.3, cooldown=0.3, warmup=0.1), LR),
+    _candidate("accurate, frozen at 70 %", preset("accurate", freeze=0.3, cooldown=0.3, warmup=0.1), LRS),
     _candidate("accurate, frozen at 50 %", preset("accurate", freeze=0.5, cooldown=0.5, warmup=0.0), LR),
     _candidate("accurate, frozen at 30 %", preset("accurate", freeze=0.7, cooldown=0.7, warmup=0.0), LR),
+    _candidate("accurate, frozen at 10 %", preset("accurate", freeze=0.9, cooldown=0.9, warmup=0.0), LR),
     _candidate("recipe, one rate", preset("recipe"), LR),
     _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
 )
@@ -136,5 +138,6 @@ RECIPES = (
     Method(
         "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
     ),
+    Method("PST, accurate", preset("accurate"), like=FREEZES[0].name),
 )
 METHODS = {method.name: method for method in (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS, *CANDIDATES)}

@@ -32,6 +32,7 @@ COLOURS = dict(
             "#7fd1a5",
             "#00b8a9",
             "#f2c572",
+            "#1f4e9c",
         ],
         strict=True,
     )

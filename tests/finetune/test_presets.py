@@ -57,6 +57,20 @@ def test_as_released_nothing_but_factors_trains():
     assert {name.rpartition(".")[2] for name in trainable(converted(preset="released"))} == set(FACTORS)
 
 
+@pytest.mark.parametrize("name", ["accurate", "fast"])
+def test_masks_are_fixed_the_earlier_the_fewer_weights_go(name: str):
+    shares = {0.0: 0.7, 0.5: 0.7, 0.6: 0.6, 0.8: 0.4, 0.9: 0.3, 0.97: 0.3}
+    for sparsity, share in shares.items():
+        found = PSTConfig.preset(name, sparsity=sparsity)
+        assert (found.freeze, found.cooldown, found.warmup) == (pytest.approx(share), found.freeze, 0.1)
+    assert PSTConfig.preset(name).freeze == 0.3
+    assert PSTConfig.preset(name, pattern="2:4").freeze == 0.7
+    own = PSTConfig.preset(name, sparsity=0.5, freeze=0.1)
+    assert (own.freeze, own.cooldown) == (0.1, 0.3)
+    assert PSTConfig.preset(name, sparsity=0.5, cooldown=0.4).freeze == 0.2
+    assert PSTConfig.preset(name, train_kept=False).freeze == 0.0
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_parameter_has_the_rate_of_its_role(preset):
     settings = Settings(preset=preset, pst_learning_rate=3e-4, head_learning_rate=7e-3)
