@@ -83,7 +83,7 @@ class Group:
         """The launches, and the rows of the table; `rooms` are those for candidates, and where they begin."""
         platform, programs = targets.platform(self.device), sweep.programs_wanted(self.device)
         shapes = [layer.along[:2] for layer in self.members]
-        tile = best_tile(kind.weight_rank + kind.score_rank, shapes)
+        tile = best_tile(kind.weight_rank + kind.score_rank, shapes, kind.transposed)
         of_words = tile_for_words(tile, kind.transposed)
         usual = cut(shapes, tile, programs)
         of_mask = usual._replace(block_j=of_words.block_j)

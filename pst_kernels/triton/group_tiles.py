@@ -20,10 +20,11 @@ FEWEST_ROWS = 64  # of a program: at ranks 8 + 8 it then reads a byte of factors
 ROUNDS = 2  # of programs over the whole device, at least: the last one is seldom full
 
 
-def best_tile(ranks: int, shapes: list[Shape]) -> SweepTile:
+def best_tile(ranks: int, shapes: list[Shape], transposed: bool) -> SweepTile:
     """Of those for so many ranks, the one that computes the least beside the weights."""
     tiles = [sweep.tile_of(ranks, n_j) for n_j in (1024, 512)]
-    return min(tiles, key=lambda tile: sum(n_i * cdiv(n_j, tile.block_j) * tile.block_j for n_i, n_j in shapes))
+    tile = min(tiles, key=lambda tile: sum(n_i * cdiv(n_j, tile.block_j) * tile.block_j for n_i, n_j in shapes))
+    return tile._replace(vector=min(tile.vector, versions.TRANSPOSED_VECTOR)) if transposed else tile
 
 
 def tile_for_words(tile: SweepTile, transposed: bool) -> SweepTile:

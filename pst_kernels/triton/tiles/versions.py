@@ -32,9 +32,11 @@ require(triton.__version__)
 INSTALLED = number(triton.__version__)
 
 # Triton 3.6 computes W' a second time, in the layout that W' is stored with, where W is stored transposed, and takes
-# more registers to gather scores with 17 to 32 ranks. Neighbours, and rows of a step, of these tiles.
+# more registers to gather scores with 17 to 32 ranks, and of a group's layers that are stored transposed. Neighbours of
+# the first tile, rows of a step of the second, and what a thread holds side by side of the third.
 TRANSPOSED_ACROSS = 32 if INSTALLED < (3, 7) else 128
 MANY_HELD_ROWS = 4 if INSTALLED < (3, 7) else 8
+TRANSPOSED_VECTOR = 2 if INSTALLED < (3, 7) else 4
 
 # Triton 3.8 takes more registers for 64 tokens and packed 16-bit weights, and more instructions for the addresses of
 # each stage: depth and stages of sm_80's tiles of G of whole blocks.
