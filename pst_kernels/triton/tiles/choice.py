@@ -48,13 +48,18 @@ def gradients(
 ) -> Tile:
     """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
-    tile = tuned(architecture).gradients.get(key) or tables.GRADIENTS[architecture][key]
+    tile = tuned(architecture).gradients.get(key) or _gradients(architecture, key)
     whole = rows % tile.rows == 0 and columns % tile.columns == 0
     if whole and (few_ranks or (key == "float" and ranks <= 16)):
         return tile
     most, medium = (0, tile) if key == "float" else tables.MEDIUM[architecture]
     fits = ranks <= most and rows % medium.rows == 0 and columns % medium.columns == 0
     return medium if fits else tables.SMALL[key]
+
+
+def _gradients(architecture: str, key: str) -> Tile:
+    tile = tables.GRADIENTS[architecture][key]
+    return tile._replace(columns=min(tile.columns, versions.GRADIENT_COLUMNS.get(architecture, tile.columns)))
 
 
 def block_matmul(

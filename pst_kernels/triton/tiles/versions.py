@@ -38,10 +38,12 @@ TRANSPOSED_ACROSS = 32 if INSTALLED < (3, 7) else 128
 MANY_HELD_ROWS = 4 if INSTALLED < (3, 7) else 8
 TRANSPOSED_VECTOR = 2 if INSTALLED < (3, 7) else 4
 
-# Triton 3.8 takes more registers for 64 tokens and packed 16-bit weights, and more instructions for the addresses of
-# each stage: depth and stages of sm_80's tiles of G of whole blocks.
+# Triton 3.8 takes more registers for 64 tokens and packed 16-bit weights, and for a tile of G that is read, and more
+# instructions for the addresses of each stage. Columns of a tile of G, at most; depth and stages of sm_80's tiles of G
+# of whole blocks.
 WIDE_PACKED_SPILLS = INSTALLED >= (3, 8)
+G_STORED_COLUMNS = 64 if INSTALLED >= (3, 8) else 128
 BLOCK_GRADIENTS = {"sm_80": {64: (128, 2), 128: (64, 2)}} if INSTALLED >= (3, 8) else {}
 
-# Triton 3.9 takes more registers for a tile of G that is read: columns of a tile, at most.
-G_STORED_COLUMNS = 64 if INSTALLED >= (3, 9) else 128
+# And 3.8 alone for a tile of G that is made: its columns, at most.
+GRADIENT_COLUMNS = {"sm_120": 64} if INSTALLED == (3, 8) else {}
