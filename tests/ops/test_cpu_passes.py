@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import concurrent.futures
+import importlib
 import logging
 import math
 import sys
@@ -193,6 +194,20 @@ def test_machine_code_is_kept_by_the_sources_of_the_whole_folder():
     for function in (row_loops.pack, kernels.drop):
         assert jit.cache_folder() in Path(function.stats.cache_path).parents
     assert str(jit.cache_folder()) != numba.config.CACHE_DIR  # other users of Numba keep theirs
+
+
+def test_no_two_compiled_functions_have_one_name():
+    """Code that is kept on disk calls others by name and a number that each process gives anew."""
+    found: dict[str, int] = {}
+    for path in Path(compiled.__file__).parent.glob("*.py"):
+        module = importlib.import_module(f"pst_kernels.cpu.compiled.{path.stem}".removesuffix(".__init__"))
+        for value in vars(module).values():
+            function = getattr(value, "py_func", getattr(value, "_pyfunc", None))
+            if function is not None:
+                name = f"{function.__module__}.{function.__qualname__}"
+                assert found.setdefault(name, id(function)) == id(function), name
+    assert len(found) > 40
+    assert not any("<locals>" in name for name in found)
 
 
 @pytest.mark.parametrize(

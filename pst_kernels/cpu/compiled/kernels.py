@@ -27,7 +27,7 @@ _NUMBERS = (
 ARGUMENTS = np.dtype(
     [(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)] + [("lower", np.float32), ("upper", np.float32)]
 )
-_arguments = record_of(ARGUMENTS)
+_arguments = record_of("record_of_kernels", ARGUMENTS)
 # Elements behind the last candidate that may be written to: a score is stored before it is known to be a candidate, as
 # many at a time as flags are looked at together.
 SLACK = 8

@@ -29,7 +29,7 @@ _NUMBERS = (
 )  # fmt: skip
 _ADDRESSES = ("values", "offsets", "bits", "pointers", "bias", "packed", "sums")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
-_frame = record_of(FRAME)
+_frame = record_of("record_of_one_token", FRAME)
 
 
 @whole_pass

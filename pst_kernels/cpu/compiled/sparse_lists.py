@@ -18,7 +18,7 @@ WORDS = CHUNK // WORD  # packed words of a chunk of a row
 _NUMBERS = ("next", "tasks", "task_rows", "rows", "columns", "row_stride", "column_stride", "words", "is_16_bit")
 _ADDRESSES = ("packed", "weight", "values", "offsets", "pointers", "bases", "its_values", "its_offsets", "its_pointers")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
-_frame = record_of(FRAME)
+_frame = record_of("record_of_sparse_lists", FRAME)
 
 
 @intrinsic

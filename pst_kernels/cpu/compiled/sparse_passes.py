@@ -34,7 +34,7 @@ _NUMBERS = (
 _ADDRESSES = ("x", "y", "values", "offsets", "pointers", "bias", "tiles", "packed", "sums", "packed_y", "out")
 # `packed_bytes` lie between the scratch of two threads; an address of 0: there is none
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
-_frame = record_of(FRAME)
+_frame = record_of("record_of_sparse_passes", FRAME)
 SQUARE = 8  # of the transposes
 
 
