@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks.chunks import CHUNK, chunks_of
-from .sums import add_sums
+from .sums import add_sums, rooms
 from .tiles import choice, tables
 from .tiles.targets import Platform, cdiv
 
@@ -105,13 +105,12 @@ def listed_matmul(
     """x (T, columns) times the transpose of W (rows, columns); T is from 1 to LISTED_TOKENS."""
     (tokens, columns), tile = x.shape, tables.LISTED_MATMUL
     width = triton.next_power_of_2(tokens)
-    if tokens > 1:  # the tokens of a column side by side
-        x = torch.empty((columns, width), dtype=x.dtype, device=x.device)[:, :tokens].copy_(x.t())
     down, chunks = cdiv(rows, tile.rows), chunks_of(columns)
     steps = choice.steps_per_split(platform.architecture, down, columns, tile.chunks * CHUNK)
     splits = cdiv(cdiv(chunks, tile.chunks), steps)
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    sums = y if splits == 1 else torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
+    y, sums = rooms(x, rows, splits)
+    if tokens > 1:  # the tokens of a column side by side
+        x = torch.empty((columns, width), dtype=x.dtype, device=x.device)[:, :tokens].copy_(x.t())
     registers = platform.all_registers if tokens <= 2 else {}  # of more, what two blocks a multiprocessor can have
     added, has_bias = y if bias is None else bias, int(bias is not None)
     listed_matmul_kernel[down, splits](

@@ -22,7 +22,7 @@ from ..masks.chunks import CHUNK, chunks_of
 from ..masks.packing import PAIR_MASK, WORD, packed_width
 from .listed_matmul import listed_matmul
 from .matmul import store_result
-from .sums import add_sums
+from .sums import add_sums, rooms
 from .tiles import choice, tables, targets, versions
 from .tiles.targets import Platform, cdiv
 
@@ -187,8 +187,7 @@ def sparse_matmul(
     down, across = cdiv(width, breadth), cdiv(tokens, tile.columns)
     steps = choice.steps_per_split(platform.architecture, down * across, depth, length)
     splits = cdiv(cdiv(depth, length), steps)
-    y = torch.empty((tokens, width), dtype=x.dtype, device=x.device)
-    sums = y if splits == 1 else torch.empty((splits, tokens, width), dtype=torch.float32, device=x.device)
+    y, sums = rooms(x, width, splits)
     # in 16 bits nothing spills, and registers that are not taken let more programs run at a time
     spills = x.dtype == torch.float32 or (versions.WIDE_PACKED_SPILLS and tile.columns >= 64)
     registers = platform.all_registers if spills else {}
@@ -218,7 +217,7 @@ def sparse_forward(
         bias = None if bias is None else bias.to(x.dtype)
         return torch.nn.functional.linear(x, expanded(values, offsets, pointers, shape, x.dtype), bias)
     platform = targets.platform(x.device)
-    if choice.listed_matmul(x.shape[0], values.numel(), shape):
+    if choice.listed_matmul(x.shape[0], values.numel(), shape[0] * shape[1]):
         return listed_matmul(x.contiguous(), values, offsets, pointers, bias, out_features, platform)
     words = words_of(offsets, pointers, *shape)
     return sparse_matmul(x.contiguous(), values, words, pointers, bias, shape, False, platform)

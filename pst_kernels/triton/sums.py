@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +23,12 @@ def add_sums_kernel(p_sums, p_bias, p_y, numel, width, splits, has_bias, BLOCK: 
         p_sums += numel
     b_y += tl.load(p_bias + i % width, mask=m & (has_bias != 0), other=0.0).to(tl.float32)
     tl.store(p_y + i, b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+def rooms(x: Tensor, width: int, splits: int) -> tuple[Tensor, Tensor]:
+    """y (T, width) for x (T, ...), and where its programs put their sums, fp32: y itself without splits."""
+    y = torch.empty((x.shape[0], width), dtype=x.dtype, device=x.device)
+    return y, y if splits == 1 else torch.empty((splits, *y.shape), dtype=torch.float32, device=x.device)
 
 
 def add_sums(sums: Tensor, bias: Tensor, y: Tensor, has_bias: int) -> Tensor:

@@ -5,15 +5,13 @@ One launch of four processes makes all results (distributed_worker.py), on meshe
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_worker as worker
 import pytest
 import torch
 import toys
+from processes import launch
 
 import pst_kernels as pst
 from pst_kernels import reference
@@ -33,13 +31,7 @@ SHARDED = ("fsdp2", "tensor parallel")
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
-    (folder / "launch.py").write_text(LAUNCH)
-    paths = [*map(str, Path(worker.__file__).parents[:2]), str(Path(pst.__file__).parents[1])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(folder / "launch.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return folder
+    return launch(folder, LAUNCH, worker)
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,6 @@ One launch of two processes makes all results (parallel_worker.py).
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import parallel_worker as worker
 import pytest
 import torch
 import toys
+from processes import launch
 from test_folder import thinned
 from torch import nn
 
@@ -80,13 +78,7 @@ def save_all(folder: Path) -> None:
 def launched(tmp_path_factory) -> Path:
     where = tmp_path_factory.mktemp("parallel")
     save_all(where)
-    (where / "launch.py").write_text(LAUNCH)
-    paths = [*map(str, Path(worker.__file__).parents[:2]), str(Path(pst.__file__).parents[1])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(where / "launch.py"), str(where)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return where
+    return launch(where, LAUNCH, worker)
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import toys
 from oracle import mask_by_definition, relative_error
+from resumed import whole_and_resumed
 from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
@@ -254,18 +255,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(at, tmp_path):
         model = model_of(train_kept=True, score_interval=2)
         return model, optimizer_of(model)
 
-    model, optimizer = new()
-    schedule = pst.SparsitySchedule(model, 10)
-    run(model, at, schedule, optimizer)
-    torch.save([model.state_dict(), optimizer.state_dict(), schedule.state_dict()], tmp_path / "state")
-    run(model, 12 - at, schedule, optimizer, start=at)
-    again, its_optimizer = new()
-    states = torch.load(tmp_path / "state")
-    again.load_state_dict(states[0])
-    its_optimizer.load_state_dict(states[1])
-    its_schedule = pst.SparsitySchedule(again, 10)
-    its_schedule.load_state_dict(states[2])
-    run(again, 12 - at, its_schedule, its_optimizer, start=at)
+    model, again = whole_and_resumed(new, run, at, tmp_path)
     assert not toys.differences(model.state_dict(), again.state_dict())
 
 

@@ -27,8 +27,8 @@ def test_equals_float64(emulator, arch: int, problem: Problem) -> None:
     assert launches.pop("words_kernel") == 1  # for both products, where they need them
     launches.pop("add_sums_kernel", None)
     few = problem.tokens <= tables.SPARSE_TOKENS
-    shape = problem.out, problem.columns
-    listed = choice.listed_matmul(problem.tokens, problem.tensors()[2].weight.numel(), shape)
+    weights = problem.out * problem.columns
+    listed = choice.listed_matmul(problem.tokens, problem.tensors()[2].weight.numel(), weights)
     assert launches.pop("listed_matmul_kernel", 0) == listed
     assert launches == {"sparse_matmul_kernel" if few else "expand_kernel": 2 - listed}
 
@@ -105,11 +105,11 @@ def test_lists_are_read_once(emulator, arch: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_lists_take_few_tokens_of_few_weights() -> None:
-    shape = 100, 128
-    assert choice.listed_matmul(8, 1600, shape)
-    assert not choice.listed_matmul(8, 1601, shape)
-    assert choice.listed_matmul(1, 12800, shape)
-    assert not choice.listed_matmul(9, 0, shape)
+    weights = 100 * 128
+    assert choice.listed_matmul(8, 1600, weights)
+    assert not choice.listed_matmul(8, 1601, weights)
+    assert choice.listed_matmul(1, 12800, weights)
+    assert not choice.listed_matmul(9, 0, weights)
 
 
 def test_lists_cost_what_was_read_from_the_code() -> None:

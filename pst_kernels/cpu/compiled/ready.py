@@ -42,7 +42,6 @@ class Ready:
         self._record = self._kind(*(record.get(name, 0) for name in names))
         self._places = tuple(names.index(name) for name in ("x", "y", "packed", "sums"))
         self.key: Key = ()
-        self.dtype = torch.float32
 
     def __call__(self, x: Tensor, out: Tensor, scratch: Scratch) -> Tensor:
         room = scratch("few tokens", self.room, torch.uint8, _CPU).data_ptr()
@@ -58,10 +57,10 @@ class Ready:
         return type(None), ()
 
 
-def _key(values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None) -> Key:
+def _key(x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None) -> Key:
     """Changes with where the tensors lie, and when lists are loaded anew into the same memory."""
     return (
-        values.data_ptr(), values.dtype, pointers.data_ptr(), 0 if bias is None else bias.data_ptr(),
+        x.dtype, values.data_ptr(), values.dtype, pointers.data_ptr(), 0 if bias is None else bias.data_ptr(),
         0 if offsets.is_inference() else offsets._version, torch.get_num_threads(),
     )  # fmt: skip
 
@@ -70,16 +69,16 @@ def find(x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Ten
     """The call that an earlier one left, where it fits these operands."""
     calls = getattr(offsets, NAME, None)
     call = None if calls is None else calls.get(x.shape[0])
-    if call is None or call.dtype is not x.dtype or not x.is_contiguous() or not x.is_cpu:
+    if call is None or not x.is_contiguous() or not x.is_cpu:
         return None
     if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
         return None
-    return call if call.key == _key(values, offsets, pointers, bias) else None
+    return call if call.key == _key(x, values, offsets, pointers, bias) else None
 
 
 def keep(call: Ready, x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None) -> Ready:
     """With the offsets, which say where a layer's weights lie."""
-    call.key, call.dtype = _key(values, offsets, pointers, bias), x.dtype
+    call.key = _key(x, values, offsets, pointers, bias)
     calls = dict(getattr(offsets, NAME, None) or {})  # copied: another thread may be looking
     calls.pop(x.shape[0], None)
     while len(calls) >= MOST_CALLS:

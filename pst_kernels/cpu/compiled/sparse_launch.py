@@ -110,9 +110,9 @@ def _plan(tokens: int) -> _Plan:
 def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch: Scratch) -> Tensor:
     """out (T, rows) = x (T, columns) W^T + bias; x and out with rows of stride 1, bias fp32, T and the sizes not 0."""
     values, tokens = lists[0], x.shape[0]
-    if (call := find_ready(x, *lists[:3], bias)) is not None and out.is_contiguous() and x.dtype is out.dtype:
-        return call(x, out, scratch)
     fits = tokens <= ready.MOST_TOKENS and x.is_contiguous() and out.is_contiguous() and x.dtype is out.dtype
+    if fits and (found := find_ready(x, *lists[:3], bias)) is not None:
+        return found(x, out, scratch)
     if fits and tokens == 1 and SPREADS:
         return ready.keep(one_token.prepared(x, lists, bias), x, *lists[:3], bias)(x, out, scratch)
     if tokens > WIDTHS[0] and values.dtype is torch.bfloat16:

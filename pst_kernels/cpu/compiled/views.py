@@ -6,6 +6,7 @@ anew. Of two with one name, code that was kept on disk could call the other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -15,29 +16,16 @@ from .jit import part
 from .threads import pointer_to
 
 
-@part
-def floats_at(address, size):
-    return numba.carray(pointer_to(address), (size,), np.float32)
+def _named(name: str, view: Callable) -> Any:
+    view.__name__ = view.__qualname__ = name
+    return part(view)
 
 
-@part
-def halves_at(address, size):
-    return numba.carray(pointer_to(address), (size,), np.uint16)
+def _array_of(name: str, kind: Any) -> Any:
+    def view(address, size):
+        return numba.carray(pointer_to(address), (size,), kind)
 
-
-@part
-def words_at(address, size):
-    return numba.carray(pointer_to(address), (size,), np.uint32)
-
-
-@part
-def integers_at(address, size):
-    return numba.carray(pointer_to(address), (size,), np.int32)
-
-
-@part
-def bytes_at(address, size):
-    return numba.carray(pointer_to(address), (size,), np.uint8)
+    return _named(name, view)
 
 
 def record_of(name: str, kind: np.dtype) -> Any:
@@ -46,5 +34,9 @@ def record_of(name: str, kind: np.dtype) -> Any:
     def view(address):
         return numba.carray(pointer_to(address), (1,), kind)[0]
 
-    view.__name__ = view.__qualname__ = name
-    return part(view)
+    return _named(name, view)
+
+
+floats_at, halves_at = _array_of("floats_at", np.float32), _array_of("halves_at", np.uint16)
+words_at, integers_at = _array_of("words_at", np.uint32), _array_of("integers_at", np.int32)
+bytes_at = _array_of("bytes_at", np.uint8)

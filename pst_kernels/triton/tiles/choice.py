@@ -100,13 +100,13 @@ def sparse_matmul(architecture: str, x: torch.dtype, tokens: int) -> Tile:
     return next(tile for most, tile in table if tokens <= most)
 
 
-def listed_matmul(tokens: int, kept: int, shape: tuple[int, int]) -> bool:
+def listed_matmul(tokens: int, kept: float, weights: int) -> bool:
     """Whether y is made from the lists: of few tokens, and where there are no more products than weights.
 
     There `sparse_costs` has at most two thirds of a tile's instructions. Lists are 3 bytes a kept 16-bit weight in the
     place of 2 and a bit for each: at 8 tokens and an eighth kept, 1.07 times as much.
     """
-    return tokens <= tables.LISTED_TOKENS and kept * tokens <= shape[0] * shape[1]
+    return tokens <= tables.LISTED_TOKENS and kept * tokens <= weights
 
 
 class Costs(NamedTuple):
@@ -121,7 +121,7 @@ def sparse_costs(tokens: int, density: float) -> Costs:
 
     With lists all lanes go on until the fullest of a program's runs is at its end.
     """
-    if not tokens <= tables.LISTED_TOKENS or density * tokens > 1.0:
+    if not listed_matmul(tokens, density, 1):
         return Costs(16 * density + 1, tables.SPARSE_INSTRUCTIONS)
     mean, spread = CHUNK * density, math.sqrt(CHUNK * density * (1.0 - density))
     tile = tables.LISTED_MATMUL
