@@ -97,11 +97,13 @@ SCREENED = (
 # Of the presets: when the mask is fixed, and what trains from there on. One rate, from which all others follow.
 LRS = tuple({"lr": rate} for rate in (5e-5, 1.5e-4, 4.5e-4))
 LR = LRS[1:2]
+KEPT_RATES = tuple({"lr": 1.5e-4, "kept": rate} for rate in (2e-4, 3.5e-4, 7.5e-4))
 FREEZES = (
     _candidate("accurate, frozen at 70 %", preset("accurate", freeze=0.3, cooldown=0.3, warmup=0.1), LRS),
     _candidate("accurate, frozen at 50 %", preset("accurate", freeze=0.5, cooldown=0.5, warmup=0.0), LR),
     _candidate("accurate, frozen at 30 %", preset("accurate", freeze=0.7, cooldown=0.7, warmup=0.0), LR),
     _candidate("accurate, frozen at 10 %", preset("accurate", freeze=0.9, cooldown=0.9, warmup=0.0), LR),
+    _candidate("accurate, rate of kept weights", preset("accurate"), KEPT_RATES),
     _candidate("recipe, one rate", preset("recipe"), LR),
     _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
 )
@@ -138,6 +140,15 @@ RECIPES = (
     Method(
         "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
     ),
+    Method("PST, fast", preset("fast"), like=FREEZES[0].name),
     Method("PST, accurate", preset("accurate"), like=FREEZES[0].name),
+    Method("PST, accurate, distilled", preset("accurate"), like=FREEZES[0].name, distillation=LOGITS_AND_MORE_STATES),
+    Method("PST, accurate, decoder trained", preset("accurate", decoder=True), like=FREEZES[0].name),
+    Method(
+        "PST, accurate, distilled, decoder trained",
+        preset("accurate", decoder=True),
+        like=FREEZES[0].name,
+        distillation=LOGITS_AND_MORE_STATES,
+    ),
 )
 METHODS = {method.name: method for method in (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS, *CANDIDATES)}

@@ -124,11 +124,12 @@ def pst(
     return convert
 
 
-def preset(name: str, also: tuple[str, ...] = (), **config: Any) -> Callable[[nn.Module, Plan], None]:
-    """A preset of the package, as its user takes it. `also`: suffixes of modules to train beside head and norms."""
+def preset(name: str, decoder: bool = False, **config: Any) -> Callable[[nn.Module, Plan], None]:
+    """A preset of the package, as its user takes it. `decoder`: as for `pst`."""
 
     def convert(model: nn.Module, plan: Plan) -> None:
-        saved = [*plan.task.head, *(NORMS if name != "paper" else ()), *also]
+        decoders = plan.task.decoder if decoder else ()
+        saved = [*plan.task.head, *(NORMS if name != "paper" else ()), *decoders]
         replace_linear(model, PSTConfig.preset(name, sparsity=plan.sparsity, modules_to_save=saved, **config))
 
     return convert
@@ -169,12 +170,13 @@ def role(name: str, head: tuple[str, ...]) -> str:
 
 
 def groups(model: nn.Module, task: Task, setting: Setting) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: those of the package where the setting is one rate, "lr".
+    """AdamW's parameter groups: those of the package where the setting has "lr"; other names in it set a group's rate.
 
     Raises ValueError for a parameter whose role has no rate in the setting.
     """
     if "lr" in setting:
-        return parameter_groups(model, setting["lr"])
+        ours = parameter_groups(model, setting["lr"])
+        return [group | {"lr": setting.get(group["name"], group["lr"])} for group in ours]
     by_role: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
