@@ -29,6 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# A round of all contestants takes half a second for a layer and seven for a model: medians of three would be noise.
+LAYER_SHARE, MODEL_SHARE = 2, 12
+
+
 def layer_rows(budget: Budget) -> Iterator[Row]:
     for columns, out in SHAPES:
         for sparsity in SPARSITIES:
@@ -36,7 +40,13 @@ def layer_rows(budget: Budget) -> Iterator[Row]:
             case = f"{columns} -> {out}, T = {TOKENS}"
             # LoRA has no zeros: one row of it is enough
             what = {LORA: LORA_STEP} if sparsity == SPARSITIES[0] else {}
-            yield from rows(case, what | {name: name for name in SETTINGS}, sparsity, runs, budget)
+            yield from rows(
+                case, what | {name: name for name in SETTINGS}, sparsity, runs, _longer(budget, LAYER_SHARE)
+            )
+
+
+def _longer(budget: Budget, times: int) -> Budget:
+    return budget._replace(seconds=budget.seconds * times)
 
 
 def _layer_run(name: str, shape: tuple[int, int], sparsity: float) -> Run:
@@ -64,7 +74,7 @@ def model_rows(budget: Budget) -> Iterator[Row]:
     for name in SETTINGS:
         runs[name] = _model_run(name, copy.deepcopy(dense), tokens, labels)
     what = {name: f"whole {name}" for name in SETTINGS}
-    yield from rows(f"MiniLM-L6, {BATCH} x {LENGTH}", what, OF_MODEL, runs, budget)
+    yield from rows(f"MiniLM-L6, {BATCH} x {LENGTH}", what, OF_MODEL, runs, _longer(budget, MODEL_SHARE))
 
 
 def _model_run(name: str, model: Any, tokens: Tensor, labels: Tensor) -> Run:

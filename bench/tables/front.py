@@ -19,8 +19,16 @@ from .table import replace_between
 BEGIN, END = "<!-- front:begin -->", "<!-- front:end -->"
 SPARSITIES = (0.5, 0.8, 0.9)
 CASE = f"768 -> 3072, T = {TOKENS}"
-HEADS = ("", "accuracy, % at 50 / 80 / 90 %", "training step", "inference", "file", "trained numbers")
-NOTHING = "-"
+HEADS = (
+    "",
+    "accuracy, % at 50 / 80 / 90 %",
+    "training step",
+    "training memory",
+    "inference",
+    "file",
+    "trained numbers",
+)
+NOTHING, OURS = "-", "PST (torch)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,35 +60,52 @@ def made(folder: Path) -> tuple[list[list[str]], str]:
     fixed = _of_sparsities(speed, lambda row: row.case == CASE and row.what == sparse_steps.KEPT)
     used = _of_sparsities(speed, lambda row: row.case == CASE and row.what == "y = x W^T")
     lora = [row.ratio for row in speed if row.case == CASE and row.what == sparse_steps.LORA_STEP]
+    measured = results.read_csv(folder / "benchmark.csv")
     released = [
-        row.ratio for row in results.read_csv(folder / "benchmark.csv")
+        row.ratio for row in measured
         if (row.provider, row.mode, row.in_features, row.out_features) == (RELEASED, "step", 768, 3072)
     ]  # fmt: skip
+    memory = _memory(measured)
     files = " / ".join(f"{1 / 32 + 1 - s:.2f}" for s in SPARSITIES)  # a bit a weight, and 32 a kept one
-    of_method: dict[str, tuple[str, str, str]] = {
-        "dense": ("1", "1", "1"),
-        "LoRA": (f"{lora[0]:.2f}" if lora else NOTHING, "1", "1"),
-        "magnitude": (NOTHING, used, files),
-        "PST as released": (f"{released[0]:.2f} at 90 %" if released and released[0] else NOTHING, "1", "1"),
-        "PST, our recipe": (f"{steps}; mask fixed {fixed}", used, files),
-        "PST, our recipe, distilled": ("the same, and the teacher's forward", used, files),
-    }
+    of_method: dict[str, tuple[str, ...]] = {
+        "dense": ("1", "1", "1", "1"),
+        "LoRA": (f"{lora[0]:.2f}" if lora else NOTHING, memory("LoRA"), "1", "1"),
+        "magnitude": (NOTHING, NOTHING, used, files),
+        "PST as released": (
+            f"{released[0]:.2f} at 90 %" if released and released[0] else NOTHING, memory(RELEASED), "1", "1",
+        ),
+        "PST, our recipe": (f"{steps}; mask fixed {fixed}", memory(OURS), used, files),
+        "PST, our recipe, distilled": ("the same, and the teacher's forward", "the same, and the teacher", used, files),
+    }  # fmt: skip
     lines = [
         [name, found[name][0], *of_method[name], found[name][1]] for name in of_method if name in found
     ]  # fmt: skip
     dates = ", ".join(sorted({row.date for row in studied}))
+    measured_on = ", ".join(sorted({row.date for row in measured if row.mode in ("step", "model")}))
     caption = (
         "Accuracy: topics of BBC articles, ten labelled texts a class, mean of three seeds, MiniLM,"
         " masks that move to the end ([the study](docs/accuracy.md)). Step and inference: one layer 768 -> 3072,"
         " T = 1024, fp32, over the dense"
         f" one's in the same round, at 50 / 80 / 90 % ({speed[0].instructions},"
         f" {under['threads']} threads{', processor time' if speed[0].own_time else ''}; "
-        "[all tables](docs/performance.md)); mask fixed: with its kept weights trained. File: of the pruned layers over"
-        " dense fp32, computed: a bit a weight and"
+        "[all tables](docs/performance.md)); mask fixed: with its kept weights trained. Memory: a MiniLM step of"
+        " 16 x 128 tokens at 90 %, tensors alone: parameters, AdamW's state and the step's peak. File: of the"
+        " pruned layers over dense fp32, computed: a bit a weight and"
         f" the kept ones. Measured on CPU: {under['machine']}, {under['versions']}, {under['date']}, commit"
-        f" {under['commit']}; the release's step and the accuracies are from {dates}."
+        f" {under['commit']}; memory and the release's step are from {measured_on}, the accuracies from {dates}."
     )
     return lines, caption
+
+
+def _memory(measured: Sequence[results.Row]) -> Callable[[str], str]:
+    """Of a provider: parameters, optimizer and peak of its whole training step over dense training's."""
+    of_provider = {row.provider: row.memory_bytes for row in measured if row.mode == "model"}
+
+    def over_dense(provider: str) -> str:
+        found, dense = of_provider.get(provider), of_provider.get("dense")
+        return f"{found / dense:.2f}" if found and dense else NOTHING
+
+    return over_dense
 
 
 def _of_sparsities(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> str:

@@ -2,8 +2,10 @@
 quarter of an hour of a CPU, and nothing about one changes before its source does.
 
 A row of machine_code.json is found by a digest of all that decides it: the code that Triton's front end makes of the
-kernel (made anew each time), the options, the target's numbers, the case with its budget, the versions of Triton and of
-the assembler, and the code that reads the result. What isn't found is compiled, so no test sees an old row.
+kernel, the options, the target's numbers, the case with its budget, the versions of Triton and of the assembler, and
+the code that reads the result. The front end takes its time too, so a second digest, with the kernel's source in the
+place of that code, leads to the first; where a comment or a line's number has changed, the front end runs. What isn't
+found either way is compiled, and said, so no test sees an old row.
 
     make record        compiles what is missing, and writes the rows that tests ask for
 """
@@ -17,8 +19,9 @@ import inspect
 import json
 import multiprocessing
 import os
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton._C.libtriton import ir
@@ -39,9 +42,14 @@ NOT_KEPT = ("seconds", "file")  # of a row
 READING = ("_row", "_blocks", "_read_cubin", "_read_amdgcn", "_main_loop", "_multiply_adds", "_opcode")
 
 
+class Kept(NamedTuple):
+    rows: dict[str, list[Any]]  # by `digest`
+    sources: dict[str, str]  # `source_digest` -> `digest`
+
+
 @functools.cache
-def kept() -> dict[str, list[Any]]:
-    return json.loads(PATH.read_text()) if PATH.is_file() else {}
+def kept() -> Kept:
+    return Kept(**json.loads(PATH.read_text())) if PATH.is_file() else Kept({}, {})
 
 
 made: dict[str, machine_code.Row] = {}  # of this process
@@ -58,29 +66,66 @@ def _context(backend: str) -> Any:
     return ir.context()
 
 
+def _anywhere(options: Any) -> dict[str, Any]:
+    """Options without the folder that Triton is installed in, which differs from clone to clone."""
+    return vars(options) | {"extern_libs": [(name, Path(path).name) for name, path in options.extern_libs]}
+
+
+class _Front(NamedTuple):
+    """Of a binary: what the front end needs to make its code."""
+
+    target: Any
+    backend: Any
+    source: ASTSource
+    options: Any
+
+    @classmethod
+    def of(cls, architecture: str, binary: machine_code.Compilation) -> _Front:
+        target = machine_code.gpu_target(architecture)
+        backend = make_backend(target)
+        source = ASTSource(binary.kernel, binary.signature, binary.constexprs, binary.attributes)
+        return cls(target, backend, source, backend.parse_options(binary.options | source.parse_options()))
+
+    def code(self) -> str:
+        context = _context(self.target.backend)
+        ir.load_dialects(context)
+        self.backend.load_dialects(context)
+        functions = self.backend.get_codegen_implementation(self.options), self.backend.get_module_map()
+        return self.source.make_ir(self.target, self.options, *functions, context).str_nodebug()
+
+
 def digest(architecture: str, binary: machine_code.Compilation) -> str:
-    target = machine_code.gpu_target(architecture)
-    backend = make_backend(target)
-    source = ASTSource(binary.kernel, binary.signature, binary.constexprs, binary.attributes)
-    options = backend.parse_options(binary.options | source.parse_options())
-    context = _context(target.backend)
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    functions = backend.get_codegen_implementation(options), backend.get_module_map()
-    text = source.make_ir(target, options, *functions, context).str_nodebug()
+    front = _Front.of(architecture, binary)
+    return _digest(architecture, binary, front, front.code())
+
+
+def source_digest(architecture: str, binary: machine_code.Compilation) -> str:
+    front = _Front.of(architecture, binary)
+    return _digest(architecture, binary, front, front.source.hash())  # what Triton's own cache goes by
+
+
+def _digest(architecture: str, binary: machine_code.Compilation, front: _Front, text: str) -> str:
     decided = (
-        triton.__version__, backend.hash(), text, sorted(vars(options).items(), key=str), _reader(),
+        triton.__version__, front.backend.hash(), text, sorted(_anywhere(front.options).items(), key=str), _reader(),
         machine_code.TARGETS[architecture], sorted(binary.constants.items(), key=str), binary.case.name,
         binary.case.slots,
     )  # fmt: skip
     return hashlib.sha256(repr(decided).encode()).hexdigest()[:24]
 
 
+def key_of(architecture: str, binary: machine_code.Compilation) -> str:
+    """`digest`, by the shorter way where the source is as it was."""
+    return kept().sources.get(source_digest(architecture, binary)) or digest(architecture, binary)
+
+
 def row(architecture: str, files: tuple[str, ...], index: int) -> machine_code.Row:
     """Of one binary of `machine_code.shipped`."""
-    key = digest(architecture, machine_code.shipped(architecture, files)[index])
+    binary = machine_code.shipped(architecture, files)[index]
+    key = key_of(architecture, binary)
     if key not in made:
-        found = kept().get(key)
+        found = kept().rows.get(key)
+        if not found:
+            warnings.warn(f"{architecture}: {binary.case.name} is compiled anew; run `make record`", stacklevel=2)
         made[key] = _row_of(found) if found else machine_code._row(architecture, files, index, None)
     return made[key]
 
@@ -99,24 +144,29 @@ def _row_of(found: list[Any]) -> machine_code.Row:
     return machine_code.Row(**dict(zip(names, found, strict=True)), seconds=0.0, file="kept")
 
 
-def _asked(architecture: str, files: tuple[str, ...], index: int) -> tuple[str, machine_code.Row]:
+def _asked(architecture: str, files: tuple[str, ...], index: int) -> tuple[str, str, machine_code.Row]:
     binary = machine_code.shipped(architecture, files)[index]
-    return digest(architecture, binary), row(architecture, files, index)
+    return source_digest(architecture, binary), digest(architecture, binary), row(architecture, files, index)
 
 
 def main() -> None:
     """One row a line, in an order that keeps differences short."""
-    before = kept().keys()
+    before = kept().rows.keys()
     tasks = [(*asked, i) for asked in ASKED_FOR for i in range(len(machine_code.shipped(*asked)))]
     context = multiprocessing.get_context("spawn")  # a forked child of a process with threads may hang
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        found = pool.map(_asked, *zip(*tasks, strict=True), chunksize=8)
-        rows = {key: values(row) for key, row in found if not row.error}
-    lines = [f"{json.dumps(key)}: {json.dumps(found)}" for key, found in rows.items()]
+        found = [one for one in pool.map(_asked, *zip(*tasks, strict=True), chunksize=8) if not one[2].error]
+    rows = {key: values(row) for _, key, row in found}
+    sources = {source: key for source, key, _ in found}
     written = PATH.with_suffix(".part")
-    written.write_text("{\n" + ",\n".join(sorted(lines, key=lambda line: line.split(":", 1)[1])) + "\n}\n")
+    written.write_text(f'{{"rows": {_a_line_each(rows)},\n"sources": {_a_line_each(sources)}}}\n')
     written.replace(PATH)
     print(f"{len(rows)} rows, {len(rows.keys() - before)} of them new")
+
+
+def _a_line_each(values: dict[str, Any]) -> str:
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+    return "{\n" + ",\n".join(sorted(lines, key=lambda line: line.split(":", 1)[1])) + "\n}"
 
 
 if __name__ == "__main__":
