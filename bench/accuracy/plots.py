@@ -32,7 +32,11 @@ COLOURS = dict(
             "#7fd1a5",
             "#00b8a9",
             "#f2c572",
+            "#e36b2c",
             "#1f4e9c",
+            "#6f9fd8",
+            "#a83279",
+            "#d68fb5",
         ],
         strict=True,
     )
