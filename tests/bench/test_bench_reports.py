@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from toys import differences
+from transformers import BertConfig, BertForSequenceClassification
 
 import pst_kernels as pst
 from bench import __main__ as command
-from bench.speed import blocks, cases, export, host, modes, serve, sparse
+from bench.speed import blocks, cases, export, host, modes, serve, sparse, sparse_row, sparse_runs
 from bench.tables import report
 from bench.tables import rows as results
 from pst_kernels.export.compressed import load_compressed, save_compressed
@@ -220,3 +221,36 @@ def test_the_readmes_table_is_that_of_the_files(tmp_path, capsys):
     assert "PST, our recipe" in capsys.readouterr().out
     assert readme.read_text(encoding="utf-8") == before
     assert before.count("\n| PST, our recipe") == 2
+
+
+def test_a_run_is_timed_over_its_whole_schedule(monkeypatch):
+    """By a clock that counts a second a step of the dense model, and half of one of the others."""
+    size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+    monkeypatch.setattr(sparse_runs, "minilm", lambda device: BertForSequenceClassification(BertConfig(**size)))
+    monkeypatch.setattr(sparse_runs, "STEPS", 4)
+    monkeypatch.setattr(sparse_runs, "RUNS", 2)
+    took = []
+
+    def seconds_of(step, clock):
+        step()
+        took.append(1.0 if len(took) % 4 == 0 else 0.5)  # dense is the first of four
+        return took[-1]
+
+    made, replace_linear = [], pst.replace_linear
+
+    def noted(model, config):
+        made.append((replace_linear(model, config), config.sparsity))
+        return made[-1][0]
+
+    monkeypatch.setattr(sparse_runs, "seconds_of", seconds_of)
+    monkeypatch.setattr(pst, "replace_linear", noted)
+    rows = list(sparse_runs.run_rows(sparse_row.Budget(0.0, lambda: 0.0)))
+    assert [(row.what, row.sparsity, row.ms, row.dense_ms, row.ratio, row.lowest) for row in rows] == [
+        (f"a run of 4 steps, preset {name}", sparsity, 500.0, 1000.0, 0.5, 0.5)
+        for sparsity in (0.5, 0.9)
+        for name in ("paper", "accurate", "fast")
+    ]
+    assert len(took) == 2 * 2 * 4 * 4
+    for model, sparsity in made:  # to the schedule's end
+        layers = [layer for layer in model.modules() if isinstance(layer, pst.PSTLinear)]
+        assert [layer.sparsity for layer in layers] == pytest.approx([sparsity] * 6, abs=1e-3)

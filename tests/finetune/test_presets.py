@@ -57,18 +57,26 @@ def test_as_released_nothing_but_factors_trains():
     assert {name.rpartition(".")[2] for name in trainable(converted(preset="released"))} == set(FACTORS)
 
 
-@pytest.mark.parametrize("name", ["accurate", "fast"])
-def test_masks_are_fixed_the_earlier_the_fewer_weights_go(name: str):
-    shares = {0.0: 0.7, 0.5: 0.7, 0.6: 0.6, 0.8: 0.4, 0.9: 0.3, 0.97: 0.3}
+@pytest.mark.parametrize(("name", "least"), [("accurate", 0.3), ("fast", 0.5)])
+def test_masks_are_fixed_the_earlier_the_fewer_weights_go(name: str, least: float):
+    shares = {0.0: 0.7, 0.5: 0.7, 0.6: 0.6, 0.8: max(0.4, least), 0.9: least, 0.97: least}
     for sparsity, share in shares.items():
         found = PSTConfig.preset(name, sparsity=sparsity)
         assert (found.freeze, found.cooldown, found.warmup) == (pytest.approx(share), found.freeze, 0.1)
-    assert PSTConfig.preset(name).freeze == 0.3
+    assert PSTConfig.preset(name).freeze == least
     assert PSTConfig.preset(name, pattern="2:4").freeze == 0.7
     own = PSTConfig.preset(name, sparsity=0.5, freeze=0.1)
     assert (own.freeze, own.cooldown) == (0.1, 0.3)
     assert PSTConfig.preset(name, sparsity=0.5, cooldown=0.4).freeze == 0.2
     assert PSTConfig.preset(name, train_kept=False).freeze == 0.0
+
+
+def test_fast_prunes_most_at_once():
+    first = {s: PSTConfig.preset("fast", sparsity=s).initial_sparsity for s in (0.0, 0.5, 0.7, 0.9)}
+    assert first == {0.0: 0.0, 0.5: 0.5, 0.7: 0.7, 0.9: 0.7}
+    assert PSTConfig.preset("fast", pattern="2:4").initial_sparsity == 0.5
+    assert PSTConfig.preset("fast", initial_sparsity=0.2).initial_sparsity == 0.2
+    assert {PSTConfig.preset(name).initial_sparsity for name in PRESETS if name != "fast"} == {0.0}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
