@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,12 +39,15 @@ from .sparse_row import (
     Budget,
     Clock,
     Row,
+    Run,
     Runs,
     rows,
     seconds_of,
 )
 
 FEW = (1, 8)  # tokens
+IN_TURN = 16  # layers of one shape
+IN_USE = f"SparseLinear, {IN_TURN} in turn"
 MODEL = ((16, 128), (1, 32), (1, 128))  # batch, length
 MODEL_SPARSITY = 0.9
 # of the kept weight's loop with 64 tokens: the value, and x once a vector; the offset is an integer's load
@@ -130,11 +133,30 @@ def _of_shape(shape: tuple[int, int], sparsity: float, peak: float, budget: Budg
             _check(what, contestants, lists)
         work = None if "over" in what else len(lists.values) * TOKENS / peak
         yield from rows(f"{columns} -> {out}, T = {TOKENS}", {OURS: what}, sparsity, contestants, budget, work)
+    dense_layers = [_of_weight(masked.clone()) for _ in range(IN_TURN)]
+    layers = [SparseLinear.from_linear(layer) for layer in dense_layers]
     for tokens in FEW:
         few = x[:tokens].clone()
-        few_runs: Runs = {DENSE: partial(torch.mm, few, masked.T), OURS: partial(multiply, few, lists)}
+        few_runs: Runs = {DENSE: _in_turn(dense_layers, few), OURS: _in_turn(layers, few)}
         shorter = Budget(budget.seconds / 4, budget.clock)
-        yield from rows(f"{columns} -> {out}, T = {tokens}", {OURS: "y = x W^T"}, sparsity, few_runs, shorter)
+        yield from rows(f"{columns} -> {out}, T = {tokens}", {OURS: IN_USE}, sparsity, few_runs, shorter)
+
+
+def _of_weight(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(torch.zeros(len(weight)))
+    return layer
+
+
+def _in_turn(layers: Sequence[nn.Module], x: Tensor) -> Run:
+    """As a model that decodes calls its layers: weights that no cache holds, code that they all hold."""
+
+    @torch.inference_mode()
+    def call() -> None:
+        for layer in layers:
+            layer(x)
+
+    return Run(call, len(layers))
 
 
 def _check(what: str, contestants: dict[str, Callable[[], Any]], lists: SparseRows) -> None:

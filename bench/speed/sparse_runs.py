@@ -22,7 +22,7 @@ from .sparse_steps import BATCH, LENGTH
 
 PRESETS = ("paper", "accurate", "fast")
 RUN_SPARSITIES = (0.5, 0.9)
-STEPS, RUNS = 16, 3
+STEPS, RUNS = 12, 2
 HEAD = ("classifier", "pooler")
 
 
