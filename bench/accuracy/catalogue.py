@@ -23,6 +23,8 @@ BASELINES = (
     Method(DENSE, dense, WEIGHT_RATES, sparse=False),
     Method("LoRA", lora, FACTOR_RATES, sparse=False),
     Method("magnitude", trains_all(baselines.Magnitude), WEIGHT_RATES),
+    # where validation chose the highest rate, at which another seed may diverge
+    Method("magnitude, at 2e-4", trains_all(baselines.Magnitude), WEIGHT_RATES[1:2]),
     Method("movement", trains_all(baselines.Movement), tuple(setting | {"scores": 1e-2} for setting in WEIGHT_RATES)),
     Method("soft movement", trains_all(baselines.SoftMovement), PENALISED),
     Method("L0", trains_all(baselines.HardConcrete), PENALISED),
