@@ -1,6 +1,6 @@
 """The methods of the grid by name, and the few settings that each is tuned over.
 
-Every baseline is tuned over equally many settings; each range holds what its paper or common use gives.
+Every baseline is tuned over equally many settings, but one of a fixed rate; each range holds what its paper or common use gives.
 """
 
 from __future__ import annotations
@@ -106,9 +106,8 @@ FREEZES = (
     _candidate("accurate, frozen at 30 %", preset("accurate", freeze=0.7, cooldown=0.7, warmup=0.0), LR),
     _candidate("accurate, frozen at 10 %", preset("accurate", freeze=0.9, cooldown=0.9, warmup=0.0), LR),
     _candidate("accurate, rate of kept weights", preset("accurate"), KEPT_RATES),
-    _candidate("fast, mask fixed late", preset("fast", freeze=0.3, cooldown=0.3, initial_sparsity=0.5), LR),
     _candidate("fast, half at once", preset("fast", freeze=0.5, cooldown=0.5, initial_sparsity=0.5), LR),
-    _candidate("fast, 70 % at once", preset("fast", freeze=0.5, cooldown=0.5, initial_sparsity=0.7), LR, only=0.9),
+    _candidate("fast, 70 % at once", preset("fast"), LR),
     _candidate("recipe, one rate", preset("recipe"), LR),
     _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
 )
