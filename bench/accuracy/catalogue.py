@@ -1,6 +1,7 @@
 """The methods of the grid by name, and the few settings that each is tuned over.
 
-Every baseline is tuned over equally many settings, but one of a fixed rate; each range holds what its paper or common use gives.
+Every baseline is tuned over equally many settings, but one of a fixed rate; each range holds what its paper or common
+use gives.
 """
 
 from __future__ import annotations
