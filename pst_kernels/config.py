@@ -34,7 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "accurate": {"beta": 1 / 16, "train_bias": True, "train_kept": True},
     "fast": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "score_interval": 4},
 }
-AT_ONCE = 0.7  # of the weights go before the first step of "fast": products skip zeros from there on
 
 WITH_KEPT_WEIGHTS = 0.2  # of the steps are frozen where kept weights are trained, if nothing else is said
 
@@ -234,19 +233,16 @@ class PSTConfig:
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
         the recipe, with kept weights trained once the sparsity has reached its end, which is the earlier the fewer
         weights go: in the last 30 % of the steps from 90 % sparsity on, in the last 70 % up to 50 %. "fast": the same,
-        but 70 % of the weights go at once, scores learn on every fourth step, and the mask is fixed for half of the
-        steps at least.
+        but scores learn on every fourth step, and the mask is fixed for half of the steps at least.
 
         Raises ValueError for another name.
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known; give one of {', '.join(PRESETS)}")
         found = PRESETS[name] | settings
-        sparsity = cls(**found).sparsity
         if found.get("train_kept") and "freeze" not in found and "cooldown" not in found:
-            found["freeze"] = found["cooldown"] = _fixed_share(sparsity, 0.5 if name == "fast" else 0.3)
-        if name == "fast" and "initial_sparsity" not in found:
-            found["initial_sparsity"] = min(AT_ONCE, sparsity)
+            least = 0.5 if name == "fast" else 0.3
+            found["freeze"] = found["cooldown"] = _fixed_share(cls(**found).sparsity, least)
         return cls(**found)
 
     @classmethod

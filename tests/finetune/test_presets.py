@@ -71,14 +71,6 @@ def test_masks_are_fixed_the_earlier_the_fewer_weights_go(name: str, least: floa
     assert PSTConfig.preset(name, train_kept=False).freeze == 0.0
 
 
-def test_fast_prunes_most_at_once():
-    first = {s: PSTConfig.preset("fast", sparsity=s).initial_sparsity for s in (0.0, 0.5, 0.7, 0.9)}
-    assert first == {0.0: 0.0, 0.5: 0.5, 0.7: 0.7, 0.9: 0.7}
-    assert PSTConfig.preset("fast", pattern="2:4").initial_sparsity == 0.5
-    assert PSTConfig.preset("fast", initial_sparsity=0.2).initial_sparsity == 0.2
-    assert {PSTConfig.preset(name).initial_sparsity for name in PRESETS if name != "fast"} == {0.0}
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_each_parameter_has_the_rate_of_its_role(preset):
     settings = Settings(preset=preset, pst_learning_rate=3e-4, head_learning_rate=7e-3)
