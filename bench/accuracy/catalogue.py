@@ -109,7 +109,8 @@ FREEZES = (
     _candidate("accurate, rate of kept weights", preset("accurate"), KEPT_RATES),
     _candidate("fast, half at once", preset("fast", freeze=0.5, cooldown=0.5, initial_sparsity=0.5), LR),
     _candidate("fast, 70 % at once", preset("fast", initial_sparsity=0.7), LR, only=0.9),
-    _candidate("fast, nothing at once", preset("fast"), LR),
+    _candidate("fast, nothing at once", preset("fast", freeze=0.5, cooldown=0.5), LR, only=0.9),
+    _candidate("fast, mask fixed as in accurate", preset("fast", freeze=0.3, cooldown=0.3), LR, only=0.9),
     _candidate("recipe, one rate", preset("recipe"), LR),
     _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
 )
