@@ -126,11 +126,13 @@ def pst(
 
 def preset(name: str, decoder: bool = False, **config: Any) -> Callable[[nn.Module, Plan], None]:
     """A preset of the package, as its user takes it. `decoder`: as for `pst`."""
+    first = config.pop("initial_sparsity", 0.0)
 
     def convert(model: nn.Module, plan: Plan) -> None:
+        settings = config | {"initial_sparsity": min(first, plan.sparsity)}
         decoders = plan.task.decoder if decoder else ()
         saved = [*plan.task.head, *(NORMS if name != "paper" else ()), *decoders]
-        replace_linear(model, PSTConfig.preset(name, sparsity=plan.sparsity, modules_to_save=saved, **config))
+        replace_linear(model, PSTConfig.preset(name, sparsity=plan.sparsity, modules_to_save=saved, **settings))
 
     return convert
 
