@@ -233,7 +233,7 @@ class PSTConfig:
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
         the recipe, with kept weights trained once the sparsity has reached its end, which is the earlier the fewer
         weights go: in the last 30 % of the steps from 90 % sparsity on, in the last 70 % up to 50 %. "fast": the same,
-        but the mask is fixed for half of the steps at least, which take half the time of the others.
+        but the mask is fixed for half of the steps at least, which cost less than the others.
 
         Raises ValueError for another name.
         """

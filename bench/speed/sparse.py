@@ -1,8 +1,9 @@
 """`python -m bench sparse`: products that skip unstructured zeros, beside dense ones and other sparse loops, on a CPU.
 
-Every case is checked against float64 before it is timed. Runs are interleaved; ratios are medians over rounds of this
-contestant's time over the dense one's in the same round, and the lowest time over the lowest dense time beside them.
-On a machine that others use, `--own-time` measures with one thread what it computed itself, not how long it waited.
+Every product is checked against the dense one before it is timed. Runs are interleaved; ratios are medians over rounds
+of this contestant's time over the dense one's in the same round, and the lowest time over the lowest dense time beside
+them. On a machine that others use, `--own-time` measures with one thread what it computed itself, not how long it
+waited.
 """
 
 from __future__ import annotations
@@ -137,9 +138,9 @@ def _of_shape(shape: tuple[int, int], sparsity: float, peak: float, budget: Budg
     layers = [SparseLinear.from_linear(layer) for layer in dense_layers]
     for tokens in FEW:
         few = x[:tokens].clone()
+        _check(IN_USE, {DENSE: partial(dense_layers[0], few), OURS: partial(layers[0], few)}, lists)
         few_runs: Runs = {DENSE: _in_turn(dense_layers, few), OURS: _in_turn(layers, few)}
-        shorter = Budget(budget.seconds / 4, budget.clock)
-        yield from rows(f"{columns} -> {out}, T = {tokens}", {OURS: IN_USE}, sparsity, few_runs, shorter)
+        yield from rows(f"{columns} -> {out}, T = {tokens}", {OURS: IN_USE}, sparsity, few_runs, budget.times(1 / 4))
 
 
 def _of_weight(weight: Tensor) -> nn.Linear:

@@ -34,6 +34,9 @@ class Budget(NamedTuple):
     seconds: float
     clock: Clock
 
+    def times(self, factor: float) -> Budget:
+        return self._replace(seconds=self.seconds * factor)
+
 
 @dataclasses.dataclass
 class Row:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import pst_kernels as pst
 
-from .modes import LEARNING_RATE, minilm
+from .modes import LEARNING_RATE
 from .sparse_row import DENSE, Budget, Row, seconds_of
-from .sparse_steps import BATCH, LENGTH
+from .sparse_steps import MODEL_CASE, minilm_and_loss
 
 PRESETS = ("paper", "accurate", "fast")
 RUN_SPARSITIES = (0.5, 0.9)
@@ -28,23 +28,21 @@ HEAD = ("classifier", "pooler")
 
 def run_rows(budget: Budget) -> Iterator[Row]:
     """However much time there is: of fewer steps the schedule would have too few places."""
-    base: Any = minilm("cpu").train()
-    tokens = torch.randint(1000, 30000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(BATCH) % base.config.num_labels
+    base, loss = minilm_and_loss()
     for sparsity in RUN_SPARSITIES:
-        runs = [_one_run(base, sparsity, tokens, labels, budget) for _ in range(RUNS)]
+        runs = [_one_run(base, loss, sparsity, budget) for _ in range(RUNS)]
         dense = [sum(run[DENSE]) for run in runs]
         for name in PRESETS:
             own = [sum(run[name]) for run in runs]
             ratios = [mine / its for mine, its in zip(own, dense, strict=True)]
             yield Row(
-                f"MiniLM-L6, {BATCH} x {LENGTH}", f"a run of {STEPS} steps, preset {name}", sparsity,
+                MODEL_CASE, f"a run of {STEPS} steps, preset {name}", sparsity,
                 1e3 * median(own) / STEPS, 1e3 * median(dense) / STEPS, median(ratios), min(own) / min(dense),
             )  # fmt: skip
 
 
-def _one_run(base: Any, sparsity: float, tokens: Tensor, labels: Tensor, budget: Budget) -> dict[str, list[float]]:
-    steps = {name: _step(name, copy.deepcopy(base), sparsity, tokens, labels) for name in (DENSE, *PRESETS)}
+def _one_run(base: Any, loss: Callable[[Any], Tensor], sparsity: float, budget: Budget) -> dict[str, list[float]]:
+    steps = {name: _step(name, copy.deepcopy(base), loss, sparsity) for name in (DENSE, *PRESETS)}
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(STEPS):
         for name, step in steps.items():
@@ -52,7 +50,7 @@ def _one_run(base: Any, sparsity: float, tokens: Tensor, labels: Tensor, budget:
     return taken
 
 
-def _step(name: str, model: Any, sparsity: float, tokens: Tensor, labels: Tensor) -> Callable[[], None]:
+def _step(name: str, model: Any, loss: Callable[[Any], Tensor], sparsity: float) -> Callable[[], None]:
     schedule, groups = None, [{"params": list(model.parameters()), "lr": LEARNING_RATE}]
     if name != DENSE:
         saved = HEAD if name == "paper" else (*HEAD, "LayerNorm")
@@ -61,7 +59,7 @@ def _step(name: str, model: Any, sparsity: float, tokens: Tensor, labels: Tensor
     optimizer = torch.optim.AdamW(groups)
 
     def call() -> None:
-        model(input_ids=tokens, labels=labels).loss.backward()
+        loss(model).backward()
         optimizer.step()
         optimizer.zero_grad()
         if schedule is not None:

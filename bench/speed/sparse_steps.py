@@ -20,6 +20,7 @@ from .sparse_row import DENSE, LORA, SHAPES, SPARSITIES, TOKENS, Budget, Row, Ru
 
 INTERVAL = 4
 BATCH, LENGTH = 16, 128
+MODEL_CASE = f"MiniLM-L6, {BATCH} x {LENGTH}"
 OF_MODEL = 0.9
 LORA_STEP = "LoRA's training step"
 EXACT, RESTED = "training step", f"training step, score_interval={INTERVAL}"
@@ -40,13 +41,7 @@ def layer_rows(budget: Budget) -> Iterator[Row]:
             case = f"{columns} -> {out}, T = {TOKENS}"
             # LoRA has no zeros: one row of it is enough
             what = {LORA: LORA_STEP} if sparsity == SPARSITIES[0] else {}
-            yield from rows(
-                case, what | {name: name for name in SETTINGS}, sparsity, runs, _longer(budget, LAYER_SHARE)
-            )
-
-
-def _longer(budget: Budget, times: int) -> Budget:
-    return budget._replace(seconds=budget.seconds * times)
+            yield from rows(case, what | {name: name for name in SETTINGS}, sparsity, runs, budget.times(LAYER_SHARE))
 
 
 def _layer_run(name: str, shape: tuple[int, int], sparsity: float) -> Run:
@@ -65,19 +60,25 @@ def _layer_run(name: str, shape: tuple[int, int], sparsity: float) -> Run:
     return _steps(layer, lambda: layer(x).backward(gy), name)
 
 
-def model_rows(budget: Budget) -> Iterator[Row]:
-    """The whole of MiniLM, with its embeddings and head."""
+def minilm_and_loss() -> tuple[Any, Callable[[Any], Tensor]]:
+    """The dense model in training mode, and the loss of any form of it on one batch."""
     dense: Any = minilm("cpu").train()
     tokens = torch.randint(1000, 30000, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     labels = torch.arange(BATCH) % dense.config.num_labels
-    runs = {DENSE: _model_run(DENSE, dense, tokens, labels)}
+    return dense, lambda model: model(input_ids=tokens, labels=labels).loss
+
+
+def model_rows(budget: Budget) -> Iterator[Row]:
+    """The whole of MiniLM, with its embeddings and head."""
+    dense, loss = minilm_and_loss()
+    runs = {DENSE: _model_run(DENSE, dense, loss)}
     for name in SETTINGS:
-        runs[name] = _model_run(name, copy.deepcopy(dense), tokens, labels)
+        runs[name] = _model_run(name, copy.deepcopy(dense), loss)
     what = {name: f"whole {name}" for name in SETTINGS}
-    yield from rows(f"MiniLM-L6, {BATCH} x {LENGTH}", what, OF_MODEL, runs, _longer(budget, MODEL_SHARE))
+    yield from rows(MODEL_CASE, what, OF_MODEL, runs, budget.times(MODEL_SHARE))
 
 
-def _model_run(name: str, model: Any, tokens: Tensor, labels: Tensor) -> Run:
+def _model_run(name: str, model: Any, loss: Callable[[Any], Tensor]) -> Run:
     if name != DENSE:
         pst.replace_linear(model, pst.PSTConfig(sparsity=OF_MODEL, **SETTINGS[name]))
         for layer in model.modules():
@@ -85,7 +86,7 @@ def _model_run(name: str, model: Any, tokens: Tensor, labels: Tensor) -> Run:
                 settled(layer)
                 if layer.config.freeze:
                     layer.freeze_mask()
-    return _steps(model, lambda: model(input_ids=tokens, labels=labels).loss.backward(), name)
+    return _steps(model, lambda: loss(model).backward(), name)
 
 
 def _steps(module: nn.Module, run: Callable[[], Any], name: str) -> Run:

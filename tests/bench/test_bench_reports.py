@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import pst_kernels as pst
 from bench import __main__ as command
-from bench.speed import blocks, cases, export, host, modes, serve, sparse, sparse_row, sparse_runs
+from bench.speed import blocks, cases, export, host, modes, serve, sparse, sparse_row, sparse_runs, sparse_steps
 from bench.tables import report
 from bench.tables import rows as results
 from pst_kernels.export.compressed import load_compressed, save_compressed
@@ -226,7 +226,7 @@ def test_the_readmes_table_is_that_of_the_files(tmp_path, capsys):
 def test_a_run_is_timed_over_its_whole_schedule(monkeypatch):
     """By a clock that counts a second a step of the dense model, and half of one of the others."""
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
-    monkeypatch.setattr(sparse_runs, "minilm", lambda device: BertForSequenceClassification(BertConfig(**size)))
+    monkeypatch.setattr(sparse_steps, "minilm", lambda device: BertForSequenceClassification(BertConfig(**size)))
     monkeypatch.setattr(sparse_runs, "STEPS", 4)
     monkeypatch.setattr(sparse_runs, "RUNS", 2)
     took = []
