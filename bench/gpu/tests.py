@@ -30,7 +30,8 @@ ORDER = ("ops", "scores_and_masks", "linear", "layers", "routes", "graphs", "blo
 PYTEST = [
     sys.executable, "-m", "pytest", "-q", "-c", "pyproject.toml", "-p", "bench.gpu.recorder", "-p", "no:cacheprovider",
 ]  # fmt: skip
-MOST_PROCESSES = 8
+MOST_PROCESSES = 14
+SPARE_CORES = 2  # for the device's driver and this process
 EACH = 90.0  # seconds for one test
 START = 20.0  # seconds under which no process is started any more
 
@@ -109,7 +110,7 @@ def main() -> int:
     end_children_when_ended()
     record = options.output.with_suffix(".jsonl")
     record.unlink(missing_ok=True)
-    run_all(names, record, deadline - 5.0, max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)))
+    run_all(names, record, deadline - 5.0, max(1, min(MOST_PROCESSES, (os.cpu_count() or 1) - SPARE_CORES)))
     rows = outcomes(record)
     found = counts(names, rows)
     write_json(options.output, {**conditions_or_why_not("cuda"), "counts": found, "tests": list(rows.values())})
