@@ -77,7 +77,7 @@ def prune_mask(
         _check_whole("num_pruned", num_pruned)
         if not 0 <= num_pruned <= weight.numel():
             raise ValueError(f"num_pruned must be in [0, {weight.numel()}] for this weight, got {num_pruned}")
-        num_pruned = torch.tensor(num_pruned, dtype=torch.int64, device=weight.device)
+        num_pruned = torch.full((), num_pruned, dtype=torch.int64, device=weight.device)
     scales = Scales(float(beta), float(alpha1), float(alpha2))
     return ops.prune_mask(weight, *factors, *scales, num_pruned, new_guess(weight.device), "unstructured")
 

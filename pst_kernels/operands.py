@@ -22,6 +22,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def integers_on(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """int64 on a device, from pinned memory where it is a GPU, so that the host does not wait for it."""
+    there = device.type == "cuda"
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=there).to(device, non_blocking=there)
+
+
 class Factors(NamedTuple):
     """The six trainable tensors of a layer with weight (out, in); r1 is `weight_rank`, r2 `score_rank`."""
 

@@ -81,7 +81,7 @@ def _multiply_bsr(
     shape = (size * (len(rows) - 1), size * -(-x.shape[1] // size))
     weight = torch.sparse_bsr_tensor(rows, columns, blocks.transpose(1, 2).contiguous(), shape, check_invariants=False)
     y = (weight @ pad(x, (0, shape[1] - x.shape[1])).t()).t()[:, :out_features]
-    return y.contiguous() if bias is None else y + bias
+    return (y if bias is None else y + bias).contiguous()
 
 
 def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:

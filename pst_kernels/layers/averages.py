@@ -7,6 +7,7 @@ their own was written from outside; a mask whose bits do not fit its count is ma
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from typing import Any
@@ -58,9 +59,7 @@ def mend(layer: Any) -> None:
     if type(count) is not Tensor or count.is_meta or layer._shards is not None:
         return
     if layer.given.is_of_another(layer) and total_of((count,)) != layer.seen_count:
-        if int(count) != int(layer.given.count):
-            with torch.no_grad():
-                count.fill_(layer.given.count)
+        _write_given(layer.given.count, count)
         layer.seen_count = total_of((count,))
     watch = layer.watch
     if watch.made and total_of((mask,)) != watch.mask:
@@ -74,6 +73,17 @@ def mend(layer: Any) -> None:
             watch.mask = total_of((mask,))
         else:
             watch.mark_stale()
+
+
+def _write_given(given: int | Tensor, count: Tensor) -> None:
+    """Without reading a device's count, which would make the host wait: there it is written whatever it is. A count
+    that was another's has moved its version, by which the mask is made anew; the same one again must not.
+    """
+    if count.is_cpu and int(count) == int(given):
+        return
+    kept = contextlib.nullcontext() if count.is_cpu else torch.autograd._unsafe_preserve_version_counter(count)
+    with torch.no_grad(), kept:
+        count.fill_(given)
 
 
 def fits(pattern: Pattern, mask: Tensor, columns: int, count: int) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..operands import integers_on
 from .sharded_selection import ordered
 
 HALF = 16  # bits of a key that one histogram tells apart
@@ -28,7 +29,7 @@ def global_counts(scores_of: Callable[[int], Tensor], most: Sequence[int], count
         raise ValueError(f"count must be in [0, {sum(most)}], which is what all matrices may lose, got {count}")
     matrices = range(len(most))
     high = torch.stack([_histogram(ordered(scores_of(i)).flatten() >> HALF) for i in matrices])
-    limits = torch.tensor(most, device=high.device)[:, None]
+    limits = integers_on(most, high.device)[:, None]
     chosen, below = _first_reaching(high, torch.zeros_like(limits), limits, count)
     low = torch.stack([_of_bin(ordered(scores_of(i)).flatten(), chosen) for i in matrices])
     chosen, below = _first_reaching(low, below, limits, count)

@@ -40,7 +40,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def _pack_torch(mask: Tensor) -> Tensor:
-    pairs = mask.view(mask.shape[0], -1, PAIRS, 2).to(torch.int32)
+    pairs = mask.view(mask.shape[0], mask.shape[1] // WORD, PAIRS, 2).to(torch.int32)
     shifts = _shifts(mask.device)
     words = (pairs[..., 0] << shifts) | (pairs[..., 1] << (shifts + 16))
     return words.sum(-1, dtype=torch.int32)  # distinct bits, so the sum is their union

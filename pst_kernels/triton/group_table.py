@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..operands import integers_on
 from . import group_row as row
 from . import select, sweep
 from .group_layer import TYPES, LayerTensors
@@ -97,7 +98,7 @@ class Group:
             row_of(layer, *room, rows, tiles)
             for layer, room, rows, tiles in zip(self.members, rooms, usual.rows, usual.counts, strict=True)
         ]
-        self.rows = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.rows = integers_on(rows, self.device)
 
     def candidates(self) -> tuple[Tensor, Tensor]:
         """Room for their keys and indices: half a byte a weight, and used up within a call, so taken for each."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..masks.packing import WORD
+from ..operands import integers_on
 from . import group_row as row
 from . import sweep
 from .sweep import SweepTile
@@ -56,7 +57,7 @@ class Cut(NamedTuple):
             for strip in range(cdiv(n_i, rows))
             for block in range(cdiv(n_j, self.block_j))
         ]
-        return torch.tensor(places, dtype=torch.int64, device=device)
+        return integers_on(places, device)
 
 
 def cut(shapes: list[Shape], tile: SweepTile, programs: int) -> Cut:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from linear_problem import relative_error
 from places import CUDA, Place
 
 import pst_kernels as pst
@@ -16,15 +17,16 @@ def test_a_layer_compiles_as_one_graph(gpu: Place, dtype: torch.dtype) -> None:
     layer = pst.PSTLinear(48, 32, dtype=dtype, config=pst.PSTConfig(sparsity=0.5)).to(gpu.device)
     compiled = torch.compile(layer, fullgraph=True, backend="inductor" if gpu.kind == CUDA else "aot_eager")
     x = torch.randn(5, 48).to(gpu.device, dtype)
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for _ in range(3):
         gradients = []
         for run in (compiled, layer):
             y = run(x)
             gradients.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), layer.factors)])
         for found, expected in zip(*gradients, strict=True):
-            torch.testing.assert_close(found, expected, **tolerance)
-        with torch.no_grad():
+            assert found.dtype == expected.dtype
+            assert relative_error(found, expected.double()) <= tolerance
+        with torch.no_grad():  # by steps of one size, so that nothing grows beyond what its sums can tell apart
             for factor, gradient in zip(layer.factors, gradients[1][1:], strict=True):
-                factor -= 0.01 * gradient
+                factor -= 0.01 * gradient / gradient.abs().max().clamp(min=1e-3)
     assert int((~layer.mask).sum()) == 32 * 48 // 2
