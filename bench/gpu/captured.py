@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def rows_of(case: Case, seconds: float) -> Iterator[Row]:
         try:
             step = _model_step(name) if case.mode == "model" else _layer_step(name, case)
             steps[name] = INTERVAL if "score_interval" in name else 1
-            replays[name] = captured(lambda step=step, times=steps[name]: [step() for _ in range(times)])
+            replays[name] = captured(partial(_several, step, steps[name]))
         except Exception as error:  # one that cannot be captured loses the others nothing
             print(f"{name} is left out of {case}: {type(error).__name__}: {error}", flush=True)
     timers = {n: measure.timer(replay, None, "cuda", steps[n]) for n, replay in replays.items()}
@@ -107,11 +108,15 @@ def rows_of(case: Case, seconds: float) -> Iterator[Row]:
     for name, timing in timings.items():
         times, ratio = timing.quantiles, timing.ratio_to(timings[DENSE]).median if DENSE in timings else float("nan")
         kernels = {
-            key: (count / steps[name], micro / steps[name])
-            for key, (count, micro) in kernels_of(replays[name]).items()
+            key: (count / steps[name], micro / steps[name]) for key, (count, micro) in kernels_of(replays[name]).items()
         }
-        us = [round(1e6 * value, 2) for value in (times.median, times.p20, times.p80)]
-        yield Row(str(case), name, *us, timing.rounds, round(ratio, 4), kernels)
+        median, p20, p80 = (round(1e6 * value, 2) for value in (times.median, times.p20, times.p80))
+        yield Row(str(case), name, median, p20, p80, timing.rounds, round(ratio, 4), kernels)
+
+
+def _several(step: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        step()
 
 
 def _converted(name: str, module: nn.Module) -> nn.Module:
@@ -144,7 +149,7 @@ def _model_step(name: str) -> Callable[[], None]:
 
 
 def _settled(layer: Any) -> Any:
-    if layer.__dict__.get("config") is not None and getattr(layer.config, "freeze", 0):
+    if isinstance(layer, pst.PSTLinear) and layer.config.freeze:
         layer.freeze_mask()
     return layer
 

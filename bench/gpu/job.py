@@ -23,6 +23,7 @@ from . import conditions as under
 from . import exits
 from .parts import PARTS, Part
 from .processes import environment, run
+from .show import show
 
 SECONDS = 540.0  # for everything
 LOG, SUMMARY = "log.txt", "summary.json"
@@ -35,9 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=names, metavar="PART", help=f"of {', '.join(names)}")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for everything, default {SECONDS:.0f}")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu", help="gets a folder of the device's name")
+    parser.add_argument("--show", type=Path, metavar="FOLDER", help="run nothing: the tables of a device's folder")
+    parser.add_argument("--readme", type=Path, help="with --show, rewrite the tables between the markers there")
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.show is not None:
+        show(options.show, options.readme)
+        return 0
+    if options.readme is not None:
+        raise ValueError("--readme needs --show FOLDER, whose tables it writes")
     deadline = time.monotonic() + options.seconds
     parts = [part for part in PARTS if not options.parts or part.name in options.parts]
     found = describe("cpu" if options.dry_run else "cuda")

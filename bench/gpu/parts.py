@@ -51,6 +51,15 @@ PARTS = (
         [PYTHON, "-m", "bench", "--quick", "--device", "cuda", *WHO, "--list"],
     ),
     Part(
+        "captured", "whole steps as CUDA graphs, and what their kernels take", "captured.json", 150.0, 40.0,
+        lambda path, _: [PYTHON, "-m", "bench.gpu.captured", "--output", str(path)], _imports("bench.gpu.captured"),
+    ),
+    Part(
+        "decoding", "tokens a second of sparse language models, a decode step being one CUDA graph", "decoding.json",
+        60.0, 20.0,
+        lambda path, _: [PYTHON, "-m", "bench.gpu.decoding", "--output", str(path)], _imports("bench.gpu.decoding"),
+    ),
+    Part(
         "kernels", "registers, spills and main loops of every shipped kernel, compiled for this device",
         "kernels.json", 120.0, 30.0,
         lambda path, _: [PYTHON, "-m", "bench.gpu.kernels", "--output", str(path)],

@@ -129,8 +129,9 @@ def _masked_into(out: Tensor, operands: MaskedWeight) -> Tensor:
     return UpdatedRows(weight, factors, scales).masked_into(out, mask)
 
 
-def masked_weight(operands: MaskedWeight, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(operands.weight.shape, dtype=dtype, device=operands.weight.device)
+def masked_weight(operands: MaskedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    if out is None:
+        out = torch.empty(operands.weight.shape, dtype=dtype, device=operands.weight.device)
     return _masked_into(out, operands)
 
 

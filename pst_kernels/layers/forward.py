@@ -160,7 +160,9 @@ class Forward(Resting):
             if self.frozen and by_lists:
                 made = self._fixed_lists(factors, dtype)
             else:
-                if masked is None and (keep or by_lists or added.weights is not None):
+                if masked is None and keep and added.weights is None:
+                    masked = kernels.masked_weight(ready.operands, dtype, self._room_to_keep(weight, dtype))
+                elif masked is None and (keep or by_lists or added.weights is not None):
                     masked = masked_with(ready.operands, added, dtype)
                     masked = self._room_to_keep(weight, dtype).copy_(masked) if keep else masked
                 made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)

@@ -149,7 +149,8 @@ class _Gradient(NamedTuple):
 
 def masked_with(operands: MaskedWeight, added: Added, dtype: torch.dtype) -> Tensor:
     """M * W' (out, in) with the trained kept weights added, rounded once."""
+    if added.weights is None:
+        return ops.masked_weight(*operands.flat, dtype)
     masked = ops.masked_weight(*operands.flat, compute_dtype(operands.weight.dtype))
-    if added.weights is not None:
-        add_at(masked, added.places, added.weights.detach())  # type: ignore[arg-type]
+    add_at(masked, added.places, added.weights.detach())  # type: ignore[arg-type]
     return masked.to(dtype)

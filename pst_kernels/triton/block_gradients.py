@@ -103,11 +103,16 @@ def block_gradients_kernel(
         p_column_sums += (z * tl.num_programs(1) + i_list) * RANK * columns
         b_high, b_low = split(b_q, FAST, SPLIT)
         for rank in tl.range(0, RANK, RANKS, num_stages=1):
-            b_u, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
+            _, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
             k = rank + tl.arange(0, RANKS)
             b_du = product(b_high, b_low, tl.trans(b_v), tl.zeros((BLOCK_ROWS, RANKS), tl.float32), FAST, SPLIT)
             o_row = r[:, None] * RANK + k[None, :]
             tl.store(p_row_sums + o_row, b_du, mask=m_rows[:, None] & (k < RANK)[None, :])
+        # A loop of its own: in one with dU's products, what Triton 3.6 and its assembler make for sm_90 gave a wrong dV
+        # on an H100 from 17 ranks on, from PTX that is right (results/gpu). Why is not known.
+        for rank in tl.range(0, RANK, RANKS, num_stages=1):
+            b_u, _ = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
+            k = rank + tl.arange(0, RANKS)
             b_zero = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
             b_dv = product(tl.trans(b_high), tl.trans(b_low), b_u, b_zero, FAST, SPLIT)
             o_column = k[None, :].to(tl.int64) * columns + i[:, None]

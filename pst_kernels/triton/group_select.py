@@ -1,11 +1,11 @@
 """The exact thresholds of all layers of a table: the search of select.py, each of its steps one launch for all layers.
 
     bracket   a program a layer
-    gather    a program a tile; the last one to finish a layer refines it: selects among its candidates, or asks for a
-              search
+    gather    a program a tile
+    refine    a program a layer: selects among its candidates, or asks for a search
     radix     four launches: 11, 11 and 10 bits of the keys, then 11 of the indices of equal scores; the last program to
               finish a layer narrows its range
-    gather    again, of the layers that were searched
+    collect   gather and refine again, of the layers that were searched
 
 The last two return at once where no layer is searched. Else every program goes through those layers one after another
 and takes its share of each: often only one has missed, and then all programs work on it. No program waits for another.
@@ -35,7 +35,6 @@ from .group_row import (
     ROWS,
     STRIDE_I,
     STRIDE_J,
-    TILES,
     field_of,
     load_place,
     load_row,
@@ -58,7 +57,6 @@ from .select import (
     RANK,
     SEARCH,
     SLOTS,
-    SMALL,
     STATUS,
     TICKET,
     UPPER,
@@ -80,6 +78,8 @@ if TYPE_CHECKING:
 KEY_TURNS = tl.constexpr(3)  # radix launches over keys; one more over indices
 DIGIT = tl.constexpr(11)
 RARE_ROWS = tl.constexpr(64)  # short strips, for all programs share the layers that are searched
+MANY = tl.constexpr(8192)  # candidates that a program which does nothing else looks at together
+REFINING_WARPS = 16
 FEW = tl.constexpr(512)  # candidates that are held where a loop over layers takes registers too
 LOOKED_AT = tl.constexpr(256)  # layers at a time, for one that waits
 
@@ -118,18 +118,18 @@ def last_of(p_state, programs):
 
 
 @triton.jit
-def refine_layer(b_row, p_state, p_bins, p_key, p_index, HELD_CANDIDATES: tl.constexpr):
+def refine_layer(b_row, p_state, p_bins, p_key, p_index, HELD_CANDIDATES: tl.constexpr, AT_ONCE: tl.constexpr):
     refine(
         p_state, p_bins, p_key, p_index, pointer_of(b_row, GUESS, tl.float32, False),
         pointer_of(b_row, PRUNED, tl.int64, False), load_state(p_state), row_numel(b_row), field_of(b_row, CAPACITY),
         field_of(b_row, INDEX_BITS).to(tl.int32), True, COPIES * RADIX_BINS,
-        HELD_CANDIDATES,
+        HELD_CANDIDATES, AT_ONCE,
     )  # fmt: skip
 
 
 @triton.jit
 def group_gather_kernel(
-    p_layers, p_tiles, p_state, p_bins, p_key, p_index,
+    p_layers, p_tiles, p_state, p_key, p_index,
     W_TYPE: tl.constexpr, F_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, HELD: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, STAGES: tl.constexpr,
@@ -163,9 +163,18 @@ def group_gather_kernel(
         b_below += gather_step(
             p_state, p_key, p_index, b_score, i, j, m_tile, n_i, n_j, lower, upper, 0, 0, capacity, TRANSPOSED, False
         )
-    tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64))
-    if last_of(p_state, field_of(b_row, TILES)):
-        refine_layer(b_row, p_state, p_bins + layer * (COPIES * RADIX_BINS), p_key, p_index, SMALL)
+    tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64), sem="relaxed")
+
+
+@triton.jit
+def group_refine_kernel(p_layers, p_state, p_bins, p_key, p_index):
+    """A program a layer: selects among what was collected, or asks for a search."""
+    layer = tl.program_id(0)
+    p_state += layer * SLOTS
+    if slot_of(load_state(p_state), STATUS) == COLLECT:
+        b_row = load_row(p_layers, layer)
+        first = field_of(b_row, FIRST_CANDIDATE)
+        refine_layer(b_row, p_state, p_bins + layer * (COPIES * RADIX_BINS), p_key + first, p_index + first, 0, MANY)
 
 
 @triton.jit
@@ -300,10 +309,10 @@ def group_collect_kernel(
                         p_layer, p_key + first_candidate, p_index + first_candidate, b_score, i, j, m_tile, n_i, n_j,
                         lower, upper, first, last, capacity, TRANSPOSED, True,
                     )  # fmt: skip
-            tl.atomic_add(p_layer + BELOW, tl.sum(b_below, 0).to(tl.int64))
+            tl.atomic_add(p_layer + BELOW, tl.sum(b_below, 0).to(tl.int64), sem="relaxed")
             if last_of(p_layer, tl.num_programs(0)):
                 p_layer_bins = p_bins + tl.full([], layer, tl.int64) * (COPIES * RADIX_BINS)
-                refine_layer(b_row, p_layer, p_layer_bins, p_key + first_candidate, p_index + first_candidate, FEW)
+                refine_layer(b_row, p_layer, p_layer_bins, p_key + first_candidate, p_index + first_candidate, FEW, FEW)
 
 
 class Search:
@@ -313,6 +322,7 @@ class Search:
         layers, usual, rare = len(group.members), group.gather, group.rare
         self.bracket = Launch(group_bracket_kernel, (layers,), **group.bracket_constants)
         self.gather = Launch(group_gather_kernel, usual.grid, **usual.constants)
+        self.refine = Launch(group_refine_kernel, (layers,), num_warps=REFINING_WARPS)
         turns = range(KEY_TURNS.value + 1) if group.can_miss else ()  # else every layer is collected whole
         self.radix = [Launch(group_radix_kernel, rare.grid, (layers, turn), **rare.constants) for turn in turns]
         self.collect = Launch(group_collect_kernel, rare.grid, (layers,), **rare.constants)
@@ -321,7 +331,8 @@ class Search:
         key, index = group.candidates()
         rows, state, bins = group.rows, group.state, group.bins
         self.bracket(rows, state, key)
-        self.gather(rows, group.gather.places, state, bins, key, index)
+        self.gather(rows, group.gather.places, state, key, index)
+        self.refine(rows, state, bins, key, index)
         for turn in self.radix:
             turn(rows, state, bins)
         if self.radix:

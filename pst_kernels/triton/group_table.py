@@ -18,8 +18,8 @@ from ..operands import integers_on
 from . import group_row as row
 from . import select, sweep
 from .group_layer import TYPES, LayerTensors
-from .group_tiles import best_tile, cut, tile_for_words
-from .sweep import SweepTile, tile_constants
+from .group_tiles import cut, tile_of
+from .sweep import SweepTile, tile_constants, tile_for_words
 from .tiles import targets
 from .tiles.targets import Platform
 
@@ -84,7 +84,7 @@ class Group:
         """The launches, and the rows of the table; `rooms` are those for candidates, and where they begin."""
         platform, programs = targets.platform(self.device), sweep.programs_wanted(self.device)
         shapes = [layer.along[:2] for layer in self.members]
-        tile = best_tile(kind.weight_rank + kind.score_rank, shapes, kind.transposed)
+        tile = tile_of(kind.weight_rank + kind.score_rank, kind.transposed)
         of_words = tile_for_words(tile, kind.transposed)
         usual = cut(shapes, tile, programs)
         of_mask = usual._replace(block_j=of_words.block_j)

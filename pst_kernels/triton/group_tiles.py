@@ -21,18 +21,9 @@ FEWEST_ROWS = 64  # of a program: at ranks 8 + 8 it then reads a byte of factors
 ROUNDS = 2  # of programs over the whole device, at least: the last one is seldom full
 
 
-def best_tile(ranks: int, shapes: list[Shape], transposed: bool) -> SweepTile:
-    """Of those for so many ranks, the one that computes the least beside the weights."""
-    tiles = [sweep.tile_of(ranks, n_j) for n_j in (1024, 512)]
-    tile = min(tiles, key=lambda tile: sum(n_i * cdiv(n_j, tile.block_j) * tile.block_j for n_i, n_j in shapes))
+def tile_of(ranks: int, transposed: bool) -> SweepTile:
+    tile = sweep.tile_of(ranks)
     return tile._replace(vector=min(tile.vector, versions.TRANSPOSED_VECTOR)) if transposed else tile
-
-
-def tile_for_words(tile: SweepTile, transposed: bool) -> SweepTile:
-    """As in mask.py: a step is one word's 32 columns where the columns of W run along i."""
-    if transposed:
-        return tile._replace(block_i=WORD, block_j=versions.TRANSPOSED_ACROSS, vector=1, warps=8)
-    return tile
 
 
 class Cut(NamedTuple):

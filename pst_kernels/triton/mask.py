@@ -24,9 +24,10 @@ from .sweep import (
     step_scores,
     step_updated,
     sweep_weight,
+    tile_for_words,
     tile_of,
 )
-from .tiles import targets, versions
+from .tiles import targets
 from .tiles.targets import Platform
 
 BITS = tl.constexpr(WORD)
@@ -148,19 +149,15 @@ def masked_weight_kernel(
 def mask_from(state: Tensor, weight: Tensor, factors: Factors, scales: Scales, masked: Tensor | None = None) -> Tensor:
     """The packed mask from a threshold's state; `masked`, contiguous (out, in) of any dtype, is filled with M * W'."""
     mask = weight.new_empty((weight.shape[0], packed_width(weight.shape[1])), dtype=torch.int32)
-    tile = tile_for_words(weight, factors.weight_rank + factors.score_rank)
+    tile = _tile(weight, factors.weight_rank + factors.score_rank)
     sweep = sweep_weight(weight, factors, targets.platform(weight.device), tile)
     if weight.numel():
         mask_kernel[sweep.grid](mask, masked, state, *sweep.operands, *sweep.shape, *scales, **sweep.constants)
     return mask
 
 
-def tile_for_words(weight: Tensor, ranks: int) -> SweepTile:
-    """The usual tile, but a step of one word's 32 columns where the columns of W run along i."""
-    tile = tile_of(ranks, weight.shape[1])
-    if weight.stride(0) == 1 and weight.stride(1) != 1:
-        return tile._replace(block_i=WORD, block_j=versions.TRANSPOSED_ACROSS, vector=1, warps=8)
-    return tile
+def _tile(weight: Tensor, ranks: int) -> SweepTile:
+    return tile_for_words(tile_of(ranks), weight.stride(0) == 1 and weight.stride(1) != 1)
 
 
 def prune_mask(
@@ -185,7 +182,7 @@ def masked_weight(operands: MaskedWeight, dtype: torch.dtype, out: Tensor | None
 def fill_masked_weight(operands: MaskedWeight, out: Tensor, platform: Platform) -> Tensor:
     """M * W' into `out`, which is returned; operands as of `checked_operands`."""
     weight, (U, V, *_), mask, (beta, _, _) = operands
-    sweep = sweep_weight(weight, (U, V), platform, tile_for_words(weight, U.shape[1]))
+    sweep = sweep_weight(weight, (U, V), platform, _tile(weight, U.shape[1]))
     if weight.numel():
         masked_weight_kernel[sweep.grid](mask, out, *sweep.operands, *sweep.shape, beta, **sweep.constants)
     return out

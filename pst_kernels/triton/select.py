@@ -64,7 +64,6 @@ BINS = tl.constexpr(256)
 KEY_PASSES = tl.constexpr(4)
 SAMPLES = tl.constexpr(8192)
 SMALL = tl.constexpr(4096)  # candidates that one program holds in registers
-CHUNK = tl.constexpr(2048)
 
 # Margins either side of a guess, as fractions of all scores. Both sides of the wide one, 5 %, fit the room for
 # candidates.
@@ -204,26 +203,20 @@ def gather_step(
     TRANSPOSED: tl.constexpr, TIES: tl.constexpr,
 ):  # fmt: skip
     """Of one step's tile: collects what lies in the range, returns how many of each j lie below it."""
-    index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
     b_key = key_of(b_score)
     below = b_key < lower
     inside = m_tile & (b_key >= lower) & (b_key <= upper)
     if TIES:
+        index = flat_index(i, j, n_i, n_j, tl.int64, TRANSPOSED)
         below = below | ((b_key == lower) & (index < first))
         inside = inside & (index >= first) & (index <= last)
-    b_inside = inside.to(tl.int32)
-    b_column = tl.sum(b_inside, 0)
-    found = tl.sum(b_column, 0)
-    if found > 0:
-        start = tl.atomic_add(p_state + COUNT, found.to(tl.int64))
-        b_before = (tl.cumsum(b_column, 0) - b_column)[None, :] + tl.cumsum(b_inside, 0) - b_inside
-        slot = b_before + tl.minimum(start, capacity).to(tl.int32)
-        m_slot = inside & (slot < capacity)
-        b_index = flat_index(i, j, n_i, n_j, p_index.dtype.element_ty, TRANSPOSED)
-        SIZE: tl.constexpr = b_key.shape[0] * b_key.shape[1]
-        slot, m_slot = tl.reshape(slot, [SIZE]), tl.reshape(m_slot, [SIZE])
-        tl.store(p_key + slot, tl.reshape(b_key, [SIZE]), mask=m_slot)
-        tl.store(p_index + slot, tl.reshape(b_index, [SIZE]), mask=m_slot)
+    # An addition for each: few lie inside, and what threads would have to tell each other first takes longer.
+    TYPE: tl.constexpr = p_index.dtype.element_ty  # a weight whose indices are int32 has no more candidates than that
+    p_count = (p_state + COUNT).to(tl.pointer_type(TYPE), bitcast=True) + tl.zeros(b_key.shape, tl.int32)
+    slot = tl.atomic_add(p_count, tl.full(b_key.shape, 1, TYPE), mask=inside, sem="relaxed")
+    m_slot = inside & (slot < capacity)
+    tl.store(p_key + slot, b_key, mask=m_slot)
+    tl.store(p_index + slot, flat_index(i, j, n_i, n_j, TYPE, TRANSPOSED), mask=m_slot)
     return tl.sum((m_tile & below).to(tl.int32), 0)
 
 
@@ -256,7 +249,7 @@ def gather_kernel(
             p_state, p_key, p_index, b_score, i, j, m_tile, n_i, n_j, lower, upper, first, last, capacity,
             TRANSPOSED, TIES,
         )  # fmt: skip
-    tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64))
+    tl.atomic_add(p_state + BELOW, tl.sum(b_below, 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -276,14 +269,27 @@ def refine_kernel(
     if slot_of(b_state, STATUS) != COLLECT:
         return
     refine(
-        p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits, UPDATE, BINS, SMALL
+        p_state,
+        p_bins,
+        p_key,
+        p_index,
+        p_guess,
+        p_pruned,
+        b_state,
+        numel,
+        capacity,
+        index_bits,
+        UPDATE,
+        BINS,
+        SMALL,
+        SMALL,
     )
 
 
 @triton.jit
 def refine(
     p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits,
-    UPDATE: tl.constexpr, RADIX_BINS: tl.constexpr, HELD_CANDIDATES: tl.constexpr,
+    UPDATE: tl.constexpr, RADIX_BINS: tl.constexpr, HELD_CANDIDATES: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Selects among the candidates if the answer is proven to be one of them, else asks for a search."""
     k = tl.load(p_pruned).to(tl.int64)
@@ -298,7 +304,8 @@ def refine(
         tl.store(p_state + STATUS, one - 1 + SEARCH)
         tl.store(p_bins + tl.arange(0, RADIX_BINS), tl.zeros([RADIX_BINS], tl.int32))
     else:
-        key, index = candidate_of_rank(p_key, p_index, rank, count, index_bits, HELD_CANDIDATES)
+        lower, upper = slot_of(b_state, LOWER), slot_of(b_state, UPPER)
+        key, index = candidate_of_rank(p_key, p_index, rank, count, lower, upper, index_bits, HELD_CANDIDATES, AT_ONCE)
         if UPDATE:
             update_guess(p_guess, b_state, key, count, k, numel)
         tl.store(p_state + KEY, key)
@@ -307,47 +314,84 @@ def refine(
 
 
 @triton.jit
-def candidate_of_rank(p_key, p_index, rank, count, index_bits, HELD: tl.constexpr):
-    """The candidate, (key, index), that has `rank` smaller ones."""
+def candidate_of_rank(
+    p_key, p_index, rank, count, lower, upper, index_bits, HELD: tl.constexpr, AT_ONCE: tl.constexpr
+):  # fmt: skip
+    """The candidate, (key, index), that has `rank` smaller ones; all keys are in the range. Up to HELD are held in
+    registers, of more AT_ONCE are looked at together: a single program waits for each load.
+    """
+    if HELD == 0:
+        key, index = candidate_by_digits(p_key, p_index, rank, count, lower, upper, index_bits, AT_ONCE)
+    else:
+        if count <= HELD:
+            key, index = candidate_by_bits(p_key, p_index, rank, count, index_bits, HELD)
+        else:
+            key, index = candidate_by_digits(p_key, p_index, rank, count, lower, upper, index_bits, AT_ONCE)
+    return key, index
+
+
+@triton.jit
+def candidate_by_bits(p_key, p_index, rank, count, index_bits, HELD: tl.constexpr):
     one = tl.full([], 1, tl.int64)
     key = tl.full([], 0, tl.int64)
     index = tl.full([], 0, tl.int64)
-    if count <= HELD:
-        n = tl.arange(0, HELD)
-        m_n = n < count
-        b_key = tl.load(p_key + n, mask=m_n, other=0)
-        b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64)
-        for bit in range(32):
-            step = one << (31 - bit)
-            fewer = tl.sum((m_n & (b_key < signed(key + step))).to(tl.int32), 0)
-            key = tl.where(fewer <= rank, key + step, key)
-        rank -= tl.sum((m_n & (b_key < signed(key))).to(tl.int32), 0)
-        m_n = m_n & (b_key == signed(key))
-        for bit in range(index_bits):
-            step = one << (index_bits - 1 - bit)
-            fewer = tl.sum((m_n & (b_index < index + step)).to(tl.int32), 0)
-            index = tl.where(fewer <= rank, index + step, index)
+    n = tl.arange(0, HELD)
+    m_n = n < count
+    b_key = tl.load(p_key + n, mask=m_n, other=0)
+    b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64)
+    for bit in range(32):
+        step = one << (31 - bit)
+        fewer = tl.sum((m_n & (b_key < signed(key + step))).to(tl.int32), 0)
+        key = tl.where(fewer <= rank, key + step, key)
+    rank -= tl.sum((m_n & (b_key < signed(key))).to(tl.int32), 0)
+    m_n = m_n & (b_key == signed(key))
+    for bit in range(index_bits):
+        step = one << (index_bits - 1 - bit)
+        fewer = tl.sum((m_n & (b_index < index + step)).to(tl.int32), 0)
+        index = tl.where(fewer <= rank, index + step, index)
+    return key, index
+
+
+@triton.jit
+def candidate_by_digits(p_key, p_index, rank, count, lower, upper, index_bits, AT_ONCE: tl.constexpr):
+    """By the digits of what a key is above the range's lower end: no more of them than the range has."""
+    start = signed(lower)
+    width = upper - lower
+    passes = 1 + (width > 0xFF).to(tl.int32) + (width > 0xFFFF).to(tl.int32) + (width > 0xFFFFFF).to(tl.int32)
+    above = tl.full([], 0, tl.uint32)
+    equal = tl.full([], 0, tl.int32)
+    for digit in range(passes):
+        shift = DIGIT * (passes - 1 - digit)
+        b_bins = tl.zeros([BINS], tl.int32)
+        for first in range(0, count.to(tl.int32), AT_ONCE):
+            n = first + tl.arange(0, AT_ONCE)
+            m_n = n < count
+            b_above = (tl.load(p_key + n, mask=m_n, other=0) - start).to(tl.uint32, bitcast=True) >> shift
+            m_n = m_n & ((b_above >> DIGIT) == above)
+            b_bins += tl.histogram((b_above & (BINS - 1)).to(tl.int32), BINS, mask=m_n)
+        place, rank = bin_of_rank(b_bins, rank)
+        equal = tl.sum(tl.where(tl.arange(0, BINS) == place, b_bins, 0), 0)
+        above = (above << DIGIT) | place.to(tl.uint32)
+    key = lower + above.to(tl.int64)
+    index = tl.full([], 0, tl.int64)
+    if equal == 1:  # as nearly always: no digits need be told apart
+        b_found = tl.zeros([AT_ONCE], p_index.dtype.element_ty)
+        for first in range(0, count.to(tl.int32), AT_ONCE):
+            n = first + tl.arange(0, AT_ONCE)
+            m_n = n < count
+            m_n = m_n & (tl.load(p_key + n, mask=m_n, other=0) == signed(key))
+            b_found += tl.load(p_index + n, mask=m_n, other=0)
+        index = tl.sum(b_found, 0).to(tl.int64)
     else:
-        for digit in range(KEY_PASSES):
-            shift = 32 - DIGIT * (digit + 1)
+        turns = (index_bits + DIGIT - 1) // DIGIT
+        for digit in range(turns):
+            shift_index = DIGIT * (turns - 1 - digit)
             b_bins = tl.zeros([BINS], tl.int32)
-            for start in range(0, count.to(tl.int32), CHUNK):
-                n = start + tl.arange(0, CHUNK)
-                m_n = n < count
-                b_key = unsigned(tl.load(p_key + n, mask=m_n, other=0)) >> shift
-                m_n = m_n & ((b_key >> DIGIT) == key)
-                b_bins += tl.histogram((b_key & (BINS - 1)).to(tl.int32), BINS, mask=m_n)
-            place, rank = bin_of_rank(b_bins, rank)
-            key = (key << DIGIT) | place
-        passes = (index_bits + DIGIT - 1) // DIGIT
-        for digit in range(passes):
-            shift = DIGIT * (passes - 1 - digit)
-            b_bins = tl.zeros([BINS], tl.int32)
-            for start in range(0, count.to(tl.int32), CHUNK):
-                n = start + tl.arange(0, CHUNK)
+            for first in range(0, count.to(tl.int32), AT_ONCE):
+                n = first + tl.arange(0, AT_ONCE)
                 m_n = n < count
                 b_key = tl.load(p_key + n, mask=m_n, other=0)
-                b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64) >> shift
+                b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64) >> shift_index
                 m_n = m_n & (b_key == signed(key)) & ((b_index >> DIGIT) == index)
                 b_bins += tl.histogram((b_index & (BINS - 1)).to(tl.int32), BINS, mask=m_n)
             place, rank = bin_of_rank(b_bins, rank)

@@ -44,11 +44,12 @@ def matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, 
 
 
 def gradients(
-    architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int, few_ranks: bool
-) -> Tile:
-    """The tile of G that a program of the gradient kernel makes; `ranks` is the number of sums of a row."""
+    architecture: str, x: torch.dtype, weight: torch.dtype, rows: int, columns: int, ranks: int, few_ranks: bool,
+    g_stored: bool = False,
+) -> Tile:  # fmt: skip
+    """The tile of G that a program of the gradient kernel makes, or reads; `ranks` is the number of sums of a row."""
     key = dtype_key(x, weight)
-    tile = tuned(architecture).gradients.get(key) or _gradients(architecture, key)
+    tile = tuned(architecture).gradients.get(key) or _gradients(architecture, key, g_stored)
     whole = rows % tile.rows == 0 and columns % tile.columns == 0
     if whole and (few_ranks or (key == "float" and ranks <= 16)):
         return tile
@@ -57,8 +58,10 @@ def gradients(
     return medium if fits else tables.SMALL[key]
 
 
-def _gradients(architecture: str, key: str) -> Tile:
+def _gradients(architecture: str, key: str, g_stored: bool) -> Tile:
     tile = tables.GRADIENTS[architecture][key]
+    if g_stored and key != "float":
+        tile = tables.G_STORED_TILES.get(architecture, tile)
     return tile._replace(columns=min(tile.columns, versions.GRADIENT_COLUMNS.get(architecture, tile.columns)))
 
 
@@ -206,8 +209,8 @@ def gradient_plan(
     """For a weight of this shape and ranks (of W', of S)."""
     (rows, columns), (rank_w, rank_s) = shape, ranks
     few = few_ranks(architecture, rank_w + rank_s)
-    tile = gradients(architecture, x, weight, rows, columns, max(rank_w, rank_s + 1), few)
     g_stored = tokens >= tables.G_STORED_TOKENS[dtype_key(x, weight)]
+    tile = gradients(architecture, x, weight, rows, columns, max(rank_w, rank_s + 1), few, g_stored)
     if g_stored:
         tile = tile._replace(columns=min(tile.columns, versions.G_STORED_COLUMNS))
     across, down = cdiv(columns, tile.columns), cdiv(rows, tile.rows)

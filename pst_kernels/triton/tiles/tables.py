@@ -73,15 +73,18 @@ MATMUL: dict[str, Table] = {
 # Where the registers cannot hold U beside A and V beside B (see FEW_RANKS), and where a matrix is no multiple of the
 # tile, it is the MEDIUM tile for as many sums a row (ranks, and one for R) as it has room for, where the matrix is a
 # multiple of it, else the SMALL one.
-_FLOAT_GRADIENTS = Tile(32, 32, 32, 4, 2)
+_FLOAT_GRADIENTS = Tile(64, 32, 32, 4, 2)
 GRADIENTS: dict[str, dict[str, Tile]] = {
     name: {"half": half, "mixed": half, "float": _FLOAT_GRADIENTS}
     for name, half in {
         "sm_80": Tile(128, 128, 32, 8, 3, 0.40), "sm_86": Tile(128, 128, 32, 8, 3, 0.23),
-        "sm_89": Tile(128, 128, 32, 8, 3, 0.23), "sm_90": Tile(128, 128, 64, 8, 3, 0.32),
+        "sm_89": Tile(128, 128, 32, 8, 3, 0.23), "sm_90": Tile(64, 128, 64, 4, 3, 0.42),
         "sm_100": Tile(128, 128, 64, 8, 3), "sm_120": Tile(128, 128, 32, 8, 3, 0.45), "gfx942": Tile(64, 64, 32, 4, 2),
     }.items()
 }  # fmt: skip
+# Where G is read. Of nine tiles that were timed on an H100, these for sm_90 are the fastest without a spill: of four
+# warps, so that two programs share a multiprocessor, and one computes while the other waits.
+G_STORED_TILES = {"sm_90": Tile(128, 64, 64, 4, 3)}
 _MEDIUM = 16, Tile(128, 64, 32, 8, 3)
 MEDIUM = {  # with the most sums that it is used for
     "sm_80": (16, Tile(64, 64, 32, 4, 3)), "sm_86": _MEDIUM, "sm_89": _MEDIUM,
@@ -109,11 +112,11 @@ ODD_SLOTS = 8.0  # the small tile of odd shapes
 FLOAT_TOKENS = 64  # fp32 multiply-adds: the library's own are so much faster that only reading W once less pays
 WIDEST_FACTOR = 64  # padded columns of U and V that a loop step multiplies; for higher ranks the masked weight is made
 
-# From here on the library makes G, and the gradient kernel reads it: 4 B a weight more, written and read, against a
-# main loop that runs at an assumed 0.9 of the library's speed. 4 B / bandwidth = T (1 / 0.9 - 1) / rate gives 3,500
-# tokens on sm_90 and 2,250 on sm_80; some twice that, because G in x's dtype costs a rounding.
-# fp32 multiply-adds of this kernel are so much slower than the library's that G is worth making for few tokens already.
-G_STORED_TOKENS = {"half": 8192, "mixed": 8192, "float": 64}
+# From here on the library makes G, and the gradient kernel reads it. Timed on an H100, 4,096 x 4,096 in bf16: made in
+# the kernel 114 us and 77 ns a token, by the library 97 us and 42 ns a token, so that would always win; from 512 on,
+# because G in x's dtype costs a rounding, and its room. Other devices have not been timed. fp32 multiply-adds of this
+# kernel are so much slower than the library's that G is worth making for few tokens already.
+G_STORED_TOKENS = {"half": 512, "mixed": 512, "float": 64}
 SPLIT_K_TOKENS = 1024  # at least so many a split of a tile of G: storing its sums costs as much as about 200
 
 # Reducing a tile of 128 x 128 takes about 3,700 instructions of 8 warps on sm_90, as many cycles as the tensor cores
