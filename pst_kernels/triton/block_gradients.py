@@ -44,6 +44,28 @@ def load_factors(
     return b_u.to(tl.float32) * beta, b_v.to(tl.float32)
 
 
+@triton.jit
+def store_row_sums(
+    p_row_sums, b_high, b_low, b_v, rank, r, m_rows, FAST: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    """Q V^T of RANKS ranks."""
+    k = rank + tl.arange(0, RANKS)
+    b_du = product(b_high, b_low, tl.trans(b_v), tl.zeros((r.shape[0], RANKS), tl.float32), FAST, SPLIT)
+    tl.store(p_row_sums + (r[:, None] * RANK + k[None, :]), b_du, mask=m_rows[:, None] & (k < RANK)[None, :])
+
+
+@triton.jit
+def store_column_sums(
+    p_column_sums, b_high, b_low, b_u, rank, i, m, columns, FAST: tl.constexpr, SPLIT: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    """(beta U)^T Q of RANKS ranks."""
+    k = rank + tl.arange(0, RANKS)
+    b_zero = tl.zeros((i.shape[0], RANKS), tl.float32)
+    b_dv = product(tl.trans(b_high), tl.trans(b_low), b_u, b_zero, FAST, SPLIT)
+    o_column = k[None, :].to(tl.int64) * columns + i[:, None]
+    tl.store(p_column_sums + o_column, b_dv, mask=m[:, None] & (k < RANK)[None, :])
+
+
 @triton.jit(do_not_specialize=["tokens", "tokens_per_split", "capacity"])
 def block_gradients_kernel(
     p_gy, p_x, p_weight, p_u, p_v, p_row_sums, p_column_sums, p_indices, p_counts, p_order,
@@ -102,21 +124,20 @@ def block_gradients_kernel(
         p_row_sums += ((z * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANK
         p_column_sums += (z * tl.num_programs(1) + i_list) * RANK * columns
         b_high, b_low = split(b_q, FAST, SPLIT)
-        for rank in tl.range(0, RANK, RANKS, num_stages=1):
-            _, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
-            k = rank + tl.arange(0, RANKS)
-            b_du = product(b_high, b_low, tl.trans(b_v), tl.zeros((BLOCK_ROWS, RANKS), tl.float32), FAST, SPLIT)
-            o_row = r[:, None] * RANK + k[None, :]
-            tl.store(p_row_sums + o_row, b_du, mask=m_rows[:, None] & (k < RANK)[None, :])
-        # A loop of its own: in one with dU's products, what Triton 3.6 and its assembler make for sm_90 gave a wrong dV
-        # on an H100 from 17 ranks on, from PTX that is right (results/gpu). Why is not known.
-        for rank in tl.range(0, RANK, RANKS, num_stages=1):
-            b_u, _ = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
-            k = rank + tl.arange(0, RANKS)
-            b_zero = tl.zeros((BLOCK_COLUMNS, RANKS), tl.float32)
-            b_dv = product(tl.trans(b_high), tl.trans(b_low), b_u, b_zero, FAST, SPLIT)
-            o_column = k[None, :].to(tl.int64) * columns + i[:, None]
-            tl.store(p_column_sums + o_column, b_dv, mask=m[:, None] & (k < RANK)[None, :])
+        # In one loop, what Triton 3.6 and its assembler make for sm_90 gave a wrong dV on an H100 from 17 ranks on, though
+        # its PTX is right by the emulator. Why is not known.
+        if FAST and RANK > RANKS:
+            for rank in tl.range(0, RANK, RANKS, num_stages=1):
+                _, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
+                store_row_sums(p_row_sums, b_high, b_low, b_v, rank, r, m_rows, FAST, SPLIT, RANK)
+            for rank in tl.range(0, RANK, RANKS, num_stages=1):
+                b_u, _ = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
+                store_column_sums(p_column_sums, b_high, b_low, b_u, rank, i, m, columns, FAST, SPLIT, RANK)
+        else:
+            for rank in tl.range(0, RANK, RANKS, num_stages=1):
+                b_u, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)
+                store_row_sums(p_row_sums, b_high, b_low, b_v, rank, r, m_rows, FAST, SPLIT, RANK)
+                store_column_sums(p_column_sums, b_high, b_low, b_u, rank, i, m, columns, FAST, SPLIT, RANK)
 
 
 @triton.jit(do_not_specialize=["split_k", "parts", "part", "rows", "columns", "down", "size", "rank"])

@@ -25,8 +25,7 @@ CAPACITY = tl.constexpr(15)  # room for candidates, from FIRST_CANDIDATE on
 FIRST_CANDIDATE = tl.constexpr(16)
 INDEX_BITS = tl.constexpr(17)
 ROWS = tl.constexpr(18)  # that a program goes through
-TILES = tl.constexpr(19)  # of the launch that gathers, each of one program
-BETA, ALPHA1, ALPHA2 = tl.constexpr(20), tl.constexpr(21), tl.constexpr(22)  # fp32 bits
+BETA, ALPHA1, ALPHA2 = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)  # fp32 bits
 FIELDS = tl.constexpr(32)
 
 # Beside its row a layer has `select.SLOTS` of state, and copies of int32 bins: in one of them all weights could meet

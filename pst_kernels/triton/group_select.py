@@ -54,7 +54,9 @@ from .select import (
     FOUND,
     LAST,
     LOWER,
+    MANY,
     RANK,
+    REFINING_WARPS,
     SEARCH,
     SLOTS,
     STATUS,
@@ -78,8 +80,6 @@ if TYPE_CHECKING:
 KEY_TURNS = tl.constexpr(3)  # radix launches over keys; one more over indices
 DIGIT = tl.constexpr(11)
 RARE_ROWS = tl.constexpr(64)  # short strips, for all programs share the layers that are searched
-MANY = tl.constexpr(8192)  # candidates that a program which does nothing else looks at together
-REFINING_WARPS = 16
 FEW = tl.constexpr(512)  # candidates that are held where a loop over layers takes registers too
 LOOKED_AT = tl.constexpr(256)  # layers at a time, for one that waits
 

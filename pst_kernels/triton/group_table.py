@@ -94,10 +94,7 @@ class Group:
         self.bracket_constants = {"num_warps": 4} | {
             name: value for name, value in self.gather.constants.items() if name in BRACKET
         }
-        rows = [
-            row_of(layer, *room, rows, tiles)
-            for layer, room, rows, tiles in zip(self.members, rooms, usual.rows, usual.counts, strict=True)
-        ]
+        rows = [row_of(layer, *room, rows) for layer, room, rows in zip(self.members, rooms, usual.rows, strict=True)]
         self.rows = integers_on(rows, self.device)
 
     def candidates(self) -> tuple[Tensor, Tensor]:
@@ -108,7 +105,7 @@ class Group:
         )
 
 
-def row_of(layer: LayerTensors, capacity: int, first_candidate: int, rows_per_program: int, tiles: int) -> list[int]:
+def row_of(layer: LayerTensors, capacity: int, first_candidate: int, rows_per_program: int) -> list[int]:
     """The fields of group_row.py."""
     left_w, right_w, left_s, right_s, left_1, right_1 = layer.factors
     if layer.transposed:
@@ -122,7 +119,7 @@ def row_of(layer: LayerTensors, capacity: int, first_candidate: int, rows_per_pr
     numbers = {
         row.N_I: n_i, row.N_J: n_j, row.STRIDE_I: stride_i, row.STRIDE_J: stride_j, row.CAPACITY: capacity,
         row.FIRST_CANDIDATE: first_candidate, row.INDEX_BITS: max(1, (n_i * n_j - 1).bit_length()),
-        row.ROWS: rows_per_program, row.TILES: tiles,
+        row.ROWS: rows_per_program,
     }  # fmt: skip
     found = [0] * row.FIELDS.value
     for slot, tensor in tensors.items():

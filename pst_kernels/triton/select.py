@@ -63,7 +63,8 @@ DIGIT = tl.constexpr(8)
 BINS = tl.constexpr(256)
 KEY_PASSES = tl.constexpr(4)
 SAMPLES = tl.constexpr(8192)
-SMALL = tl.constexpr(4096)  # candidates that one program holds in registers
+MANY = tl.constexpr(8192)  # candidates that a program looks at together which does nothing else
+REFINING_WARPS = 16
 
 # Margins either side of a guess, as fractions of all scores. Both sides of the wide one, 5 %, fit the room for
 # candidates.
@@ -269,21 +270,9 @@ def refine_kernel(
     if slot_of(b_state, STATUS) != COLLECT:
         return
     refine(
-        p_state,
-        p_bins,
-        p_key,
-        p_index,
-        p_guess,
-        p_pruned,
-        b_state,
-        numel,
-        capacity,
-        index_bits,
-        UPDATE,
-        BINS,
-        SMALL,
-        SMALL,
-    )
+        p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits, UPDATE, BINS, 0,
+        MANY // 2,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -387,8 +376,8 @@ def candidate_by_digits(p_key, p_index, rank, count, lower, upper, index_bits, A
         for digit in range(turns):
             shift_index = DIGIT * (turns - 1 - digit)
             b_bins = tl.zeros([BINS], tl.int32)
-            for first in range(0, count.to(tl.int32), AT_ONCE):
-                n = first + tl.arange(0, AT_ONCE)
+            for first in range(0, count.to(tl.int32), AT_ONCE // 4):
+                n = first + tl.arange(0, AT_ONCE // 4)
                 m_n = n < count
                 b_key = tl.load(p_key + n, mask=m_n, other=0)
                 b_index = tl.load(p_index + n, mask=m_n, other=0).to(tl.int64) >> shift_index
@@ -501,7 +490,7 @@ def search(
         )
         refine_kernel[(1,)](
             state, bins, key, index, guess, num_pruned, numel, capacity, index_bits,
-            UPDATE=guess is not None, num_warps=4, **registers,
+            UPDATE=guess is not None, num_warps=REFINING_WARPS,
         )  # fmt: skip
 
     collect(usual, ties=False)

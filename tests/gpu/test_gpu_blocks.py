@@ -21,6 +21,9 @@ LARGE = [
     Problem(1000, 1003, 777, 8, 16, "bfloat16", kept=0.3),
     Problem(768, 3072, 256, 16, 64, "float32", kept=0.2),
     Problem(1024, 1024, 300, 64, 64, "bfloat16", kept=0.2, weight="float32"),
+    Problem(512, 512, 300, 24, 64, "bfloat16", kept=0.3),
+    Problem(512, 768, 40, 40, 64, "bfloat16", kept=0.3, through=False),
+    Problem(512, 512, 300, 64, 128, "float16", kept=0.5),
 ]
 
 

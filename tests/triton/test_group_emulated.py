@@ -193,7 +193,7 @@ def test_launches_do_not_grow_with_layers(layers: int) -> None:
     with machine_code.recorded(machine_code.gpu_target("sm_90")) as launches:
         prune_masks(table)
     assert [kernel.__name__ for kernel, *_ in launches] == [
-        "group_bracket_kernel", "group_gather_kernel", *["group_radix_kernel"] * 4, "group_collect_kernel",
-        "group_mask_kernel",
+        "group_bracket_kernel", "group_gather_kernel", "group_refine_kernel", *["group_radix_kernel"] * 4,
+        "group_collect_kernel", "group_mask_kernel",
     ]  # fmt: skip
     assert table.matches(given)

