@@ -161,7 +161,8 @@ class Forward(Resting):
                 made = self._fixed_lists(factors, dtype)
             else:
                 if masked is None and keep and added.weights is None:
-                    masked = kernels.masked_weight(ready.operands, dtype, self._room_to_keep(weight, dtype))
+                    into = self._room_to_keep(weight, dtype)
+                    masked = ops.kernels_for(weight.device.type).masked_weight(ready.operands, dtype, into)
                 elif masked is None and (keep or by_lists or added.weights is not None):
                     masked = masked_with(ready.operands, added, dtype)
                     masked = self._room_to_keep(weight, dtype).copy_(masked) if keep else masked

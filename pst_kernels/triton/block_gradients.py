@@ -124,8 +124,8 @@ def block_gradients_kernel(
         p_row_sums += ((z * tl.num_programs(0) + tl.program_id(0)) * rows + i_rows) * RANK
         p_column_sums += (z * tl.num_programs(1) + i_list) * RANK * columns
         b_high, b_low = split(b_q, FAST, SPLIT)
-        # In one loop, what Triton 3.6 and its assembler make for sm_90 gave a wrong dV on an H100 from 17 ranks on, though
-        # its PTX is right by the emulator. Why is not known.
+        # In one loop, what Triton 3.6 and its assembler make for sm_90 gave a wrong dV on an H100 from 17 ranks on,
+        # though its PTX is right by the emulator. Why is not known.
         if FAST and RANK > RANKS:
             for rank in tl.range(0, RANK, RANKS, num_stages=1):
                 _, b_v = load_factors(p_u, p_v, rank, r, i, m_rows, m, columns, beta, RANK)

@@ -24,18 +24,18 @@ from pst_kernels.masks.packing import pack_mask
 
 TINY = Problem(33, 40, 3, 3, "bfloat16")
 LARGE = [
-    Problem(1024, 1024, 512, 8, "bfloat16"),
-    Problem(1024, 1024, 512, 8, "bfloat16", transposed=True),
-    Problem(1024, 1024, 512, 8, "float16", factors="float16"),
-    Problem(1024, 1024, 512, 8, "bfloat16", weight="float32"),
-    Problem(1000, 1003, 777, 8, "bfloat16"),
+    Problem(1024, 1024, 500, 8, "bfloat16"),
+    Problem(1024, 1024, 500, 8, "bfloat16", transposed=True),
+    Problem(1024, 1024, 500, 8, "float16", factors="float16"),
+    Problem(1024, 1024, 500, 8, "bfloat16", weight="float32"),
+    Problem(1000, 1003, 507, 8, "bfloat16"),
     Problem(4096, 1024, 2048, 8, "bfloat16"),  # M * W' first, then the library's product
     Problem(768, 3072, 1000, 16, "float16"),
     Problem(2048, 1024, 300, 64, "bfloat16"),
     Problem(3072, 768, 1024, 8, "float32"),
     Problem(1024, 1024, 8192, 8, "bfloat16"),  # G by the library
 ]
-MANY_TOKENS = 8192  # from here on G is rounded to the dtype of x
+MANY_TOKENS = 512  # from here on the library makes G, rounded to the dtype of x
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ def matmul(architecture: str, x: torch.dtype, weight: torch.dtype, tokens: int, 
     else:
         target = TARGETS[architecture]
         most = int(4.0 * target.rate / (target.bandwidth * (tables.ODD_SLOTS if odd else tables.SLOTS[architecture])))
+        most = min(most, tables.IN_LOOP_TOKENS.get(architecture, most))
     if tokens > users.in_loop_tokens.get(key, most) or factor_width(rank, split) > tables.WIDEST_FACTOR:
         return None
     return tables.ODD[key] if odd else tile
