@@ -17,7 +17,7 @@ from pst_kernels.layers import together
 from pst_kernels.operands import MaskedWeight
 
 pytest.importorskip("triton", reason="triton is not installed")
-GROUPED = 8  # of all masks of a model, for layers of one kind
+GROUPED = 9  # of all masks of a model, for layers of one kind
 OF_A_STEP = {"keep": 2, "remake": 5}  # of a layer's forward and backward, masks fresh
 
 

@@ -97,7 +97,9 @@ def test_kth_value(emulator, arch: int) -> None:
 
 @pytest.mark.slow
 def test_bytes_per_weight(emulator) -> None:
-    """512 x 1024 in bf16 with fp32 factors of rank 8 + 8, every lane's load counted: about one read of W each."""
+    """512 x 1024 in bf16 with fp32 factors of rank 8 + 8, every lane's load counted: about one read of W each, and the
+    left factors once for 512 columns.
+    """
     tensors = problem(512, 1024, 8)
     tensors[0] = (torch.randn(512, 1024) * 0.05).bfloat16()
     numel, k = tensors[0].numel(), 262144
@@ -106,7 +108,7 @@ def test_bytes_per_weight(emulator) -> None:
         state = select.threshold(*grouped(tensors, SCALES), torch.tensor(k), guess_at(scores, k, 0.001))
     assert select.route(state) == "guess"
     assert int(state[select.INDEX.value]) == torch.argsort(scores.flatten(), stable=True)[k - 1]
-    assert sum(s.load_bytes + s.store_bytes for s in session.stats.values()) / numel <= 2.3
+    assert sum(s.load_bytes + s.store_bytes for s in session.stats.values()) / numel <= 2.5
     masked = torch.full((512, 1024), torch.nan, dtype=torch.bfloat16)
     with emulator.emulate(90) as session:
         mask = mask_module.mask_from(state, *grouped(tensors, SCALES), masked=masked)

@@ -77,12 +77,14 @@ def test_neighbours_of_block_tiles_are_tiles_that_a_file_may_hold() -> None:
                     assert all(tuning_file._block_tile(str(size), list(other[:5])) == other for other in around)
 
 
-def test_switch_follows_the_arithmetic() -> None:
-    target = targets.TARGETS["sm_90"]
-    most = int(4 * target.rate / (target.bandwidth * tables.SLOTS["sm_90"]))
+def test_switch_follows_the_arithmetic_where_nothing_was_timed() -> None:
+    target = targets.TARGETS["sm_80"]
+    most = int(4 * target.rate / (target.bandwidth * tables.SLOTS["sm_80"]))
     assert 600 < most < 3300
-    assert chosen(most) == tables.MATMUL["sm_90"]["half"][-1][1]
-    assert chosen(most + 1) is None
+    assert choice.matmul("sm_80", BF16, BF16, most, 1024, 8) == tables.MATMUL["sm_80"]["half"][-1][1]
+    assert choice.matmul("sm_80", BF16, BF16, most + 1, 1024, 8) is None
+    assert chosen(tables.IN_LOOP_TOKENS["sm_90"]) is not None
+    assert chosen(tables.IN_LOOP_TOKENS["sm_90"] + 1) is None
     assert chosen(16, depth=1001) == tables.ODD["half"]
     assert chosen(16, rank=22) is None
 
@@ -134,6 +136,7 @@ def test_tables_of_a_context_come_first_and_change_no_other(monkeypatch: pytest.
 
     with tuning_file.using(tuning_file.Tuned(gradients={"half": tile})):
         assert gradient_tile() == tile
-        assert chosen(101) is not None  # 100 is the file's limit
+        assert chosen(100) is None  # which is the file's limit
         assert tables.GRADIENTS["sm_90"] == shipped
     assert gradient_tile() == tables.Tile(64, 64, 64, 4, 2)
+    assert chosen(100) is not None

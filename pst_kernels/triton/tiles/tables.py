@@ -105,12 +105,12 @@ MATMUL_COLUMNS, GRADIENT_COLUMNS = 16, 32  # the fewest of a tile: what a tensor
 # Up to how many tokens a masked matmul masks inside its loop; for more, the masked weight is made first. Made first, a
 # 16-bit weight costs 4 B of traffic more, 2 to write it and 2 to read it again, whatever the number of tokens T is.
 # Inside the loop it costs, for each token, SLOTS of that token's tensor-core time, taken as not overlapping at all.
-# They are equal at T = 4 rate / (bandwidth SLOTS): 920 tokens on sm_90. SLOTS is what `pst-kernels kernels` reads from
+# They are equal at T = 4 rate / (bandwidth SLOTS). SLOTS is what `pst-kernels kernels` reads from
 # the machine code of the widest bf16 tile; for gfx942, whose code it cannot read, it is a guess.
 SLOTS = {"sm_80": 0.43, "sm_86": 0.22, "sm_89": 0.22, "sm_90": 0.42, "sm_100": 1.94, "sm_120": 0.34, "gfx942": 1.0}
 ODD_SLOTS = 8.0  # the small tile of odd shapes
-# Where it was timed: 4,096 x 4,096 in bf16 on an H100 takes 49 us in the loop and 51 us made first with 64 tokens, 110 and
-# 56 with 128. What a step waits for is not in SLOTS.
+# Where it was timed: 4,096 x 4,096 in bf16 on an H100 takes 49 us in the loop and 51 us made first with 64 tokens, 110
+# and 56 with 128. What a step waits for is not in SLOTS.
 IN_LOOP_TOKENS = {"sm_90": 64}
 FLOAT_TOKENS = 64  # fp32 multiply-adds: the library's own are so much faster that only reading W once less pays
 WIDEST_FACTOR = 64  # padded columns of U and V that a loop step multiplies; for higher ranks the masked weight is made
