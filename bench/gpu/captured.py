@@ -24,6 +24,7 @@ from pst_kernels.files import write_json
 from ..baselines.lora import LoRA
 from ..speed import cases, measure, modes
 from ..speed.cases import BY_NAME, Case
+from ..speed.providers import all_providers
 from . import exits
 from .conditions import conditions_or_why_not
 
@@ -137,8 +138,8 @@ def _layer_step(name: str, case: Case) -> Callable[[], None]:
 def _model_step(name: str) -> Callable[[], None]:
     model: Any = modes.minilm("cuda").to(MODEL.dtype).train()
     if name == "LoRA":
-        raise ValueError("the grid has LoRA's whole model")
-    if name != DENSE:
+        model = next(p for p in all_providers("cuda") if p.name == name).model(model)
+    elif name != DENSE:
         pst.replace_linear(model, pst.PSTConfig(sparsity=0.9, **SETTINGS[name]))
         for layer in model.modules():
             if isinstance(layer, pst.PSTLinear):

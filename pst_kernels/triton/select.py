@@ -63,7 +63,8 @@ DIGIT = tl.constexpr(8)
 BINS = tl.constexpr(256)
 KEY_PASSES = tl.constexpr(4)
 SAMPLES = tl.constexpr(8192)
-MANY = tl.constexpr(8192)  # candidates that a program looks at together which does nothing else
+FEW_EQUAL = tl.constexpr(8)  # scores of one key, whose indices are looked for without digits
+MANY = tl.constexpr(4096)  # candidates that a program looks at together which does nothing else
 REFINING_WARPS = 16
 
 # Margins either side of a guess, as fractions of all scores. Both sides of the wide one, 5 %, fit the room for
@@ -270,9 +271,8 @@ def refine_kernel(
     if slot_of(b_state, STATUS) != COLLECT:
         return
     refine(
-        p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits, UPDATE, BINS, 0,
-        MANY // 2,
-    )  # fmt: skip
+        p_state, p_bins, p_key, p_index, p_guess, p_pruned, b_state, numel, capacity, index_bits, UPDATE, BINS, 0, MANY
+    )
 
 
 @triton.jit
@@ -363,14 +363,20 @@ def candidate_by_digits(p_key, p_index, rank, count, lower, upper, index_bits, A
         above = (above << DIGIT) | place.to(tl.uint32)
     key = lower + above.to(tl.int64)
     index = tl.full([], 0, tl.int64)
-    if equal == 1:  # as nearly always: no digits need be told apart
-        b_found = tl.zeros([AT_ONCE], p_index.dtype.element_ty)
-        for first in range(0, count.to(tl.int32), AT_ONCE):
-            n = first + tl.arange(0, AT_ONCE)
-            m_n = n < count
-            m_n = m_n & (tl.load(p_key + n, mask=m_n, other=0) == signed(key))
-            b_found += tl.load(p_index + n, mask=m_n, other=0)
-        index = tl.sum(b_found, 0).to(tl.int64)
+    if equal <= FEW_EQUAL:  # as nearly always: their indices one after another, from the smallest
+        TYPE: tl.constexpr = p_index.dtype.element_ty
+        LARGEST: tl.constexpr = 0x7FFFFFFF if tl.int32 == TYPE else 0x7FFFFFFFFFFFFFFF
+        last = tl.full([], -1, TYPE)
+        for _ in range((rank + 1).to(tl.int32)):
+            b_next = tl.full([AT_ONCE], LARGEST, TYPE)
+            for first in range(0, count.to(tl.int32), AT_ONCE):
+                n = first + tl.arange(0, AT_ONCE)
+                m_n = n < count
+                m_n = m_n & (tl.load(p_key + n, mask=m_n, other=0) == signed(key))
+                b_index = tl.load(p_index + n, mask=m_n, other=LARGEST)
+                b_next = tl.where(b_index > last, tl.minimum(b_next, b_index), b_next)
+            last = tl.min(b_next, 0)
+        index = last.to(tl.int64)
     else:
         turns = (index_bits + DIGIT - 1) // DIGIT
         for digit in range(turns):
