@@ -119,13 +119,15 @@ def today() -> str:
 def commit() -> str:
     """The checkout's commit, with "+" behind it when the package or the benchmark differs from it.
 
-    A copy without git takes it from the variable BENCH_COMMIT.
+    The variable BENCH_COMMIT says it for a copy that has no git, or another commit's.
     """
+    if said := os.environ.get("BENCH_COMMIT", "").strip():
+        return said
     try:
         short = _git("rev-parse", "--short", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", "pst_kernels", "bench/*.py")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCH_COMMIT", "").strip() or "unknown"
+        return "unknown"
     return short + ("+" if changed else "")
 
 
