@@ -3,8 +3,7 @@
 The models have the layer lists of published ones and random weights, their blocks' linear layers pruned by magnitude
 (whole blocks of 64 x 64 by their norm for block:64). Each contestant is timed in turns with the dense model, prompt
 first, then token by token with a cache; ratios are medians over rounds. Load time and memory are those of a fresh
-process that reads the folder and touches every weight once. GPU rows are computed: the bytes of a step over the
-bandwidth of memory, or its instructions over what is issued.
+process that reads the folder and touches every weight once. A GPU's are those of `python -m bench gpu`.
 """
 
 from __future__ import annotations
@@ -26,18 +25,14 @@ from torch import Tensor, nn
 
 import pst_kernels as pst
 from pst_kernels.layers.checks import is_conv1d
-from pst_kernels.triton.tiles import choice
-from pst_kernels.triton.tiles.targets import TARGETS
 
 from ..console import console
 from ..tables.report import Report, measured_on
 from .measure import interleaved
-from .roofline import DEVICES
 
 GPT2, LLAMA = "GPT-2 medium", "Llama-3.2-1B"
 DENSE, SPARSE, BLOCK, INT8 = "dense", "sparse", "block:64", "torch dynamic int8"
 SPARSITIES, BATCHES, PROMPT, NEW = (0.0, 0.5, 0.8, 0.9), (1, 8), 128, 64
-COMPUTED = DEVICES["h100"]
 Clock = Callable[[], float]
 
 
@@ -73,9 +68,7 @@ REPORT = Report(
     _cells,
     lambda under: (
         f"{measured_on(under)} fp32 on the CPU, a prompt of {PROMPT} tokens and {NEW} new ones; random weights, pruned"
-        f" by magnitude. {COMPUTED.name}: computed, not measured: the bytes of a step in 16 bits over"
-        f" {COMPUTED.bandwidth / 1e12:g} TB/s, or the instructions of the compiled kernel, one a cycle and scheduler,"
-        " where those take longer."
+        " by magnitude."
     ),
     left=3,
 )  # fmt: skip
@@ -146,10 +139,6 @@ def _rows_of(name: str, options: argparse.Namespace) -> Iterator[Row]:
                     row = Row(label, what, sparsity, batch, 0.0, 1.0, own_time=options.own_time)
                     row = dataclasses.replace(row, **kept.costs)
                     yield _timed(row, dense, kept.model, options, clock)
-        for sparsity in options.sparsities:
-            for batch in options.batches:
-                for what in (DENSE,) if sparsity == 0 else (SPARSE, BLOCK):
-                    yield _computed(label, dense, what, sparsity, batch)
 
 
 @dataclasses.dataclass
@@ -281,21 +270,3 @@ def _decode(model: Any, token: Tensor, cache: Any, steps: int, clock: Clock) -> 
         out = model(token, past_key_values=cache, use_cache=True)
         token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
     return clock() - start
-
-
-def _computed(label: str, dense: Any, what: str, sparsity: float, batch: int) -> Row:
-    """A step reads every weight once, in 16 bits, with a bit a place where weights are packed, or issues its
-    instructions, whichever takes longer. No cache, no x.
-    """
-    in_blocks = sum(layer.weight.numel() for layer in block_linears(dense).values())
-    head = dense.get_output_embeddings().weight.numel()
-    cost = choice.sparse_costs(batch, 1.0 - sparsity)
-    bits = {DENSE: 16.0, SPARSE: cost.bits, BLOCK: 16 * (1 - sparsity)}[what]
-    target = TARGETS[COMPUTED.architecture]
-    issued = COMPUTED.peak / (2 * target.fma_per_cycle) * 128  # a thread's instructions: 128 a cycle and multiprocessor
-    of_dense = 2 * (in_blocks + head) / COMPUTED.bandwidth
-    blocks = bits / 8 * in_blocks / COMPUTED.bandwidth
-    if what == SPARSE:
-        blocks = max(blocks, cost.instructions * in_blocks / issued)
-    step = blocks + 2 * head / COMPUTED.bandwidth
-    return Row(label, what, sparsity, batch, batch / step, of_dense / step, device=f"{COMPUTED.name}, computed")

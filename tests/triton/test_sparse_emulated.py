@@ -112,17 +112,6 @@ def test_lists_take_few_tokens_of_few_weights() -> None:
     assert not choice.listed_matmul(9, 0, weights)
 
 
-def test_lists_cost_what_was_read_from_the_code() -> None:
-    """At a tenth kept, 24 lanes of a run for its 12.8 weights; and what a tile costs where that is taken."""
-    assert choice.sparse_costs(1, 0.1) == pytest.approx((2.65, 1.2 + 12.5 * 24 / 128))
-    assert choice.sparse_costs(3, 0.1) == pytest.approx((2.65, 1.2 + 20.8 * 24 / 128))
-    assert choice.sparse_costs(1, 1.0).instructions == pytest.approx(1.2 + 12.5)
-    assert choice.sparse_costs(8, 0.5) == (9, tables.SPARSE_INSTRUCTIONS)
-    assert choice.sparse_costs(9, 0.1) == pytest.approx((2.6, tables.SPARSE_INSTRUCTIONS))
-    for tokens in (1, 2, 4, 8):
-        assert choice.sparse_costs(tokens, 1.0 / tokens).instructions < 0.67 * tables.SPARSE_INSTRUCTIONS
-
-
 def test_sums_are_few_beside_the_weights_of_a_large_layer() -> None:
     """8 tokens, 4096 x 4096, nine tenths pruned: with y's sums, written and read, 1.15 of the format's size."""
     side, tokens = 4096, 8
