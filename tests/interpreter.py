@@ -19,6 +19,20 @@ def mend() -> None:
     _remember_types(interpreter)
     if versions.INSTALLED < (3, 7):
         _index_by_item(interpreter)
+    _take_large_steps()
+
+
+def _take_large_steps() -> None:
+    """A step takes its time whatever its size, and no bit depends on that. In the emulator tiles are as they are shipped."""
+    from pst_kernels.triton import sweep
+
+    shipped = sweep.tile_of
+
+    def tile_of(ranks: int) -> sweep.SweepTile:
+        tile = shipped(ranks)
+        return tile._replace(block_i=max(16, tile.block_i))
+
+    sweep.tile_of = tile_of
 
 
 def _patch_once(interpreter: ModuleType) -> None:

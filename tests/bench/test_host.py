@@ -24,7 +24,7 @@ def test_launches_are_those_of_a_step(measured):
         rows = {provider: measured[model, provider] for _, provider in measured}
         assert all(row.layers == len(shapes) for row in rows.values())
         assert [row.ours for row in rows.values()] == [0.0, 0.0, 2.0, 5.0]
-        assert [row.masks for row in rows.values()] == [0, 0, 8, 8]
+        assert [row.masks for row in rows.values()] == [0, 0, 9, 9]
         # y with its bias, dx, dW and the bias's gradient; for ours y and dx, or nothing
         assert rows[host.DENSE].library == 4.0
         assert rows[host.KEEP].library < rows[host.LORA].library
