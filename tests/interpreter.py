@@ -23,7 +23,7 @@ def mend() -> None:
 
 
 def _take_large_steps() -> None:
-    """A step takes its time whatever its size, and no bit depends on that. The emulator runs tiles as they are shipped."""
+    """A step takes its time whatever its size, and no bit depends on that. The emulator runs the shipped tiles."""
     from pst_kernels.triton import sweep
 
     shipped = sweep.tile_of
