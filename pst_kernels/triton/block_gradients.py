@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight, Needs
-from .block_lists import BlockLists, grid_of, list_blocks, strip
+from .block_lists import BlockLists, grid_of, lists_of, strip
 from .block_matmul import COLUMNS, ROWS, block_input_gradient
 from .gradient_products import product, product_over_tokens, splitting
 from .gradients import linear_backward
@@ -221,11 +221,11 @@ def block_backward(
     """dx, dU and dV from kept blocks of G; the scores' gradients from all of G, or zeros."""
     operands = checked_operands(operands)
     factors, mask, shape = operands.factors, operands.mask, operands.weight.shape
-    by_columns = list_blocks(mask, shape, size, COLUMNS)
+    by_columns = lists_of(mask, shape, size, COLUMNS)
     dx = block_input_gradient(gy, operands, by_columns, size) if needs.input else gy.new_empty(0)
     if not needs.factors:
         return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in factors)
-    by_rows = list_blocks(mask, shape, size, ROWS)
+    by_rows = lists_of(mask, shape, size, ROWS)
     dU, dV = block_factor_gradients(gy, x, operands, size, through_magnitude, by_rows, by_columns)
     if learn_scores:
         return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..masks.packing import WORD
 from .tiles.targets import cdiv
@@ -76,6 +77,29 @@ def strip(p_indices, first, count, SIZE: tl.constexpr, LENGTH: tl.constexpr):
 def grid_of(shape: torch.Size, size: int) -> tuple[int, int]:
     """Rows and columns of blocks."""
     return cdiv(shape[0], size), cdiv(shape[1], size)
+
+
+def lists_of(mask: Tensor, shape: torch.Size, size: int, of_columns: bool) -> BlockLists:
+    """`list_blocks`, made once on a stream for as long as nothing writes the mask: most of the launches of a step.
+
+    Not while a CUDA graph is captured: a replay follows a mask that was written after the capture.
+    """
+    capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or mask.is_inference():  # which has no version
+        return list_blocks(mask, shape, size, of_columns)
+    now = mask.data_ptr(), mask._version
+    state, lists = _made.get(mask, (None, {}))
+    if state != now:
+        state, lists = _made[mask] = now, {}
+    stream = torch.cuda.current_stream(mask.device).cuda_stream if mask.is_cuda else 0
+    key = tuple(shape), size, of_columns, stream
+    if key not in lists:
+        with torch.inference_mode(False):  # they outlive this call
+            lists[key] = list_blocks(mask, shape, size, of_columns)
+    return lists[key]
+
+
+_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of a mask: where and of which version it was, and lists
 
 
 def list_blocks(mask: Tensor, shape: torch.Size, size: int, of_columns: bool) -> BlockLists:

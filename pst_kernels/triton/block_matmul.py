@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight
-from .block_lists import BlockLists, list_blocks, strip
+from .block_lists import BlockLists, lists_of, strip
 from .matmul import one_stride, split_factors, store_result
 from .ptx import ROUNDING, rounded, used
 from .score import checked_operands
@@ -160,7 +160,7 @@ def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: 
     """y = x (M * W')^T + bias for a mask of blocks."""
     operands = checked_operands(operands)
     bias = None if bias is None else bias.to(x.dtype)
-    kept = list_blocks(operands.mask, operands.weight.shape, size, ROWS)
+    kept = lists_of(operands.mask, operands.weight.shape, size, ROWS)
     return block_matmul(x, operands, bias, kept, size, transposed=False)
 
 
