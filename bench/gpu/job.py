@@ -126,6 +126,7 @@ def _dry_run(part: Part, deadline: float) -> dict[str, Any]:
 
 
 def _row(part: Part, outcome: str, seconds: float, detail: str) -> dict[str, Any]:
+    detail = detail.replace(f"{under.ROOT}/", "")  # a results file names no folder of a machine
     return {
         "part": part.name, "outcome": outcome, "seconds": round(seconds, 1), "detail": detail, "file": part.file,
     }  # fmt: skip
