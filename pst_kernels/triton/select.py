@@ -36,7 +36,7 @@ from .sweep import (  # fmt: skip
     sweep_scores,
     sweep_weight,
 )
-from .tiles import targets
+from .tiles import targets, versions
 from .tiles.targets import Platform
 
 # Slots of the state, int64
@@ -64,7 +64,7 @@ BINS = tl.constexpr(256)
 KEY_PASSES = tl.constexpr(4)
 SAMPLES = tl.constexpr(8192)
 FEW_EQUAL = tl.constexpr(8)  # scores of one key, whose indices are looked for without digits
-MANY = tl.constexpr(4096)  # candidates that a program looks at together which does nothing else
+MANY = tl.constexpr(versions.CANDIDATES_AT_ONCE)  # that a program looks at together which does nothing else
 REFINING_WARPS = 16
 
 # Margins either side of a guess, as fractions of all scores. Both sides of the wide one, 5 %, fit the room for

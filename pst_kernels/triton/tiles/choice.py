@@ -186,7 +186,8 @@ def gradient_plan(
     g_stored = tokens >= tables.G_STORED_TOKENS[dtype_key(x, weight)]
     tile = gradients(architecture, x, weight, rows, columns, max(rank_w, rank_s + 1), few, g_stored)
     if g_stored:
-        tile = tile._replace(columns=min(tile.columns, versions.G_STORED_COLUMNS))
+        most = versions.G_STORED_COLUMNS_OF.get(architecture, versions.G_STORED_COLUMNS)
+        tile = tile._replace(columns=min(tile.columns, most))
     across, down = cdiv(columns, tile.columns), cdiv(rows, tile.rows)
     a_split = tokens if g_stored else tokens_per_split(architecture, across * down, tokens, tile.depth)
     split_k = cdiv(tokens, a_split)

@@ -43,7 +43,11 @@ TRANSPOSED_VECTOR = 2 if INSTALLED < (3, 7) else 4
 # of whole blocks.
 WIDE_PACKED_SPILLS = INSTALLED >= (3, 8)
 G_STORED_COLUMNS = 64 if INSTALLED >= (3, 8) else 128
+G_STORED_COLUMNS_OF = {"sm_90": 32} if INSTALLED >= (3, 8) else {}  # of four warps
 BLOCK_GRADIENTS = {"sm_80": {64: (128, 2), 128: (64, 2)}} if INSTALLED >= (3, 8) else {}
+
+# And for the candidates of a threshold that a program looks at together.
+CANDIDATES_AT_ONCE = 2048 if INSTALLED >= (3, 8) else 4096
 
 # And 3.8 alone for a tile of G that is made: its columns, at most.
 GRADIENT_COLUMNS = {"sm_120": 64} if INSTALLED == (3, 8) else {}
