@@ -59,6 +59,8 @@ def _gradients(architecture: str, key: str, g_stored: bool) -> Tile:
     tile = tables.GRADIENTS[architecture][key]
     if g_stored and key != "float":
         tile = tables.G_STORED_TILES.get(architecture, tile)
+    elif g_stored:
+        tile = tile._replace(rows=min(tile.rows, versions.G_STORED_FLOAT_ROWS.get(architecture, tile.rows)))
     return tile._replace(columns=min(tile.columns, versions.GRADIENT_COLUMNS.get(architecture, tile.columns)))
 
 

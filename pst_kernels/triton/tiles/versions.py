@@ -46,7 +46,10 @@ G_STORED_COLUMNS = 64 if INSTALLED >= (3, 8) else 128
 G_STORED_COLUMNS_OF = {"sm_90": 32} if INSTALLED >= (3, 8) else {}  # of four warps
 BLOCK_GRADIENTS = {"sm_80": {64: (128, 2), 128: (64, 2)}} if INSTALLED >= (3, 8) else {}
 
-# And for the candidates of a threshold that a program looks at together.
+# And 3.9 for one of fp32 on sm_90: its rows, at most.
+G_STORED_FLOAT_ROWS = {"sm_90": 32} if INSTALLED >= (3, 9) else {}
+
+# And 3.8 for the candidates of a threshold that a program looks at together.
 CANDIDATES_AT_ONCE = 2048 if INSTALLED >= (3, 8) else 4096
 
 # And 3.8 alone for a tile of G that is made: its columns, at most.
