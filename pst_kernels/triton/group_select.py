@@ -73,6 +73,7 @@ from .select import (
     unsigned,
 )  # fmt: skip
 from .sweep import flat_index, hold_rights, step_scores
+from .tiles import targets
 
 if TYPE_CHECKING:
     from .group_table import Group
@@ -322,7 +323,8 @@ class Search:
         layers, usual, rare = len(group.members), group.gather, group.rare
         self.bracket = Launch(group_bracket_kernel, (layers,), **group.bracket_constants)
         self.gather = Launch(group_gather_kernel, usual.grid, **usual.constants)
-        self.refine = Launch(group_refine_kernel, (layers,), num_warps=REFINING_WARPS)
+        registers = targets.platform(group.device).registers_for(REFINING_WARPS)
+        self.refine = Launch(group_refine_kernel, (layers,), num_warps=REFINING_WARPS, **registers)
         turns = range(KEY_TURNS.value + 1) if group.can_miss else ()  # else every layer is collected whole
         self.radix = [Launch(group_radix_kernel, rare.grid, (layers, turn), **rare.constants) for turn in turns]
         self.collect = Launch(group_collect_kernel, rare.grid, (layers,), **rare.constants)

@@ -496,7 +496,7 @@ def search(
         )
         refine_kernel[(1,)](
             state, bins, key, index, guess, num_pruned, numel, capacity, index_bits,
-            UPDATE=guess is not None, num_warps=REFINING_WARPS,
+            UPDATE=guess is not None, num_warps=REFINING_WARPS, **platform.registers_for(REFINING_WARPS),
         )  # fmt: skip
 
     collect(usual, ties=False)

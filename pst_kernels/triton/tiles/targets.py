@@ -54,7 +54,11 @@ class Platform(NamedTuple):
     @property
     def all_registers(self) -> dict[str, int]:
         """A launch option: without it ptxas spills a register or two so that one more block may fit."""
-        return {} if self.architecture.startswith("gfx") else {"maxnreg": 255}
+        return self.registers_for(8)
+
+    def registers_for(self, warps: int) -> dict[str, int]:
+        """The same for a program of so many warps, of the 65,536 registers of a multiprocessor."""
+        return {} if self.architecture.startswith("gfx") else {"maxnreg": min(255, 2048 // warps)}
 
     def pairs(self, x: torch.dtype) -> bool:
         """Whether products of fp32 numbers are made of bf16 pairs; else, as for fp32 x, of fp32 multiply-adds."""
