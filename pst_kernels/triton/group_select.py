@@ -17,7 +17,7 @@ next guess, whose slope is that of the range, is the same too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
@@ -323,7 +323,7 @@ class Search:
         layers, usual, rare = len(group.members), group.gather, group.rare
         self.bracket = Launch(group_bracket_kernel, (layers,), **group.bracket_constants)
         self.gather = Launch(group_gather_kernel, usual.grid, **usual.constants)
-        registers = targets.platform(group.device).registers_for(REFINING_WARPS)
+        registers: dict[str, Any] = targets.platform(group.device).registers_for(REFINING_WARPS)
         self.refine = Launch(group_refine_kernel, (layers,), num_warps=REFINING_WARPS, **registers)
         turns = range(KEY_TURNS.value + 1) if group.can_miss else ()  # else every layer is collected whole
         self.radix = [Launch(group_radix_kernel, rare.grid, (layers, turn), **rare.constants) for turn in turns]
