@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -49,6 +50,7 @@ def gpu(
         yield place
         return
     monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
+    importlib.import_module("pst_kernels.triton.launch")  # which remembers Triton's own launch, not the emulator's
     with request.getfixturevalue("emulator").emulate(90):
         yield place
 
