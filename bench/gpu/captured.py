@@ -19,16 +19,16 @@ import torch
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels.files import write_json
 
 from ..baselines.lora import LoRA
 from ..speed import cases, measure, modes
 from ..speed.cases import BY_NAME, Case
-from ..speed.providers import all_providers
+from ..speed.providers import DENSE, SPARSITY, all_providers
 from . import exits
-from .conditions import conditions_or_why_not
+from .conditions import write_rows
+from .graphs import captured
 
-DENSE, WARM_UP, PROFILED = "dense", 3, 5
+PROFILED = 5  # replays
 INTERVAL = 4  # steps of the one whose scores rest
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = [
@@ -59,26 +59,6 @@ class Row:
     rounds: int
     ratio: float  # to dense, median over rounds
     kernels: dict[str, tuple[float, float]]  # by name: launches, and microseconds, of one step
-
-
-def captured(run: Callable[[], Any]) -> Callable[[], None]:
-    """What replays `run` as a graph, after WARM_UP runs; capturing runs nothing. It keeps what `run` keeps: a graph
-    knows addresses alone.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-
-    def replay(kept: Callable[[], Any] = run) -> None:
-        graph.replay()
-
-    return replay
 
 
 def kernels_of(replay: Callable[[], Any]) -> dict[str, tuple[float, float]]:
@@ -123,7 +103,7 @@ def _several(step: Callable[[], None], times: int) -> None:
 def _converted(name: str, module: nn.Module) -> nn.Module:
     if name == "LoRA":
         return LoRA.from_linear(module)  # type: ignore[arg-type]
-    return pst.PSTLinear.from_linear(module, pst.PSTConfig(sparsity=0.9, **SETTINGS[name]))  # type: ignore[arg-type]
+    return pst.PSTLinear.from_linear(module, pst.PSTConfig(sparsity=SPARSITY, **SETTINGS[name]))  # type: ignore[arg-type]
 
 
 def _layer_step(name: str, case: Case) -> Callable[[], None]:
@@ -140,7 +120,7 @@ def _model_step(name: str) -> Callable[[], None]:
     if name == "LoRA":
         model = next(p for p in all_providers("cuda") if p.name == name).model(model)
     elif name != DENSE:
-        pst.replace_linear(model, pst.PSTConfig(sparsity=0.9, **SETTINGS[name]))
+        pst.replace_linear(model, pst.PSTConfig(sparsity=SPARSITY, **SETTINGS[name]))
         for layer in model.modules():
             if isinstance(layer, pst.PSTLinear):
                 _settled(modes.settled(layer))
@@ -177,7 +157,7 @@ def main() -> int:
     rows: list[Row] = []
     for case in (*CASES, MODEL):
         rows += rows_of(case, options.seconds)
-        write_json(options.output, {**conditions_or_why_not("cuda"), "rows": [dataclasses.asdict(row) for row in rows]})
+        write_rows(options.output, rows)
         gc.collect()
         torch.cuda.empty_cache()
     print(f"{len(rows)} captured steps")

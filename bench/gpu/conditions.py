@@ -5,14 +5,18 @@ As a script it prints them as JSON, so that the process that runs the parts need
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pst_kernels.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 # What is left out, or different, where a package is not installed.
@@ -61,6 +65,11 @@ def conditions_or_why_not(device: str) -> dict[str, Any]:
         return conditions(device)
     except Exception as error:
         return {"device": f"no answer: {type(error).__name__}: {error}"}
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> None:
+    """Dataclasses, with the conditions that they were measured under."""
+    write_json(path, {**conditions_or_why_not("cuda"), "rows": [dataclasses.asdict(row) for row in rows]})
 
 
 def _driver() -> str:

@@ -1,7 +1,7 @@
 """Part `decoding`: tokens a second of a causal model with sparse weights, a decode step being one CUDA graph.
 
 The models are those of `python -m bench serve`, random weights in bf16, their blocks pruned by magnitude; a static
-cache. Dense and sparse take turns. Also what the model's linear layers alone take, one after another, by the profiler.
+cache. Dense and sparse take turns. The profiler tells what the kernels of a step take.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from pst_kernels.files import write_json
 from pst_kernels.layers.sparse_linear import SparseLinear
 
 from ..speed import measure, serve
 from . import exits
-from .captured import captured, kernels_of
-from .conditions import conditions_or_why_not
+from .captured import kernels_of
+from .conditions import write_rows
+from .graphs import captured
 
 BATCHES, SPARSITIES, LENGTH = (1, 8), (0.5, 0.8, 0.9), 256
 
@@ -64,7 +64,9 @@ class Decoding:
 
 
 def sparse_of(dense: Any, sparsity: float) -> Any:
-    """The model with its blocks' linear layers pruned and packed."""
+    """The model with its blocks' linear layers pruned and packed. By the quantile of a sample: exactly, as `serve` does
+    it, the models would take most of this part's minute.
+    """
     model = copy.deepcopy(dense)
     for name, linear in serve.block_linears(model).items():
         weight = linear.weight
@@ -114,7 +116,7 @@ def main() -> int:
         except Exception as error:
             failed = True
             print(f"{name} is left out: {type(error).__name__}: {error}", flush=True)
-        write_json(options.output, {**conditions_or_why_not("cuda"), "rows": [dataclasses.asdict(row) for row in rows]})
+        write_rows(options.output, rows)
         torch.cuda.empty_cache()
     print(f"{len(rows)} rows of decoding")
     return exits.FAILED if failed or not rows else exits.PASSED

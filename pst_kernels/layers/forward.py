@@ -160,12 +160,9 @@ class Forward(Resting):
             if self.frozen and by_lists:
                 made = self._fixed_lists(factors, dtype)
             else:
-                if masked is None and keep and added.weights is None:
-                    into = self._room_to_keep(weight, dtype)
-                    masked = ops.kernels_for(weight.device.type).masked_weight(ready.operands, dtype, into)
-                elif masked is None and (keep or by_lists or added.weights is not None):
-                    masked = masked_with(ready.operands, added, dtype)
-                    masked = self._room_to_keep(weight, dtype).copy_(masked) if keep else masked
+                if masked is None and (keep or by_lists or added.weights is not None):
+                    into = self._room_to_keep(weight, dtype) if keep else None
+                    masked = masked_with(ready.operands, added, dtype, into)
                 made = Made(None, *kernels.lists.make(masked, self.pst_mask)) if by_lists else Made(masked)
         version = due.NOTHING if added.weights is None else due.total_of((added.weights,))
         ready = Ready(*ready[:4], made, *ready[5:8], self.watch.looks, version)

@@ -147,10 +147,12 @@ class _Gradient(NamedTuple):
         return dx if by_op or masked is None or not needs_input else self.gy @ masked, dU, dV
 
 
-def masked_with(operands: MaskedWeight, added: Added, dtype: torch.dtype) -> Tensor:
-    """M * W' (out, in) with the trained kept weights added, rounded once."""
+def masked_with(operands: MaskedWeight, added: Added, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """M * W' (out, in) with the trained kept weights added, rounded once; in `out` where it is given."""
     if added.weights is None:
-        return ops.masked_weight(*operands.flat, dtype)
+        if out is None:
+            return ops.masked_weight(*operands.flat, dtype)
+        return ops.kernels_for(out.device.type).masked_weight(operands, dtype, out)
     masked = ops.masked_weight(*operands.flat, compute_dtype(operands.weight.dtype))
     add_at(masked, added.places, added.weights.detach())  # type: ignore[arg-type]
-    return masked.to(dtype)
+    return masked.to(dtype) if out is None else out.copy_(masked)

@@ -190,7 +190,7 @@ class SweepTile(NamedTuple):
 def tile_of(ranks: int) -> SweepTile:
     """The tile for so many ranks in all, the same on every target: registers for the held factors decide."""
     if ranks <= 16:
-        return SweepTile(2, 512, 4, True, 4, 3)  # of 34 that were timed on an H100 (results/gpu) the fastest in all
+        return SweepTile(2, 512, 4, True, 4, 3)  # of 34 that were timed on an H100 the fastest in all
     if ranks <= 32:
         return SweepTile(versions.MANY_HELD_ROWS, 256, 1, True, 8, 2)
     return RARE

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.__main__ import main
 from bench.gpu import conditions, exits, job, kernels, parts, processes, tests
 from bench.tables import rows
 
@@ -267,3 +268,12 @@ def test_the_tests_part_saves_every_outcome(monkeypatch, tmp_path, capsys, last,
     assert saved["counts"] == dict(collections.Counter(["passed", "skipped", last or "not run"]))
     assert [path.name for path in tmp_path.iterdir()] == ["tests.json"]
     assert "3 tests: " in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_tables_in_the_documents_are_those_of_the_results(tmp_path, capsys):
+    folder, page = rows.RESULTS / "gpu" / "nvidia-h100-80gb-hbm3", tmp_path / "page.md"
+    page.write_text("before\n<!-- gpu:begin -->\n<!-- gpu:end -->\nafter\n")
+    assert main(["gpu", "--show", str(folder), "--readme", str(page)]) == 0
+    written = page.read_text().partition("<!-- gpu:begin -->")[2].partition("<!-- gpu:end -->")[0]
+    assert written.count("| Llama-3.2-1B |") == 8
+    assert written in (conditions.ROOT / "docs" / "performance.md").read_text()

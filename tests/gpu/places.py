@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from bench.gpu.graphs import WARM_UP, captured
+
 CUDA = "cuda"
 TORCH = "torch"  # a stand-in: CPU tensors and the ops in PyTorch
 EMULATED = "emulated"  # a stand-in: CPU tensors and the compiled kernels in the PTX emulator
-WARM_UP = 3  # steps before a graph is captured: kernels are compiled, buffers and the optimizer's state are there
 
 
 class Place:
@@ -59,16 +60,7 @@ class Place:
             for _ in range(WARM_UP):
                 step()
             return step
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-        return graph.replay
+        return captured(step)
 
 
 def same_bits(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
