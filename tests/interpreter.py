@@ -17,6 +17,8 @@ def mend() -> None:
 
     _patch_once(interpreter)
     _remember_types(interpreter)
+    _share_shapes()
+    _broadcast_if_needed()
     if versions.INSTALLED < (3, 7):
         _index_by_item(interpreter)
     _take_large_steps()
@@ -41,6 +43,7 @@ def _patch_once(interpreter: ModuleType) -> None:
     import triton.language as tl
 
     patch, scopes, patched = interpreter._patch_lang, [], set()
+    languages: dict[Callable, set[int]] = {}  # that a function's module has by some name
 
     def restore() -> None:
         patched.clear()
@@ -48,7 +51,10 @@ def _patch_once(interpreter: ModuleType) -> None:
             interpreter._LangPatchScope.restore(scopes.pop())
 
     def patch_once(function: Callable) -> Any:
-        names = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if function not in languages:
+            values = function.__globals__.values()
+            languages[function] = {id(value) for value in values if value is tl or value is tl.core}
+        names = languages[function]
         if names and names <= patched:
             return interpreter._LangPatchScope()
         scopes.append(patch(function))
@@ -71,6 +77,51 @@ def _remember_types(interpreter: ModuleType) -> None:
         return of_pointer if isinstance(element, tl.pointer_type) else of_scalar(element)
 
     interpreter._get_np_dtype = np_dtype
+
+
+def _share_shapes() -> None:
+    """A block's type checks its shape and writes its name, and a tensor makes another form of the shape, at each step:
+    make each once."""
+    import triton.language as tl
+
+    make_type, make_tensor, equal = tl.block_type.__init__, tl.tensor.__init__, tl.dtype.__eq__
+    types: dict[Any, dict[str, Any]] = {}
+    shapes: dict[tuple[int, ...], Any] = {}
+    tensors: dict[int, tuple[Any, dict[str, Any]]] = {}  # by the identity of a shape, which is kept with it
+
+    def init_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([getattr(size, "value", size) for size in shape])
+        key = id(element_ty), sizes
+        if key not in types:
+            make_type(self, element_ty, shape)
+            self.shape = shapes.setdefault(sizes, self.shape)
+            types[key] = dict(vars(self))  # with the element's type: nothing else takes its identity
+        vars(self).update(types[key])
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        shape = type.shape if type.is_block() else None
+        if id(shape) not in tensors:
+            make_tensor(self, handle, type)
+            tensors[id(shape)] = shape, {"shape": self.shape, "numel": self.numel}
+        vars(self).update(tensors[id(shape)][1], handle=handle, type=type, dtype=type.scalar)
+
+    tl.block_type.__init__, tl.tensor.__init__ = init_type, init_tensor  # type: ignore[method-assign]
+    tl.dtype.__eq__ = lambda self, other: self is other or equal(self, other)  # type: ignore[method-assign]
+
+
+def _broadcast_if_needed() -> None:
+    """Two blocks of one shape are compared in ways that take longer than their sum."""
+    from triton.language.semantic import TritonSemantic
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_if_needed(self: Any, left: Any, right: Any) -> Any:
+        one, other = left.type, right.type
+        if one.is_block() and other.is_block() and one.shape is other.shape:
+            return left, right
+        return broadcast(self, left, right)
+
+    TritonSemantic.broadcast_impl_value = broadcast_if_needed  # type: ignore[method-assign]
 
 
 def _index_by_item(interpreter: ModuleType) -> None:
