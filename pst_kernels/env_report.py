@@ -39,13 +39,14 @@ def capability_report() -> dict[str, dict[str, Any]]:
     }
 
 
-# Ops whose passes over W Numba compiles on a CPU, and those that are products with lists of kept weights.
+# Ops that Numba compiles on a CPU: passes over W, products with lists of kept weights, and with stored blocks.
 PASSES = ("scores", "prune_mask", "refresh_mask", "masked_weight", "linear_forward", "linear_backward")
 LISTS = ("sparse_forward", "sparse_backward")
-ELSEWHERE = {  # the same on every device
-    "stack_gradients": "torch (batched products)",
-    "kept_blocks_forward": "torch (a product a block on a CPU, else its block-sparse product)",
-    "kept_blocks_backward": "torch (a product a block on a CPU, else its block-sparse product)",
+BLOCKS = ("kept_blocks_forward", "kept_blocks_backward")
+COMPILED = {
+    **dict.fromkeys(PASSES, "passes over W; products are torch's"),
+    **dict.fromkeys(LISTS, "lists of kept weights"),
+    **dict.fromkeys(BLOCKS, "stored blocks, up to 128 tokens; above a product of torch's a block"),
 }
 
 
@@ -56,19 +57,19 @@ def _backends(device: str) -> dict[str, str]:
 def _how(op: str, device: str) -> str:
     """What runs an op for tensors on a device, and why."""
     backend, reason = env.backend_for(device)
-    if op in ELSEWHERE:
-        return ELSEWHERE[op]
-    if op in LISTS and device != "cpu":
-        return "torch (the dense weight first)"
-    if backend == "triton" and op not in LISTS:
+    if op == "stack_gradients":
+        return "torch (batched products)"
+    if device != "cpu" and op in BLOCKS:
+        return "torch (its block-sparse product)"
+    if backend == "triton" and op not in BLOCKS:
         return f"triton ({reason})"
+    if device != "cpu" and op in LISTS:
+        return "torch (the dense weight first)"
     if device == "cpu" and op == "kth_value":
         return f"numpy ({reason})"
-    if device == "cpu" and op in (*PASSES, *LISTS):
-        passes = passes_for(torch.ones(1, 1))
-        if passes is not None:
-            kept = "lists of kept weights" if op in LISTS else "passes over W; products are torch's"
-            return f"numba ({kept}, in float32 and bfloat16)"
+    if device == "cpu" and op in COMPILED:
+        if passes_for(torch.ones(1, 1)) is not None:
+            return f"numba ({COMPILED[op]}, in float32 and bfloat16)"
         asked = "PST_KERNELS_CPU=torch" if env.cpu() == "torch" else "numba is not installed"
         return f"torch ({asked})"
     return f"torch ({reason})"

@@ -3,6 +3,7 @@
 The blocks of W (out, in) are stored transposed, (kept, in, out), in row-major order of W's blocks, with the indices of
 torch's BSR: `rows` (row i has blocks rows[i] to rows[i + 1]) and `columns`. Blocks at W's edges are filled up with
 zeros. Transposed they lie as the product reads them. `python -m bench blocks` times the product beside torch's BSR.
+On a CPU few tokens go through a compiled pass, many through one product of the library a block.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from . import compiled, scratch
 
 
 class BlockPosition(NamedTuple):
@@ -90,9 +93,13 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def forward(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, out_features: int) -> Tensor:
-    """y = x W^T + bias; x (T, in), blocks and bias of x's floating dtype."""
-    product = _multiply_blocks if x.device.type == "cpu" else _multiply_bsr
-    return product(x, blocks, bias, rows, columns, out_features)
+    """y = x W^T + bias; x (T, in), blocks and bias of x's floating dtype, contiguous."""
+    if x.device.type != "cpu":
+        return _multiply_bsr(x, blocks, bias, rows, columns, out_features)
+    passes = compiled.module("block_passes", "multiplies few tokens by stored blocks in plain PyTorch")
+    if passes is not None and passes.takes(x, blocks):
+        return passes.product(x, blocks, bias, rows, columns, out_features, scratch.get)
+    return _multiply_blocks(x, blocks, bias, rows, columns, out_features)
 
 
 def backward(gy: Tensor, blocks: Tensor, rows: Tensor, columns: Tensor, in_features: int) -> Tensor:

@@ -34,7 +34,7 @@ def multiply_by(passes: ModuleType, x: Tensor, lists: SparseRows, bias: Tensor |
     y = x.new_empty((x.shape[0], lists.rows))
     if y.numel() == 0 or lists.columns == 0:
         return y.zero_() if bias is None else y.copy_(bias.expand_as(y))
-    if bias is not None and (bias.dtype is not torch.float32 or not bias.is_contiguous()):
+    if bias is not None and not _fits(bias):
         bias = bias.detach().to(torch.float32).contiguous()
     return passes.multiply(_by_rows(x), lists, bias, y, scratch.get)
 
@@ -43,6 +43,8 @@ def multiply_ready(
     passes: ModuleType, x: Tensor, values: Tensor, offsets: Tensor, pointers: Tensor, bias: Tensor | None
 ) -> Tensor | None:
     """`multiply_by`, where an earlier call with as many tokens has left its own ready; else None."""
+    if bias is not None and not _fits(bias):
+        return None
     call = passes.find_ready(x, values, offsets, pointers, bias)
     return None if call is None else call(x, x.new_empty((x.shape[0], call.rows)), scratch.get)
 
@@ -72,6 +74,11 @@ def _multiply_dense(x: Tensor, lists: SparseRows, bias: Tensor | None) -> Tensor
 
 def _sampled_dense(gy: Tensor, x: Tensor, lists: SparseRows) -> Tensor:
     return (gy.float().T @ x.float())[lists.places()]
+
+
+def _fits(bias: Tensor) -> bool:
+    """As the passes read it."""
+    return bias.dtype is torch.float32 and bias.is_contiguous()
 
 
 def _by_rows(tensor: Tensor) -> Tensor:

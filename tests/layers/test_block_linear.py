@@ -115,6 +115,77 @@ def test_few_tokens(shape):
     torch.testing.assert_close(dx, dense.sum(0).expand_as(dx), **TIGHT)
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """The compiled passes for few tokens, and how many calls took them."""
+    module = pytest.importorskip("pst_kernels.cpu.compiled.block_passes", reason="numba is not installed")
+    calls, product = [], module.product
+    monkeypatch.setattr(module, "product", lambda *operands: calls.append(operands[0].shape[0]) or product(*operands))
+    return calls
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 128])
+@pytest.mark.parametrize(("shape", "size"), [((150, 200), 16), ((70, 33), 8), ((130, 100), 64), ((16, 300), 24)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens_take_the_compiled_pass(passes, dtype, shape, size, tokens):
+    layer, dense = blocks_of(shape, size, dtype)
+    dense = dense.double()
+    for bias in (layer.bias, None):
+        layer.bias = bias
+        x = torch.randn(tokens, shape[1], dtype=dtype, requires_grad=True)
+        y = layer(x)
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)  # the call that was kept ready, past the dispatcher
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        truth = nn.functional.linear(x.double(), dense, None if bias is None else bias.double())
+        room = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (4e-3, 1e-2)}[dtype]
+        torch.testing.assert_close(y.double(), truth, rtol=room[0], atol=room[1])
+        torch.testing.assert_close(dx.double(), dense.sum(0).expand_as(dx), rtol=room[0], atol=room[1])
+    assert passes == [tokens] * 6
+
+
+def test_more_tokens_and_other_sizes_take_the_library(passes):
+    for tokens, size, dtype in ((129, 16, torch.float32), (3, 12, torch.float32), (3, 16, torch.float16)):
+        layer, dense = blocks_of((40, 50), size, dtype)
+        x = torch.randn(tokens, 50, dtype=dtype)
+        torch.testing.assert_close(
+            layer(x).double(), nn.functional.linear(x.double(), dense.double(), layer.bias.double()),
+            rtol=2e-3, atol=2e-2,
+        )  # fmt: skip
+    assert not passes
+
+
+def test_what_is_kept_ready_follows_the_layer(passes):
+    """New values in place, other blocks from a state dict, other threads: each call sees the layer as it is."""
+    layer, _ = blocks_of((96, 64), 8, torch.float32)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        layer(x)
+        layer.weight.mul_(2.0), layer.bias.add_(1.0)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_dense(), layer.bias))
+        layer.load_state_dict(blocks_of((96, 64), 8, torch.float32, share=0.7)[0].state_dict())
+        y = layer(x)
+        torch.testing.assert_close(y, nn.functional.linear(x, layer.to_dense(), layer.bias))
+        threads = torch.get_num_threads()
+        for other in (1, 3):
+            torch.set_num_threads(other)
+            assert torch.equal(layer(x), y)
+        torch.set_num_threads(threads)
+    assert len(passes) == 5
+
+
+def test_nan_reaches_what_keeps_its_block(passes):
+    layer, _ = blocks_of((32, 48), 16, torch.float32)
+    x = torch.zeros(2, 48)
+    x[1, 17] = float("nan")
+    with torch.no_grad():
+        y = layer(x)
+    second = {i for i in range(2) if 1 in layer.col_indices[layer.crow_indices[i] : layer.crow_indices[i + 1]]}
+    assert not y[0].isnan().any()
+    assert [bool(part.isnan().any()) for part in y[1].split(16)] == [i in second for i in range(2)]
+    assert passes == [2]
+
+
 def test_a_layer_without_blocks_gives_the_bias():
     layer = BlockSparseLinear(40, 50, 16)
     with torch.no_grad():

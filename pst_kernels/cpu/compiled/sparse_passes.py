@@ -39,7 +39,7 @@ SQUARE = 8  # of the transposes
 
 
 @part
-def _widen(half):
+def widen_one(half):
     bits = np.empty(1, np.uint32)
     bits[0] = np.uint32(half) << np.uint32(16)
     return bits.view(np.float32)[0]
@@ -81,7 +81,7 @@ def _pack(source, stride, is_bf16, tokens, columns, width, packed):
             if is_bf16:
                 halves = halves_at(line, columns)
                 for j in range(start, columns):
-                    out[j * width + first + token] = _widen(halves[j])
+                    out[j * width + first + token] = widen_one(halves[j])
             else:
                 floats = floats_at(line, columns)
                 for j in range(start, columns):

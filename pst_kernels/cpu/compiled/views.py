@@ -39,4 +39,4 @@ def record_of(name: str, kind: np.dtype) -> Any:
 
 floats_at, halves_at = _array_of("floats_at", np.float32), _array_of("halves_at", np.uint16)
 words_at, integers_at = _array_of("words_at", np.uint32), _array_of("integers_at", np.int32)
-bytes_at = _array_of("bytes_at", np.uint8)
+bytes_at, longs_at = _array_of("bytes_at", np.uint8), _array_of("longs_at", np.int64)
