@@ -32,7 +32,7 @@ from .measure import interleaved
 
 GPT2, LLAMA = "GPT-2 medium", "Llama-3.2-1B"
 DENSE, SPARSE, BLOCK, INT8 = "dense", "sparse", "block:64", "torch dynamic int8"
-SPARSITIES, BATCHES, PROMPT, NEW = (0.0, 0.5, 0.8, 0.9), (1, 8), 128, 64
+SPARSITIES, BATCHES, PROMPT, NEW, WARMUP = (0.0, 0.5, 0.8, 0.9), (1, 8), 128, 64, 4
 Clock = Callable[[], float]
 
 
@@ -242,13 +242,16 @@ def _timed(row: Row, dense: Any, model: Any, options: argparse.Namespace, clock:
     prompt = torch.randint(vocabulary, (row.batch, options.prompt), generator=torch.Generator().manual_seed(0))
     prompts: list[float] = []
 
-    def run(contestant: Any, into: list[float]) -> float:
+    def run(contestant: Any, into: list[float], new_tokens: int = options.new_tokens) -> float:
         first, cache, seconds = _prefill(contestant, prompt, clock)
         into.append(seconds)
-        return _decode(contestant, first, cache, options.new_tokens, clock)
+        return _decode(contestant, first, cache, new_tokens, clock)
 
+    for contestant in (dense, model):
+        run(contestant, [], WARMUP)  # what is made once; a whole run would take as long as what is timed
     timers = {row.what: lambda: run(model, prompts), "reference": lambda: run(dense, [])}
-    timings = interleaved(timers, 3600, reference="reference", min_rounds=options.rounds, max_rounds=options.rounds)
+    limits = {"min_rounds": options.rounds, "max_rounds": options.rounds, "warmup": 0}
+    timings = interleaved(timers, 3600, reference="reference", **limits)
     ours, theirs = timings[row.what], timings["reference"]
     row.tokens_s = row.batch * options.new_tokens / ours.quantiles.median
     row.ratio = 1.0 / ours.ratio_to(theirs).median
