@@ -50,9 +50,8 @@ GROUPS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--study", choices=list(STUDIES), default="short", help="few steps and labels, or many")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK")
-    parser.add_argument(
-        "--methods", nargs="+", default=["baselines"], metavar="NAME", help=f"of {'; '.join([*GROUPS, *METHODS])}"
-    )
+    names = "; ".join([*GROUPS, *METHODS]).replace("%", "%%")  # argparse formats its help
+    parser.add_argument("--methods", nargs="+", default=["baselines"], metavar="NAME", help=f"of {names}")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="S")
     parser.add_argument("--seeds", type=int, default=3, help="reported seeds: 0, 1, ... (tuning has one of its own)")
     parser.add_argument("--steps", type=int, help="instead of the study's")

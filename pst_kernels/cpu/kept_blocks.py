@@ -93,11 +93,11 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def forward(x: Tensor, blocks: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, out_features: int) -> Tensor:
-    """y = x W^T + bias; x (T, in), blocks and bias of x's floating dtype, contiguous."""
+    """y = x W^T + bias; x (T, in), blocks and bias of x's floating dtype."""
     if x.device.type != "cpu":
         return _multiply_bsr(x, blocks, bias, rows, columns, out_features)
     passes = compiled.module("block_passes", "multiplies few tokens by stored blocks in plain PyTorch")
-    if passes is not None and passes.takes(x, blocks):
+    if passes is not None and passes.takes(x, blocks, rows, columns):
         return passes.product(x, blocks, bias, rows, columns, out_features, scratch.get)
     return _multiply_blocks(x, blocks, bias, rows, columns, out_features)
 

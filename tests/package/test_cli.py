@@ -118,6 +118,14 @@ def test_help_names_every_job_and_imports_none(capsys, monkeypatch):
     assert all(job in text for job in cli.JOBS)
 
 
+@pytest.mark.parametrize("job", cli.JOBS)
+def test_each_job_has_a_help(job, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([job, "--help"])
+    assert caught.value.code == 0
+    assert f"pst-kernels {job}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("error", [ImportError, ValueError, FileNotFoundError, OSError])
 @pytest.mark.parametrize("place", ["add_arguments", "main"])
 def test_what_a_job_raises_is_one_line_and_exit_code_2(error, place, capsys, monkeypatch):

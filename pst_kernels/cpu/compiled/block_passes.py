@@ -112,18 +112,20 @@ def multiply(address):
             _store(f, totals[token * size : token * size + last - first], token, first)
 
 
-def takes(x: Tensor, blocks: Tensor) -> bool:
+def takes(x: Tensor, blocks: Tensor, rows: Tensor, columns: Tensor) -> bool:
     """Whether `product` is for these, on a CPU."""
     return (
         0 < x.shape[0] <= ready.MOST_TOKENS and x.dtype in (torch.float32, torch.bfloat16) and x.dtype is blocks.dtype
-        and blocks.shape[1] % RANKS == 0 and x.is_contiguous() and blocks.is_contiguous()
+        and blocks.shape[1] % RANKS == 0 and x.is_contiguous() and blocks.is_contiguous() and rows.is_contiguous()
+        and columns.is_contiguous()
     )  # fmt: skip
 
 
 def product(
     x: Tensor, blocks: Tensor, bias: Tensor | None, rows: Tensor, columns: Tensor, outputs: int, scratch: Scratch
 ) -> Tensor:
-    """y (tokens, outputs) = x (tokens, inputs) W^T + bias; the bias is contiguous and of x's dtype."""
+    """y (tokens, outputs) = x (tokens, inputs) W^T + bias; the bias is of x's dtype."""
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty((x.shape[0], outputs))
     if (found := ready.find(x, blocks, columns, rows, bias)) is not None:
         return found(x, out, scratch)
