@@ -39,7 +39,7 @@ def capability_report() -> dict[str, dict[str, Any]]:
     }
 
 
-# Ops that Numba compiles on a CPU: passes over W, products with lists of kept weights, and with stored blocks.
+# Ops that Numba compiles on a CPU.
 PASSES = ("scores", "prune_mask", "refresh_mask", "masked_weight", "linear_forward", "linear_backward")
 LISTS = ("sparse_forward", "sparse_backward")
 BLOCKS = ("kept_blocks_forward", "kept_blocks_backward")
@@ -47,6 +47,7 @@ COMPILED = {
     **dict.fromkeys(PASSES, "passes over W; products are torch's"),
     **dict.fromkeys(LISTS, "lists of kept weights"),
     **dict.fromkeys(BLOCKS, "stored blocks, up to 128 tokens; above a product of torch's a block"),
+    "kth_value": "a look at more than 65,536 scores; the rest is NumPy's",
 }
 
 
@@ -65,11 +66,9 @@ def _how(op: str, device: str) -> str:
         return f"triton ({reason})"
     if device != "cpu" and op in LISTS:
         return "torch (the dense weight first)"
-    if device == "cpu" and op == "kth_value":
-        return f"numpy ({reason})"
     if device == "cpu" and op in COMPILED:
         if passes_for(torch.ones(1, 1)) is not None:
-            return f"numba ({COMPILED[op]}, in float32 and bfloat16)"
+            return f"numba ({COMPILED[op]}{'' if op == 'kth_value' else ', in float32 and bfloat16'})"
         asked = "PST_KERNELS_CPU=torch" if env.cpu() == "torch" else "numba is not installed"
-        return f"torch ({asked})"
+        return f"{'numpy' if op == 'kth_value' else 'torch'} ({asked})"
     return f"torch ({reason})"

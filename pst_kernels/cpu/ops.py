@@ -9,6 +9,7 @@ mask is decided by fp32 scores. Small weights go their own way (small.py).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from ..masks.guess import SAMPLE, Bracket, Guess, sample_bracket
 from ..masks.packing import pack_mask
 from ..operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype
 from . import block_matmul, scratch, small
-from .compiled import passes_for
+from .compiled import module, passes_for
 from .row_blocks import GEMM_ROWS, ScoreRows, UpdatedRows, multiply_into, row_blocks
 from .select import ChunkedScores, select
 
@@ -57,17 +58,21 @@ def kth_value(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if scores.device.type != "cpu":
         values, index = torch.sort(flat, stable=True)
         return values[k - 1], index[k - 1]
-    array = flat.numpy()
+    flat = flat.contiguous()
+    array, many = flat.numpy(), flat.numel() > 4 * SAMPLE
+    passes: Any = module("flat_scores", "looks for the k-th score with NumPy") if many else None
 
     def chunks() -> Iterator[tuple[int, np.ndarray]]:
         return ((start, array[start : start + CHUNK]) for start in range(0, array.size, CHUNK))
 
     def brackets() -> Iterator[Bracket | None]:
-        if array.size > 4 * SAMPLE:
-            sample = np.random.default_rng(0).integers(array.size, size=SAMPLE)
+        if many:
+            # as many as make finding them and searching what is inside the bracket cost alike
+            sample = np.random.default_rng(0).integers(array.size, size=max(SAMPLE, array.size // 256))
             yield sample_bracket(array[sample], k / array.size)
 
-    chosen = select(ChunkedScores(chunks), array.size, k, brackets())
+    look = None if passes is None else lambda bracket: passes.gather(flat, bracket, scratch.get)
+    chosen = select(ChunkedScores(chunks, look=look), array.size, k, brackets())
     return torch.tensor(chosen.value, dtype=scores.dtype), torch.tensor(chosen.index)
 
 

@@ -55,12 +55,18 @@ class ChunkedScores:
 
     `kept`, flat bool, is the mask, if one is wanted. `masked`, flat, holds a number for each score, which `chunks`
     writes as the flags in `kept` say when the next chunk is asked for; what is dropped later gets a zero there.
+    Where no mask is wanted, `look` may gather in the place of NumPy.
     """
 
-    def __init__(self, chunks: ScoreChunks, kept: np.ndarray | None = None, masked: np.ndarray | None = None):
-        self.chunks, self.kept, self.masked = chunks, kept, masked
+    def __init__(
+        self, chunks: ScoreChunks, kept: np.ndarray | None = None, masked: np.ndarray | None = None,
+        look: Callable[[Bracket], Candidates] | None = None,
+    ):  # fmt: skip
+        self.chunks, self.kept, self.masked, self.look = chunks, kept, masked, look
 
     def gather(self, bracket: Bracket) -> Candidates:
+        if self.look is not None:
+            return self.look(bracket)
         return _gather(self.chunks, bracket, self.kept)
 
     def prune(self, found: Candidates, value: float, count: int) -> int:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import grouped, make_problem, masked_weight
 
 from pst_kernels import cpu, functional
-from pst_kernels.cpu import row_blocks, select
+from pst_kernels.cpu import row_blocks, scratch, select
 from pst_kernels.cpu.compiled import launch
 from pst_kernels.masks import guess as guesses
 
@@ -38,12 +38,39 @@ def distributions():
 
 
 @pytest.mark.parametrize(("name", "scores"), distributions(), ids=lambda v: v if isinstance(v, str) else "")
-def test_kth_value_of_every_distribution(name, scores):
+def test_kth_value_of_every_distribution(name, scores, cpu_passes):
     order = torch.argsort(scores, stable=True)
     for k in (1, 2, N // 10, N // 2, int(N * 0.9), int(N * 0.99), N - 1, N):
         value, index = functional.kth_value(scores, k)
         assert index == order[k - 1]
         assert value == scores[order[k - 1]] or (value.isnan() and scores[order[k - 1]].isnan())
+
+
+@pytest.mark.parametrize("size", [1, 4095, 65536, 65537, 140_000])
+def test_a_look_finds_what_numpy_finds(size):
+    """Candidates in order, of every task: few, none, all of them, and more than there is room for in one task alone."""
+    passes = pytest.importorskip("pst_kernels.cpu.compiled.flat_scores", reason="numba is not installed")
+    scores = torch.randn(size)
+    scores[::7], scores[::11], scores[size // 2 :] = math.nan, -0.0, scores[size // 2 :].clamp(min=0.5)
+    array = scores.numpy()
+    for lower, upper in ((-0.1, 0.1), (0.0, 0.0), (0.5, 0.5), (3.0, 3.0), (-math.inf, math.inf)):
+        bracket = guesses.Bracket(lower, upper)
+        found = passes.gather(scores, bracket, scratch.get)
+        expected = select._gather(lambda: iter([(0, array)]), bracket, None)
+        assert found.below == expected.below
+        assert np.array_equal(found.index, expected.index)
+        assert np.array_equal(found.scores.view(np.int32), expected.scores.view(np.int32))
+
+
+def test_many_scores_take_the_compiled_look(monkeypatch):
+    passes = pytest.importorskip("pst_kernels.cpu.compiled.flat_scores", reason="numba is not installed")
+    looks, gather = [], passes.gather
+    monkeypatch.setattr(passes, "gather", lambda *given: looks.append(given[1]) or gather(*given))
+    scores = torch.randn(2, N).t()  # not contiguous
+    value, index = functional.kth_value(scores, N)
+    assert (scores.flatten()[index], len(looks)) == (value, 1)
+    functional.kth_value(scores[:100], 3)
+    assert len(looks) == 1
 
 
 @settings(max_examples=200, deadline=None)

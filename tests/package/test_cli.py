@@ -27,7 +27,11 @@ def test_env_as_text(capsys):
     by_numba = "numba (passes over W; products are torch's, in float32 and bfloat16)"
     assert f"  {'linear_forward':<22} {by_numba}" in lines
     assert f"  {'block_forward':<22} torch (no kernels for cpu tensors)" in lines
-    assert f"  {'kth_value':<22} numpy (no kernels for cpu tensors)" in lines
+    assert f"  {'kth_value':<22} numba (a look at more than 65,536 scores; the rest is NumPy's)" in lines
+    assert (
+        f"  {'kept_blocks_forward':<22} numba (stored blocks, up to 128 tokens; above a product of torch's a block,"
+        in (line.removesuffix(" in float32 and bfloat16)") for line in lines)
+    )
     assert f"  {'sparse_forward':<22} numba (lists of kept weights, in float32 and bfloat16)" in lines
 
 
@@ -37,11 +41,13 @@ def test_env_answers_for_every_op_and_its_variables(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)["backend on cpu"]
     assert found.keys() == set(ops.NAMES)
     assert found["linear_forward"] == found["sparse_forward"] == "torch (PST_KERNELS_CPU=torch)"
+    assert found["kth_value"] == "numpy (PST_KERNELS_CPU=torch)"
     monkeypatch.setenv("PST_KERNELS_BACKEND", "triton")
     assert cli.main(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["backend on cpu"]
     assert found["linear_forward"] == "triton (PST_KERNELS_BACKEND=triton)"
     assert found["kept_blocks_forward"].startswith("torch")
+    assert found["sparse_forward"].startswith("triton")
 
 
 def test_env_as_json(capsys, monkeypatch):

@@ -28,9 +28,6 @@ ARGUMENTS = np.dtype(
     [(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)] + [("lower", np.float32), ("upper", np.float32)]
 )
 _arguments = record_of("record_of_kernels", ARGUMENTS)
-# Elements behind the last candidate that may be written to: a score is stored before it is known to be a candidate, as
-# many at a time as flags are looked at together.
-SLACK = 8
 
 
 @part
@@ -142,34 +139,12 @@ def masked_weight(address):
                 _store_masked(args, i, flags, updated[i - pair], work)
 
 
-@part
-def _gather(args, i, task, found, scored, flags):
-    """Row i's scores inside the bracket behind the `found` earlier ones of its task; what does not fit is counted."""
-    scores = _floats(args.candidate_scores, args.tasks, args.capacity)[task]
-    indices = _integers(args.candidate_indices, args.tasks * args.capacity)
-    first = task * args.capacity
-    eights = flags.view(np.uint64)
-    for e in range(eights.size):
-        if eights[e] != 0:
-            stop = min(SLACK * (e + 1), args.columns)
-            if found + SLACK <= args.capacity:
-                # writes every score, and moves on if it is a candidate: without a branch
-                for j in range(SLACK * e, stop):
-                    scores[found] = scored[j]
-                    indices[first + found] = i * args.columns + j
-                    found += flags[j]
-            else:
-                for j in range(SLACK * e, stop):
-                    found += flags[j]
-    return found
-
-
 @whole_pass
 def prune(address):
     """The packed mask and, where it is wanted, M * W', as if all scores from `lower` on were kept.
 
     For each task: how many lie below the bracket [lower, upper], how many inside it, and these with their flat index,
-    unless that many and SLACK more do not fit.
+    unless that many and row_loops.SLACK more do not fit.
     """
     args = _arguments(address)
     updated, scored, work = _pair_buffer(args), _pair_buffer(args), np.empty(args.columns, np.float32)
@@ -180,7 +155,9 @@ def prune(address):
         task, start, stop = _next_rows(address, args)
         if start == stop:
             return
-        below, found = 0, 0
+        below, found, room = 0, 0, task * args.capacity
+        scores = _floats(args.candidate_scores, args.tasks, args.capacity)[task]
+        indices = _integers(args.candidate_indices, args.tasks * args.capacity)[room : room + args.capacity]
         for pair in range(start, stop, 2):
             _update(args, pair, min(pair + 1, stop - 1), updated)
             _score(args, pair, min(pair + 1, stop - 1), updated, scored[0], scored[1])
@@ -189,7 +166,7 @@ def prune(address):
                 row_loops.keep_from(row, args.lower, kept)
                 below += args.columns - row_loops.count(kept)
                 row_loops.inside(row, args.lower, args.upper, inside)
-                found = _gather(args, i, task, found, row, inside)
+                found = row_loops.collect(row, inside, i * args.columns, found, scores, indices)
                 row_loops.pack(kept, packed[i])
                 if args.masked != 0:
                     _store_masked(args, i, kept, updated[i - pair], work)

@@ -17,6 +17,7 @@ from pst_kernels.operands import Factors, MaskedWeight, Scales
 
 from . import kernels, small_launch
 from .arguments import Arguments, rows_per_reduction_task, rows_per_task
+from .row_loops import SLACK
 
 small = small_launch
 Scratch = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
@@ -59,8 +60,8 @@ class CompiledScores:
     def gather(self, bracket: Bracket) -> Candidates:
         weights_per_task = self.rows_per_task * self.shape[1]
         usual = weights_per_task // MOST_CANDIDATES
-        found, most = self._gather(bracket, usual + kernels.SLACK)
-        return found if most <= usual else self._gather(bracket, weights_per_task + kernels.SLACK)[0]
+        found, most = self._gather(bracket, usual + SLACK)
+        return found if most <= usual else self._gather(bracket, weights_per_task + SLACK)[0]
 
     def _gather(self, bracket: Bracket, capacity: int) -> tuple[Candidates, int]:
         """The candidates, and how many the task with most has; more than `capacity` are not all there."""

@@ -11,6 +11,9 @@ from .jit import reduction, row
 
 RANKS = 8  # columns of the factors that one loop takes: fewer would load and store the row more often
 GROUP = 4  # rows that a sum down the columns takes at once
+# Elements behind the last candidate that may be written to: a score is stored before it is known to be a candidate, as
+# many at a time as flags are looked at together.
+SLACK = 8
 EVEN = np.uint64(0x0001000100010001)  # the even ones of eight flags of a byte each
 GATHER = np.uint64((1 << 48) | (1 << 33) | (1 << 18) | (1 << 3))  # times such flags: four bits side by side from bit 48
 SPREAD = np.uint64(1 | (1 << 15) | (1 << 30) | (1 << 45))  # times such bits, from bit 0: each where EVEN has one
@@ -91,6 +94,27 @@ def count(flags):
     for j in range(flags.size):
         total += flags[j]
     return total
+
+
+@row
+def collect(scores, flags, first, found, out, indices):
+    """The scores whose flag is 1 behind the `found` earlier ones in `out`, and their flat indices, which begin at
+    `first`, likewise. What does not fit is counted; returns how many there are now.
+    """
+    eights = flags.view(np.uint64)
+    for e in range(eights.size):
+        if eights[e] != 0:
+            stop = min(SLACK * (e + 1), scores.size)
+            if found + SLACK <= out.size:
+                # writes every score, and moves on if it is a candidate: without a branch
+                for j in range(SLACK * e, stop):
+                    out[found] = scores[j]
+                    indices[found] = first + j
+                    found += flags[j]
+            else:
+                for j in range(SLACK * e, stop):
+                    found += flags[j]
+    return found
 
 
 @row

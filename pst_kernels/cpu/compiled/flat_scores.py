@@ -1,0 +1,83 @@
+"""A look at many scores that are stored: how many lie below a bracket, and which lie inside it (see ../select.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pst_kernels.masks.guess import Bracket, Candidates
+
+from . import row_loops, threads
+from .jit import whole_pass
+from .threads import take_task
+from .views import floats_at, longs_at, record_of
+
+TASK = 1 << 16  # scores of a task
+STEP = 1 << 12  # scores looked at together: with their flags they stay in a core's first cache
+MOST_CANDIDATES = 8  # one in so many; where a task has more, as in ties of millions, the pass runs again
+_NUMBERS = ("next", "tasks", "numel", "capacity")
+_ADDRESSES = ("scores", "below", "found", "candidate_scores", "candidate_indices")
+FRAME = np.dtype(
+    [(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)] + [("lower", np.float32), ("upper", np.float32)]
+)
+_frame = record_of("record_of_flat_scores", FRAME)
+
+
+@whole_pass
+def look(address):
+    """For each task: how many scores lie below the bracket, how many inside it, and these with their flat index,
+    unless that many and SLACK more do not fit.
+    """
+    f = _frame(address)
+    flags = np.zeros(STEP, np.uint8)
+    below_of, found_of = longs_at(f.below, f.tasks), longs_at(f.found, f.tasks)
+    while True:
+        task = take_task(address)
+        if task >= f.tasks:
+            return
+        below, found, room = 0, 0, task * f.capacity
+        out = floats_at(f.candidate_scores + 4 * room, f.capacity)
+        indices = longs_at(f.candidate_indices + 8 * room, f.capacity)
+        last = min(f.numel, (task + 1) * TASK)
+        for first in range(task * TASK, last, STEP):
+            size = min(STEP, last - first)
+            scores = floats_at(f.scores + 4 * first, size)
+            row_loops.keep_from(scores, f.lower, flags[:size])
+            below += size - row_loops.count(flags[:size])
+            row_loops.inside(scores, f.lower, f.upper, flags[:size])
+            for j in range(size, STEP):
+                flags[j] = 0
+            found = row_loops.collect(scores, flags, first, found, out, indices)
+        below_of[task], found_of[task] = below, found
+
+
+def gather(
+    scores: Tensor, bracket: Bracket, scratch: Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
+) -> Candidates:
+    """Of contiguous fp32 scores on a CPU."""
+    usual = TASK // MOST_CANDIDATES
+    found, most = _gather(scores, bracket, usual + row_loops.SLACK, scratch)
+    return found if most <= usual else _gather(scores, bracket, TASK + row_loops.SLACK, scratch)[0]
+
+
+def _gather(scores: Tensor, bracket: Bracket, capacity: int, scratch: Callable[..., Tensor]) -> tuple[Candidates, int]:
+    """The candidates, and how many the task with most has; more than `capacity` are not all there."""
+    tasks = -(-scores.numel() // TASK)
+    values = scratch("candidate scores", (tasks, capacity), torch.float32, scores.device)
+    indices = scratch("candidate indices", (tasks, capacity), torch.int64, scores.device)
+    below, found = np.empty(tasks, np.int64), np.empty(tasks, np.int64)
+    frame = np.zeros(1, FRAME)
+    for name, value in {
+        "tasks": tasks, "numel": scores.numel(), "capacity": capacity, "scores": scores.data_ptr(),
+        "below": below.ctypes.data, "found": found.ctypes.data, "candidate_scores": values.data_ptr(),
+        "candidate_indices": indices.data_ptr(), "lower": bracket.lower, "upper": bracket.upper,
+    }.items():  # fmt: skip
+        frame[name] = value
+    threads.run(look, frame, tasks)
+    pairs = zip(values.numpy(), indices.numpy(), found, strict=True)
+    chosen = [(row[:n], at[:n]) for row, at, n in pairs if n] or [(np.empty(0, np.float32), np.empty(0, np.int64))]
+    of_scores, of_indices = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
+    return Candidates(int(below.sum()), of_scores, of_indices), int(found.max())
