@@ -1,15 +1,16 @@
 """Products with a block mask in PyTorch: forward, dx, dU and dV that visit kept blocks only.
 
-W' is made for the kept blocks alone, those of one row of blocks side by side. A product is one GEMM a block, straight
-on columns of x, gy and the result: a batched product of gathered blocks would first write a result (T, size) for each
-block, to be added up afterwards. For few tokens blocks of 16 and 32 are too thin for that, and 16-bit sums would be
-rounded after each block: the columns of x that a row of blocks needs are gathered for one GEMM.
+W' is made for the kept blocks alone, those of one row of blocks side by side, in a compiled pass where that serves. A
+product is one GEMM a block, straight on columns of x, gy and the result: a batched product of gathered blocks would
+first write a result (T, size) for each block, to be added up afterwards. For few tokens blocks of 16 and 32 are too
+thin for that, and 16-bit sums would be rounded after each block: the columns of x that a row of blocks needs are
+gathered for one GEMM.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..masks.packing import WORD
 from ..operands import MaskedWeight, Needs, compute_dtype
 from . import scratch
+from .compiled import module, passes_for
 
 THICK = 64  # blocks of at least this size are multiplied one by one
 MANY_TOKENS = 512  # from so many on, thinner ones are too
@@ -68,6 +70,7 @@ class BlockRowWeights:
         widths = [row.span.stop - row.span.start for row in self.rows]
         # split at once: slices one by one cost time beside the small products that they are for
         self.parts = list(zip(weight.split(size), self.U.split(size), self.V.split(widths, 1), strict=True))
+        self.starts = torch.tensor([0, *(row.span.stop for row in self.rows)])
 
     def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """Flat, for all kept blocks."""
@@ -79,11 +82,20 @@ class BlockRowWeights:
         start = self.size * row.span.start
         return flat[start : start + height * width].view(height, width)
 
-    def updated(self, row: BlockRow, flat: Tensor) -> Tensor:
-        """W' of a row of blocks, made in its part of `flat`."""
-        weight, U, V = self.parts[row.number]
-        gathered = side_by_side(weight, row.columns).to(self.dtype)
-        return torch.addmm(gathered, U, V, alpha=self.beta, out=self.of(row, flat))
+    def updated(self, flat: Tensor) -> list[Tensor]:
+        """W' of each row of blocks, made in its part of `flat`: all of it before the first product, as small products
+        between large ones would make the library's threads wait and wake up.
+        """
+        found = [self.of(row, flat) for row in self.rows]
+        if passes_for(self.weight) is not None:
+            passes: Any = module("block_weights", "makes the kept blocks of W' in plain PyTorch")
+            passes.updated_blocks(self.weight, self.U, self.V, self.beta, self.starts, self.columns, flat)
+            return found
+        for row, out in zip(self.rows, found, strict=True):
+            if row.columns:
+                weight, U, V = self.parts[row.number]
+                torch.addmm(side_by_side(weight, row.columns).to(self.dtype), U, V, alpha=self.beta, out=out)
+        return found
 
 
 def side_by_side(matrix: Tensor, columns: Sequence[slice]) -> Tensor:
@@ -101,10 +113,10 @@ def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: 
     # One pass for the bias, or for zeros, which stay where nothing is kept: every product adds to what is there.
     y.zero_() if bias is None else y.copy_(bias)
     flat, x_columns = weights.buffer("kept blocks", weights.dtype), x.split(size, 1)
-    for row, out in zip(weights.rows, y.split(size, 1), strict=True):
+    for row, updated, out in zip(weights.rows, weights.updated(flat), y.split(size, 1), strict=True):
         if not row.columns:
             continue
-        right = weights.updated(row, flat).to(x.dtype).t()
+        right = updated.to(x.dtype).t()
         if one_by_one(x, size):
             for columns, part in zip(row.columns, row.gathered, strict=True):
                 out.addmm_(x_columns[columns.start // size], right[part])
@@ -124,10 +136,9 @@ def kept_block_gradients(
     by_column: dict[int, list[tuple[slice, Tensor]]] = {}
     dU = weights.U.new_zeros(U.shape if needs.factors else 0)
     dV_gathered = weights.V.new_empty(weights.V.shape if needs.factors else 0)
-    for row in weights.rows:
+    for row, updated in zip(weights.rows, weights.updated(flat), strict=True):
         if not row.columns:
             continue
-        updated = weights.updated(row, flat)
         if needs.input:
             cast = updated.to(gy.dtype)
             for columns, part in zip(row.columns, row.gathered, strict=True):

@@ -15,7 +15,7 @@ from pst_kernels import functional, ops, reference
 from pst_kernels.cpu import block_matmul
 from pst_kernels.layers.pst_layer import PSTLayer
 from pst_kernels.masks import patterns
-from pst_kernels.operands import MaskedWeight, Needs, Scales
+from pst_kernels.operands import Factors, MaskedWeight, Needs, Scales
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 SCALES = {"beta": 0.75, "alpha1": 0.5, "alpha2": 2.0}
@@ -295,3 +295,22 @@ def test_block_rows_list_the_kept_blocks():
         assert [c for one in row.columns for c in range(one.start, one.stop)] == index[row.span].tolist()
     assert torch.equal(again, mask)
     assert patterns.parse("block:16").fits(mask, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(40, 50), (33, 65), (1, 1), (128, 96)])
+@pytest.mark.parametrize("pruned", [0, 2, None])
+def test_the_updated_weight_of_kept_blocks(cpu_passes, shape, dtype, pruned):
+    """Rows of blocks without any kept block, an odd number of rows, narrow last blocks, ranks that fill no vector."""
+    weight, factors = make_problem(*shape, weight_dtype=dtype, factor_dtype=torch.float32)
+    blocks = -(-shape[0] // 16) * -(-shape[1] // 16)
+    count = torch.tensor(blocks if pruned is None else min(pruned, blocks - 1))
+    packed = ops.prune_mask(weight, *factors, *Scales(), count, functional.new_guess(), "block:16")
+    weights = block_matmul.BlockRowWeights(MaskedWeight(weight, Factors(*factors), packed, Scales(0.75, 1.0, 1.0)), 16)
+    expected = weight.double() + 0.75 * factors[0].double() @ factors[1].double()
+    found = weights.updated(weights.buffer("test", torch.float32).fill_(torch.nan))
+    assert len(found) == -(-shape[0] // 16)
+    for row, updated in zip(weights.rows, found, strict=True):
+        torch.testing.assert_close(
+            updated.double(), expected[row.rows][:, weights.columns[row.span]], rtol=1e-6, atol=1e-6
+        )
