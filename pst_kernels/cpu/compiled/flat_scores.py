@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-import torch
 from torch import Tensor
 
 from pst_kernels.masks.guess import Bracket, Candidates
 
 from . import row_loops, threads
+from .candidates import Room, Scratch, look
 from .jit import whole_pass
 from .threads import take_task
 from .views import floats_at, longs_at, record_of
 
 TASK = 1 << 16  # scores of a task
 STEP = 1 << 12  # scores looked at together: with their flags they stay in a core's first cache
-MOST_CANDIDATES = 8  # one in so many; where a task has more, as in ties of millions, the pass runs again
 _NUMBERS = ("next", "tasks", "numel", "capacity")
 _ADDRESSES = ("scores", "below", "found", "candidate_scores", "candidate_indices")
 FRAME = np.dtype(
@@ -27,7 +24,7 @@ _frame = record_of("record_of_flat_scores", FRAME)
 
 
 @whole_pass
-def look(address):
+def count(address):
     """For each task: how many scores lie below the bracket, how many inside it, and these with their flat index,
     unless that many and SLACK more do not fit.
     """
@@ -54,30 +51,18 @@ def look(address):
         below_of[task], found_of[task] = below, found
 
 
-def gather(
-    scores: Tensor, bracket: Bracket, scratch: Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
-) -> Candidates:
+def gather(scores: Tensor, bracket: Bracket, scratch: Scratch) -> Candidates:
     """Of contiguous fp32 scores on a CPU."""
-    usual = TASK // MOST_CANDIDATES
-    found, most = _gather(scores, bracket, usual + row_loops.SLACK, scratch)
-    return found if most <= usual else _gather(scores, bracket, TASK + row_loops.SLACK, scratch)[0]
+    tasks, frame = -(-scores.numel() // TASK), np.zeros(1, FRAME)
 
+    def run(room: Room) -> None:
+        for name, value in {
+            "next": 0, "tasks": tasks, "numel": scores.numel(), "capacity": room.capacity,
+            "scores": scores.data_ptr(), "below": room.below.ctypes.data, "found": room.found.ctypes.data,
+            "candidate_scores": room.scores.data_ptr(), "candidate_indices": room.indices.data_ptr(),
+            "lower": bracket.lower, "upper": bracket.upper,
+        }.items():  # fmt: skip
+            frame[name] = value
+        threads.run(count, frame, tasks)
 
-def _gather(scores: Tensor, bracket: Bracket, capacity: int, scratch: Callable[..., Tensor]) -> tuple[Candidates, int]:
-    """The candidates, and how many the task with most has; more than `capacity` are not all there."""
-    tasks = -(-scores.numel() // TASK)
-    values = scratch("candidate scores", (tasks, capacity), torch.float32, scores.device)
-    indices = scratch("candidate indices", (tasks, capacity), torch.int64, scores.device)
-    below, found = np.empty(tasks, np.int64), np.empty(tasks, np.int64)
-    frame = np.zeros(1, FRAME)
-    for name, value in {
-        "tasks": tasks, "numel": scores.numel(), "capacity": capacity, "scores": scores.data_ptr(),
-        "below": below.ctypes.data, "found": found.ctypes.data, "candidate_scores": values.data_ptr(),
-        "candidate_indices": indices.data_ptr(), "lower": bracket.lower, "upper": bracket.upper,
-    }.items():  # fmt: skip
-        frame[name] = value
-    threads.run(look, frame, tasks)
-    pairs = zip(values.numpy(), indices.numpy(), found, strict=True)
-    chosen = [(row[:n], at[:n]) for row, at, n in pairs if n] or [(np.empty(0, np.float32), np.empty(0, np.int64))]
-    of_scores, of_indices = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
-    return Candidates(int(below.sum()), of_scores, of_indices), int(found.max())
+    return look(run, tasks, TASK, scratch)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 
 import numpy as np
 import torch
@@ -15,15 +15,13 @@ from pst_kernels.masks.guess import Bracket, Candidates
 from pst_kernels.masks.packing import packed_width
 from pst_kernels.operands import Factors, MaskedWeight, Scales
 
-from . import kernels, small_launch
+from . import candidates, kernels, small_launch
 from .arguments import Arguments, rows_per_reduction_task, rows_per_task
-from .row_loops import SLACK
+from .candidates import Scratch
 
 small = small_launch
-Scratch = Callable[[str, tuple[int, ...], torch.dtype, torch.device], Tensor]
 
 TASKS = 8  # of the rows of G that are there at once: each has its own sums over rows, as large as the factors
-MOST_CANDIDATES = 8  # one in so many weights; where there are more, as in ties of millions, the pass runs again
 
 
 def scores(weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
@@ -58,29 +56,16 @@ class CompiledScores:
         self.rows_per_task = rows_per_task(*self.shape)
 
     def gather(self, bracket: Bracket) -> Candidates:
-        weights_per_task = self.rows_per_task * self.shape[1]
-        usual = weights_per_task // MOST_CANDIDATES
-        found, most = self._gather(bracket, usual + SLACK)
-        return found if most <= usual else self._gather(bracket, weights_per_task + SLACK)[0]
-
-    def _gather(self, bracket: Bracket, capacity: int) -> tuple[Candidates, int]:
-        """The candidates, and how many the task with most has; more than `capacity` are not all there."""
         tasks = -(-self.shape[0] // self.rows_per_task)
-        device = self.packed.device
-        scores = self.scratch("candidate scores", (tasks, capacity), torch.float32, device)
-        indices = self.scratch("candidate indices", (tasks, capacity), torch.int64, device)
-        below, found = np.empty(tasks, np.int64), np.empty(tasks, np.int64)
+        run = functools.partial(self._look, bracket)
+        return candidates.look(run, tasks, self.rows_per_task * self.shape[1], self.scratch)
+
+    def _look(self, bracket: Bracket, room: candidates.Room) -> None:
         self.arguments.set(
-            lower=bracket.lower, upper=bracket.upper, candidate_scores=scores, candidate_indices=indices,
-            capacity=capacity, below=below.ctypes.data, found=found.ctypes.data,
+            lower=bracket.lower, upper=bracket.upper, candidate_scores=room.scores, candidate_indices=room.indices,
+            capacity=room.capacity, below=room.below.ctypes.data, found=room.found.ctypes.data,
         )  # fmt: skip
         self.arguments.run(kernels.prune, self.rows_per_task)
-        candidates = Candidates(
-            int(below.sum()),
-            np.concatenate([row[:n] for row, n in zip(scores.numpy(), found, strict=True)]),
-            np.concatenate([row[:n] for row, n in zip(indices.numpy(), found, strict=True)]),
-        )
-        return candidates, int(found.max())
 
     def prune(self, found: Candidates, value: float, count: int) -> int:
         return kernels.drop_first(found.scores, found.index, np.float32(value), count, *self._results())
@@ -98,7 +83,9 @@ class CompiledScores:
         return self.packed.view(torch.uint32).numpy(), self.shape[1], floats, halves
 
     def all(self) -> np.ndarray:
-        self._gather(Bracket(-np.inf, -np.inf), 0)  # keeps every weight; how many are at -inf is of no interest
+        tasks = -(-self.shape[0] // self.rows_per_task)
+        everything = Bracket(-np.inf, -np.inf)  # keeps every weight; how many are at -inf is of no interest
+        self._look(everything, candidates.Room(tasks, 0, self.scratch))
         return _scores(self.arguments).view(-1).numpy()
 
 
