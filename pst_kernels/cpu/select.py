@@ -70,12 +70,13 @@ class ChunkedScores:
         return _gather(self.chunks, bracket, self.kept)
 
     def prune(self, found: Candidates, value: float, count: int) -> int:
-        pruned = found.scores <= value
         ties = np.flatnonzero(found.scores == value)
-        surplus = int(np.count_nonzero(pruned)) - count  # ties behind the last, which are kept
-        pruned[ties[ties.size - surplus :]] = False
-        self.drop(found.index[pruned])
-        return int(found.index[ties[ties.size - surplus - 1]])
+        pruned_ties = count - int(np.count_nonzero(found.scores < value))
+        if self.kept is not None or self.masked is not None:
+            pruned = found.scores <= value
+            pruned[ties[pruned_ties:]] = False
+            self.drop(found.index[pruned])
+        return int(found.index[ties[pruned_ties - 1]])
 
     def drop(self, index: np.ndarray) -> None:
         for flat in (self.kept, self.masked):
