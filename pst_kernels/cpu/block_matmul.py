@@ -9,8 +9,9 @@ gathered for one GEMM.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..masks.packing import WORD
 from ..operands import MaskedWeight, Needs, compute_dtype
 from . import scratch
-from .compiled import module, passes_for
+from .compiled import passes_for
 
 THICK = 64  # blocks of at least this size are multiplied one by one
 MANY_TOKENS = 512  # from so many on, thinner ones are too
@@ -67,10 +68,12 @@ class BlockRowWeights:
         self.U = U.to(self.dtype)
         self.V = V.to(self.dtype).index_select(1, self.columns)  # (r, gathered columns)
         self.weight, self.beta, self.size = weight, beta, size
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """W, U and V of each row of blocks, split at once: slices one by one cost time beside small products."""
         widths = [row.span.stop - row.span.start for row in self.rows]
-        # split at once: slices one by one cost time beside the small products that they are for
-        self.parts = list(zip(weight.split(size), self.U.split(size), self.V.split(widths, 1), strict=True))
-        self.starts = torch.tensor([0, *(row.span.stop for row in self.rows)])
+        return list(zip(self.weight.split(self.size), self.U.split(self.size), self.V.split(widths, 1), strict=True))
 
     def buffer(self, name: str, dtype: torch.dtype) -> Tensor:
         """Flat, for all kept blocks."""
@@ -87,9 +90,9 @@ class BlockRowWeights:
         between large ones would make the library's threads wait and wake up.
         """
         found = [self.of(row, flat) for row in self.rows]
-        if passes_for(self.weight) is not None:
-            passes: Any = module("block_weights", "makes the kept blocks of W' in plain PyTorch")
-            passes.updated_blocks(self.weight, self.U, self.V, self.beta, self.starts, self.columns, flat)
+        if (passes := passes_for(self.weight)) is not None:
+            starts = torch.tensor([0, *(row.span.stop for row in self.rows)])
+            passes.updated_blocks(self.weight, self.U, self.V, self.beta, starts, self.columns, flat)
             return found
         for row, out in zip(self.rows, found, strict=True):
             if row.columns:

@@ -144,10 +144,9 @@ class BlockSparseLinear(StoredParts):
         bias = None if self.bias is None else self.bias.to(dtype)
         flat = x.reshape(-1, self.in_features).to(dtype).contiguous()
         operands = (flat, self.weight.to(dtype), bias, self.crow_indices, self.col_indices, self.out_features)
-        # without gradients past the dispatcher, which costs as much as the product of a small layer
-        direct = not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and type(x) is Tensor
+        product = kept_blocks.forward if self._goes_direct(x) else _Product.apply
         with without_autocast(x.device.type):
-            y = kept_blocks.forward(*operands) if direct else _Product.apply(*operands)
+            y = product(*operands)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _check(self, x: Tensor, weight: Tensor) -> None:

@@ -135,12 +135,9 @@ class SparseLinear(StoredParts):
         if x.dtype is not (dtype := operand_dtype(x)):
             x = x.to(dtype)
         operands = (x, values, buffers["offsets"], buffers["pointers"], bias, self.out_features)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
-            with without_autocast(x.device.type):
-                y = _Product.apply(*operands)
-        else:  # the dispatcher costs as much as the product of a small layer
-            with without_autocast(x.device.type):
-                y = ops.sparse_product(*operands)
+        product = ops.sparse_product if self._goes_direct(x) else _Product.apply
+        with without_autocast(x.device.type):
+            y = product(*operands)
         return y if len(shape) == 2 else y.view(*shape[:-1], self.out_features)
 
     def _take(self, values: Tensor, offsets: Tensor, pointers: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import autocasts
@@ -22,6 +23,11 @@ class StoredParts(nn.Module):
 
     def _take(self, weight: Tensor, one: Tensor, other: Tensor, /) -> None:
         raise NotImplementedError
+
+    @staticmethod
+    def _goes_direct(x: Tensor) -> bool:
+        """Whether a product may go past the dispatcher, which costs as much as that of a small layer."""
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and type(x) is Tensor
 
     def _check(self, x: Tensor, weight: Tensor) -> None:
         """Raise ValueError or TypeError for an input that does not fit."""

@@ -254,11 +254,3 @@ def test_a_run_is_timed_over_its_whole_schedule(monkeypatch):
     for model, sparsity in made:  # to the schedule's end
         layers = [layer for layer in model.modules() if isinstance(layer, pst.PSTLinear)]
         assert [layer.sparsity for layer in layers] == pytest.approx([sparsity] * 6, abs=1e-3)
-
-
-@pytest.mark.parametrize("job", command.JOBS)
-def test_each_job_has_a_help(job, capsys):
-    with pytest.raises(SystemExit) as caught:
-        command.main([job, "--help"])
-    assert caught.value.code == 0
-    assert f"python -m bench {job}" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import pst_kernels as pst
+from bench import __main__ as bench
 from pst_kernels import cli, env, ops
 from pst_kernels import env_report as report
 
@@ -124,12 +125,15 @@ def test_help_names_every_job_and_imports_none(capsys, monkeypatch):
     assert all(job in text for job in cli.JOBS)
 
 
-@pytest.mark.parametrize("job", cli.JOBS)
-def test_each_job_has_a_help(job, capsys):
+@pytest.mark.parametrize(
+    ("command", "name", "job"),
+    [*((cli, "pst-kernels", job) for job in cli.JOBS), *((bench, "python -m bench", job) for job in bench.JOBS)],
+)
+def test_each_job_has_a_help(command, name, job, capsys):
     with pytest.raises(SystemExit) as caught:
-        cli.main([job, "--help"])
+        command.main([job, "--help"])
     assert caught.value.code == 0
-    assert f"pst-kernels {job}" in capsys.readouterr().out
+    assert f"{name} {job}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [ImportError, ValueError, FileNotFoundError, OSError])

@@ -15,11 +15,11 @@ from pst_kernels.masks.guess import Bracket, Candidates
 from pst_kernels.masks.packing import packed_width
 from pst_kernels.operands import Factors, MaskedWeight, Scales
 
-from . import candidates, kernels, small_launch
+from . import block_weights, candidates, kernels, small_launch
 from .arguments import Arguments, rows_per_reduction_task, rows_per_task
 from .candidates import Scratch
 
-small = small_launch
+small, updated_blocks = small_launch, block_weights.updated_blocks
 
 TASKS = 8  # of the rows of G that are there at once: each has its own sums over rows, as large as the factors
 
