@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import ready
-from .jit import part, row, whole_pass
+from .jit import part, whole_pass
 from .ready import Ready, Scratch
-from .row_loops import RANKS, add_products, copy, narrow, widen
+from .row_loops import RANKS, add_product, add_products, copy, narrow, widen
 from .sparse_passes import widen_one
 from .threads import pointer_to, take_task
 from .views import floats_at, halves_at, longs_at, record_of
@@ -28,18 +28,6 @@ _frame = record_of("record_of_block_passes", FRAME)
 @part
 def _square_at(address, size):
     return numba.carray(pointer_to(address), (size, size), np.float32)
-
-
-@row
-def add_product(left, right, out):
-    """out (n,) += left (r,) @ right (r, n), r a multiple of RANKS."""
-    for k in range(0, left.size, RANKS):
-        a, b, c, d = left[k], left[k + 1], left[k + 2], left[k + 3]
-        e, f, g, h = left[k + 4], left[k + 5], left[k + 6], left[k + 7]
-        r0, r1, r2, r3 = right[k], right[k + 1], right[k + 2], right[k + 3]
-        r4, r5, r6, r7 = right[k + 4], right[k + 5], right[k + 6], right[k + 7]
-        for j in range(out.size):
-            out[j] += (a * r0[j] + b * r1[j] + c * r2[j] + d * r3[j]) + (e * r4[j] + f * r5[j] + g * r6[j] + h * r7[j])
 
 
 @part
