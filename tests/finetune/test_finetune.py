@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -14,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from finetune_job import call, printed_by
 from safetensors.torch import load_file
 from tiny_text import texts, write_csv, write_jsonl, write_model
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from pst_kernels import PSTConfig, finetune, load_pretrained
+from pst_kernels import PSTConfig, load_pretrained
 from pst_kernels.finetune.callbacks import COMPLETE, StopOnNaN, newest_checkpoint
 from pst_kernels.finetune.measure import count_zeros
 from pst_kernels.finetune.settings import Settings
@@ -69,14 +69,7 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 def finished(inputs, tmp_path_factory):
     """An uninterrupted run of both methods: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    return folder, finish(start(inputs, folder))
-
-
-def call(*arguments: str) -> int:
-    """The job in this process, up to where it would train."""
-    parser = argparse.ArgumentParser()
-    finetune.add_arguments(parser)
-    return finetune.main(parser.parse_args(arguments))
+    return folder, printed_by(*arguments(inputs, folder))
 
 
 @pytest.mark.slow
@@ -202,7 +195,7 @@ def test_killed_and_interrupted_runs_resume_to_the_same_bits(finished, inputs, t
     histories = [json.loads((path / "results.json").read_text())["history"] for path in (output, folder)]
     assert histories[0] == histories[1]
 
-    again = finish(start(inputs, output, "--resume"))
+    again = printed_by(*arguments(inputs, output, "--resume"))
     assert "step" not in again.split("Fine-tuned")[0]  # all done: the table, and no training
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from finetune_job import printed_by
 from safetensors.torch import load_file
 from tiny_text import texts, write_csv, write_model
 
@@ -35,11 +36,16 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(inputs: Path, output: Path, processes: int, *more: str) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    job = ["-m", "pst_kernels.cli", "finetune", "--model", str(inputs / "model")]
-    job += ["--train-file", str(inputs / "train.csv"), "--output", str(output), "--save-steps", "2"]
-    command = [sys.executable, *launcher, *job, "--evaluations", "2", "--max-length", "32", *more]
+def arguments(inputs: Path, output: Path, *more: str) -> list[str]:
+    given = ["--model", str(inputs / "model"), "--train-file", str(inputs / "train.csv"), "--output", str(output)]
+    return [*given, "--save-steps", "2", "--evaluations", "2", "--max-length", "32", *more]
+
+
+def start(inputs: Path, output: Path, *more: str) -> subprocess.Popen:
+    """On two processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    job = ["-m", "pst_kernels.cli", "finetune", *arguments(inputs, output, *more)]
+    command = [sys.executable, *launcher, *job]
     return subprocess.Popen(
         command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -56,9 +62,8 @@ def end(process: subprocess.Popen, seconds: float = 150) -> str:
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(inputs, tmp_path):
     steps = ["--steps", str(STEPS), "--hardness", "0"]  # alone, PST has no dense model of the run to learn from
-    one = start(inputs, tmp_path / "one", 1, *steps, "--method", "pst")
-    assert one.wait(timeout=150) == 0, end(one)
-    two = start(inputs, tmp_path / "two", 2, *steps)
+    printed_by(*arguments(inputs, tmp_path / "one", *steps, "--method", "pst"))
+    two = start(inputs, tmp_path / "two", *steps)
     printed = end(two)
     assert two.returncode == 0, printed
     assert printed.count("Fine-tuned on the same batches") == 1  # one process prints
@@ -106,7 +111,7 @@ def _sessions(launcher: int) -> set[int]:
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(inputs, tmp_path):
-    job = start(inputs, tmp_path / "run", 2, "--steps", "100000", "--method", "pst")
+    job = start(inputs, tmp_path / "run", "--steps", "100000", "--method", "pst")
     deadline = time.monotonic() + 100
     while not any((tmp_path / "run/state/pst").glob("checkpoint-*/complete")):
         assert job.poll() is None, end(job)

@@ -111,7 +111,7 @@ class _Form(NamedTuple):
 
 # AVX2 has 16 registers, AVX-512 has 32.
 _FORMS = [
-    _Form(8, 1, 4), *([_Form(16, 1, 4), _Form(32, 2, 4), _Form(64, 4, 2)] if LANES == 16 else
+    _Form(8, 1, 4), *([_Form(16, 1, 4), _Form(32, 2, 4), _Form(64, 4, 3)] if LANES == 16 else
     [_Form(16, 2, 4), _Form(32, 4, 2), _Form(64, 8, 1)]), _Form(8, 1, 4, _I16),
 ]  # fmt: skip
 HALVES = len(_FORMS) - 1  # the form of 8 tokens and bf16 values; the others, of fp32 values, are in the order of WIDTHS
