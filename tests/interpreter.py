@@ -19,6 +19,8 @@ def mend() -> None:
     _remember_types(interpreter)
     _share_shapes()
     _broadcast_if_needed()
+    _convert_if_needed()
+    _check_no_overflow()
     if versions.INSTALLED < (3, 7):
         _index_by_item(interpreter)
     _take_large_steps()
@@ -122,6 +124,46 @@ def _broadcast_if_needed() -> None:
         return broadcast(self, left, right)
 
     TritonSemantic.broadcast_impl_value = broadcast_if_needed  # type: ignore[method-assign]
+
+
+def _convert_if_needed() -> None:
+    """Two operands of one type are what an operation takes, but where halves are divided. A number beside a block
+    becomes the same block each time: no operation writes to its operands."""
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    check = TritonSemantic.binary_op_type_checking_impl
+    blocks: dict[tuple, tuple[Any, Any]] = {}  # the block of a number beside one of a type, which is kept with it
+
+    def convert_if_needed(
+        self: Any, left: Any, right: Any, allow_lhs_ptr: bool = False, allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True, div_or_mod: bool = False,
+    ) -> Any:  # fmt: skip
+        given = allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod
+        if isinstance(left, tl.tensor):
+            if isinstance(right, tl.tensor):
+                one, other = left.type, right.type
+                same = left.dtype is right.dtype and one.is_block() and other.is_block() and one.shape is other.shape
+                if same and not div_or_mod and not left.dtype.is_ptr():
+                    return left, right
+            elif left.type.is_block() and not left.dtype.is_ptr() and not div_or_mod:
+                key = id(left.type.shape), id(left.dtype), type(right), repr(right), arithmetic_check
+                if key not in blocks:
+                    found, block = check(self, left, right, *given)
+                    if found is not left:
+                        return found, block
+                    blocks[key] = left.type, block
+                return left, blocks[key][1]
+        return check(self, left, right, *given)
+
+    TritonSemantic.binary_op_type_checking_impl = convert_if_needed  # type: ignore[method-assign]
+
+
+def _check_no_overflow() -> None:
+    """Each sum of integers is made again in 64 bits, for an assertion that is left out."""
+    from triton.language.semantic import TritonSemantic
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda *given: None  # type: ignore[method-assign]
 
 
 def _index_by_item(interpreter: ModuleType) -> None:

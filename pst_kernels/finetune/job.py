@@ -18,6 +18,7 @@ from typing import Any
 from ..files import read_json, write_json
 from . import processes
 from .data import Dataset, load
+from .result import read_result
 from .settings import METHODS, Settings, from_arguments
 
 # Below the output folder: what --resume reads, and the trainer's checkpoints while they are needed.
@@ -139,8 +140,6 @@ def _check_same(now: dict[str, Any], before: dict[str, Any], folder: Path) -> No
 
 def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     """The results of every method, each trained unless an earlier run did."""
-    from .train import read_result
-
     work = settings.folder / STATE
     results = {}
     for method in settings.methods:

@@ -16,8 +16,8 @@ from ..files import save_figure, write_json
 from . import processes
 from .data import Dataset
 from .lines import LINES, heading
+from .result import Result
 from .settings import Settings
-from .train import Result
 
 COLOURS = {"dense": "tab:blue", "pst": "tab:orange"}
 

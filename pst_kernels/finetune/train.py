@@ -8,12 +8,11 @@ newest whole checkpoint, and removes what is half written.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import shutil
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +22,16 @@ import transformers
 
 from .. import PSTCallback, load_sparse, merge_and_unload, replace_linear, save_pretrained, save_sparse
 from ..distillation_trainer import DistillationTrainer
-from ..files import write_json
 from ..targets import find_targets
 from . import models, presets, processes
 from .callbacks import MarkComplete, Progress, Recorder, StopOnNaN, newest_checkpoint
 from .data import Dataset, Example
 from .inference import TEXTS, forward_ms
 from .measure import count_zeros, memory_mb, weights_mb
+from .result import Result, read_result, write_result
 from .settings import Settings
 
 EVALUATION_BATCH = 32
-
-
-@dataclass
-class Result:
-    """What one method leaves behind for the table, the plot and results.json."""
-
-    row: dict[str, Any]
-    details: dict[str, Any]
-    history: dict[str, list] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -149,7 +139,7 @@ def _save_and_judge(
     )
     shutil.rmtree(final, ignore_errors=True)
     building.rename(final)
-    write_json(work / f"{method}.json", {"row": result.row, "details": result.details, "history": result.history})
+    write_result(work, method, result)
 
 
 def _save_sparse(model: Any, tokenizer: Any, folder: Path) -> Path | None:
@@ -173,12 +163,6 @@ def _inference(
     batch = tokenizer(texts, truncation=True, max_length=settings.max_length, padding=True, return_tensors="pt")
     found = forward_ms({name: model.eval() for name, model in used.items()}, batch)
     return found, found["this"]
-
-
-def read_result(work: Path, method: str) -> Result | None:
-    """The result of a method that has ended, or None."""
-    path = work / f"{method}.json"
-    return Result(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _trainer(

@@ -13,6 +13,7 @@ import transformers
 
 from pst_kernels import PSTConfig, cli
 from pst_kernels.finetune import data, models, presets, train
+from pst_kernels.finetune.result import read_result
 from pst_kernels.finetune.settings import Settings
 
 LABELS = ["art", "money", "sport"]
@@ -70,7 +71,7 @@ def test_it_is_trained_and_evaluated(inputs, tmp_path, quiet, name):
     dataset = data.load(inputs / "train.csv", None, None, "text", "label", 0)
     settings = Settings(model=model, output=str(tmp_path), method="pst", steps=2, evaluations=1, max_length=32)
     train.run("pst", settings, dataset, tmp_path / "state")
-    result = train.read_result(tmp_path / "state", "pst")
+    result = read_result(tmp_path / "state", "pst")
     assert result.history["validation_step"] == [2]
     right = result.history["validation_accuracy"][0] * len(dataset.validation)
     assert right == pytest.approx(round(right))
