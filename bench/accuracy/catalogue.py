@@ -103,16 +103,23 @@ LR = LRS[1:2]
 KEPT_RATES = tuple(LR[0] | {"kept": rate} for rate in (2e-4, 3.5e-4, 7.5e-4))
 RESTED: dict[str, Any] = {"score_interval": 4}
 RESTED_HALF: dict[str, Any] = {**RESTED, "freeze": 0.5, "cooldown": 0.5}
+FIXED_EARLY: dict[str, Any] = {"freeze": 0.7, "cooldown": 0.7, "warmup": 0.0}
 FREEZES = (
     _candidate("accurate, frozen at 70 %", preset("accurate", freeze=0.3, cooldown=0.3, warmup=0.1), LRS),
     _candidate("accurate, frozen at 50 %", preset("accurate", freeze=0.5, cooldown=0.5, warmup=0.0), LR),
-    _candidate("accurate, frozen at 30 %", preset("accurate", freeze=0.7, cooldown=0.7, warmup=0.0), LR),
+    _candidate("accurate, frozen at 30 %", preset("accurate", **FIXED_EARLY), LR),
     _candidate("accurate, frozen at 10 %", preset("accurate", freeze=0.9, cooldown=0.9, warmup=0.0), LR),
     _candidate("accurate, rate of kept weights", preset("accurate"), KEPT_RATES),
     _candidate("fast, half at once", preset("accurate", **RESTED_HALF, initial_sparsity=0.5), LR),
     _candidate("fast, 70 % at once", preset("accurate", **RESTED_HALF, initial_sparsity=0.7), LR, only=0.9),
     _candidate("fast, nothing at once", preset("accurate", **RESTED_HALF), LR),
     _candidate("fast, mask fixed as in accurate", preset("accurate", **RESTED), LR),
+    _candidate(
+        "fast, half at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.5), LR, only=0.9
+    ),
+    _candidate(
+        "fast, 70 % at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.7), LR, only=0.9
+    ),
     _candidate("recipe, one rate", preset("recipe"), LR),
     _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
 )
