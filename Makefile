@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: finetune test test-quick record lint package gpu test-gpu docs notebook bench bench-quick bench-ops clean
+.PHONY: finetune test passes test-quick record lint package gpu test-gpu docs notebook bench bench-quick bench-ops clean
 
 finetune: $(VENV)/demo.stamp
 	$(RUN) -m pst_kernels.cli finetune --output runs/finetune $(ARGS)
@@ -12,8 +12,13 @@ finetune: $(VENV)/demo.stamp
 # Files whose tests share what takes long to make go to one worker: tests/conftest.py.
 PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
 
-test: lint
+# Lint beside the passes of the CPU, which each worker would compile for itself
+test: $(VENV)/dev.stamp
+	$(MAKE) --no-print-directory --jobs=2 lint passes
 	$(PYTEST) -m "not gpu" $(ARGS)
+
+passes: $(VENV)/dev.stamp
+	$(RUN) -m pst_kernels.cpu.compiled
 
 # For everyday work
 test-quick: $(VENV)/dev.stamp

@@ -19,6 +19,7 @@ from oracle import SCALES, grouped, make_problem, masked_weight, relative_error
 from pst_kernels import cpu, functional, notices, reference
 from pst_kernels.cpu import compiled, row_blocks, scratch
 from pst_kernels.cpu.compiled import arguments, jit, kernels, launch, row_loops, threads
+from pst_kernels.cpu.compiled.__main__ import compile_all
 from pst_kernels.masks import packing
 from pst_kernels.operands import Needs
 
@@ -194,6 +195,15 @@ def test_machine_code_is_kept_by_the_sources_of_the_whole_folder():
     for compiled_pass in (kernels.prune, kernels.gradients):
         assert jit.cache_folder() in Path(compiled_pass._cache.cache_path).parents
     assert str(jit.cache_folder()) != numba.config.CACHE_DIR  # other users of Numba keep theirs
+
+
+def test_all_passes_can_be_compiled_ahead():
+    """What has a pass is among the modules that the command imports."""
+    names = compile_all()
+    files = Path(compiled.__file__).parent.glob("*.py")
+    with_passes = {path.stem for path in files if "@whole_pass" in path.read_text()}
+    assert with_passes
+    assert {f"pst_kernels.cpu.compiled.{stem}" for stem in with_passes} <= {*names} <= {*sys.modules}
 
 
 def test_no_two_compiled_functions_have_one_name():
