@@ -57,13 +57,25 @@ def test_as_released_nothing_but_factors_trains():
     assert {name.rpartition(".")[2] for name in trainable(converted(preset="released"))} == set(FACTORS)
 
 
-@pytest.mark.parametrize(("name", "least"), [("accurate", 0.3), ("fast", 0.5)])
-def test_masks_are_fixed_the_earlier_the_fewer_weights_go(name: str, least: float):
-    shares = {0.0: 0.7, 0.5: 0.7, 0.6: 0.6, 0.8: max(0.4, least), 0.9: least, 0.97: least}
-    for sparsity, share in shares.items():
-        found = PSTConfig.preset(name, sparsity=sparsity)
+def test_masks_are_fixed_the_earlier_the_fewer_weights_go():
+    for sparsity, share in {0.0: 0.7, 0.5: 0.7, 0.6: 0.6, 0.8: 0.4, 0.9: 0.3, 0.97: 0.3}.items():
+        found = PSTConfig.preset("accurate", sparsity=sparsity)
         assert (found.freeze, found.cooldown, found.warmup) == (pytest.approx(share), found.freeze, 0.1)
-    assert PSTConfig.preset(name).freeze == least
+    assert PSTConfig.preset("accurate").freeze == 0.3
+
+
+def test_fast_prunes_much_at_once_where_much_goes():
+    for sparsity, at_once in {0.0: 0.0, 0.5: 0.0, 0.6: 0.175, 0.8: 0.525, 0.9: 0.7, 0.97: 0.7}.items():
+        found = PSTConfig.preset("fast", sparsity=sparsity)
+        assert (found.freeze, found.cooldown) == (0.7, 0.7)
+        assert (found.initial_sparsity, found.warmup) == (pytest.approx(at_once), 0.0 if at_once else 0.1)
+    assert PSTConfig.preset("fast", sparsity=0.5) == PSTConfig.preset("accurate", sparsity=0.5)
+    own = PSTConfig.preset("fast", initial_sparsity=0.2, warmup=0.05)
+    assert (own.initial_sparsity, own.warmup) == (0.2, 0.05)
+
+
+@pytest.mark.parametrize("name", ["accurate", "fast"])
+def test_what_is_given_stays_beside_a_preset(name: str):
     assert PSTConfig.preset(name, pattern="2:4").freeze == 0.7
     own = PSTConfig.preset(name, sparsity=0.5, freeze=0.1)
     assert (own.freeze, own.cooldown) == (0.1, 0.3)
