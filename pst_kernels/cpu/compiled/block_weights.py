@@ -10,12 +10,12 @@ from . import row_loops, threads
 from .arguments import padded
 from .jit import row, whole_pass
 from .threads import take_task
-from .views import floats_at, halves_at, longs_at, record_of
+from .views import floats_at, halves_at, longs_at, numbers_of, record_of
 
 _NUMBERS = ("next", "tasks", "size", "rows", "columns", "rank", "gathered", "weight_is_bf16")
 _ADDRESSES = ("weight", "U", "V", "starts", "index", "out")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
-_frame = record_of("record_of_block_weights", FRAME)
+_frame, _numbers = record_of("record_of_block_weights", FRAME), numbers_of(FRAME)
 
 
 @row
@@ -79,4 +79,4 @@ def updated_blocks(
         "weight": weight.data_ptr(), "U": U.data_ptr(), "V": V.data_ptr(), "starts": starts.data_ptr(),
         "index": index.data_ptr(), "out": out.data_ptr(),
     }  # fmt: skip
-    threads.run(make, np.array([record.get(name, 0) for name in FRAME.names or ()], np.int64), tasks)
+    threads.run(make, _numbers(**record), tasks)

@@ -19,7 +19,7 @@ from .ready import Lists, Ready
 from .sparse_passes import add_lanes, pack_token
 from .threads import take_task
 from .vectors import LANES
-from .views import bytes_at, floats_at, halves_at, integers_at, record_of
+from .views import bytes_at, floats_at, halves_at, integers_at, numbers_of, record_of
 
 MOST_ROWS = 1024  # of a task: their sums, lane by lane, stay in a core's second cache
 LINE = 16  # floats of y that two threads must not write at once
@@ -29,7 +29,7 @@ _NUMBERS = (
 )  # fmt: skip
 _ADDRESSES = ("values", "offsets", "bits", "pointers", "bias", "packed", "sums")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
-_frame = record_of("record_of_one_token", FRAME)
+_frame, _numbers = record_of("record_of_one_token", FRAME), numbers_of(FRAME)
 
 
 @whole_pass
@@ -92,5 +92,5 @@ def prepared(x: Tensor, lists: Lists, bias: Tensor | None) -> Ready:
         "values": values.data_ptr(), "offsets": offsets.data_ptr(), "bits": bits.data_ptr(),
         "pointers": pointers.data_ptr(), "bias": 0 if bias is None else bias.data_ptr(),
     }  # fmt: skip
-    team.run(make_bits, np.array([record.get(name, 0) for name in FRAME.names or ()], np.int64), chunks)
+    team.run(make_bits, _numbers(**record), chunks)
     return Ready(multiply, FRAME, record | {"tasks": -(-rows // task_rows)}, rows, room, sums, bits)

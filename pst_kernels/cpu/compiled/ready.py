@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import threads as team
+from .views import numbers_of
 
 MOST_TOKENS = 128  # above, a product takes many times as long as its making
 MOST_CALLS = 4  # of one layer: texts of many lengths must not fill the memory
@@ -39,7 +40,7 @@ class Ready:
             compiled, record["tasks"], rows, room, sums, holds,
         )  # fmt: skip
         self._kind = ctypes.c_int64 * len(names)
-        self._record = self._kind(*(record.get(name, 0) for name in names))
+        self._record = numbers_of(frame)(**record).tobytes()
         self._places = tuple(names.index(name) for name in ("x", "y", "packed", "sums"))
         self.key: Key = ()
 

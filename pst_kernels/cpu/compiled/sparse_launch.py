@@ -21,6 +21,7 @@ from . import threads as team
 from .expansion import SPREADS
 from .ready import Lists, Scratch
 from .vectors import WIDTH, WIDTHS
+from .views import numbers_of
 
 TASK = 1 << 16  # weights of a task of rows of the passes that make lists
 TASKS = 16  # a thread: rows may differ much in how much they keep, and cores in how fast they are
@@ -29,18 +30,7 @@ SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # whose part of gy stays in a core's se
 SUMS = sparse_passes.ROWS * WIDTH  # floats of a thread
 _CPU = torch.device("cpu")
 find_ready = ready.find
-
-
-def _frame(names: dict[str, int], **values: int) -> np.ndarray:
-    """The numbers of a frame, all int64, and written at once: one by one they take as long as a small product.
-
-    The tensors whose addresses it holds must live as long as it is used.
-    """
-    return np.array(tuple((names | values).values()), np.int64)
-
-
-_product = functools.partial(_frame, dict.fromkeys(sparse_passes.FRAME.names or (), 0))
-_making = functools.partial(_frame, dict.fromkeys(sparse_lists.FRAME.names or (), 0))
+_product, _making = numbers_of(sparse_passes.FRAME), numbers_of(sparse_lists.FRAME)
 _TASKS = list(sparse_passes.FRAME.names or ()).index("tasks")
 _VALUES, _OFFSETS = (list(sparse_lists.FRAME.names or ()).index(name) for name in ("values", "offsets"))
 

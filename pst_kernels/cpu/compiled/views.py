@@ -1,4 +1,4 @@
-"""Addresses as arrays, for the compiled passes: that so much lies there is the caller's word.
+"""Addresses as arrays and records, for the compiled passes: that so much lies there is the caller's word.
 
 Each has a name of its own: Numba tells compiled functions apart by name and a number, and each process gives numbers
 anew. Of two with one name, code that was kept on disk could call the other.
@@ -35,6 +35,20 @@ def record_of(name: str, kind: np.dtype) -> Any:
         return numba.carray(pointer_to(address), (1,), kind)[0]
 
     return _named(name, view)
+
+
+def numbers_of(kind: np.dtype) -> Callable[..., np.ndarray]:
+    """A function that makes such a record, of int64 alone, from numbers by name; those that are not named are 0.
+
+    All are written at once: one by one they take as long as a small product. The tensors whose addresses it holds must
+    live as long as it is used.
+    """
+    zeros = dict.fromkeys(kind.names or (), 0)
+
+    def numbers(**values: int) -> np.ndarray:
+        return np.array(tuple((zeros | values).values()), np.int64)
+
+    return numbers
 
 
 floats_at, halves_at = _array_of("floats_at", np.float32), _array_of("halves_at", np.uint16)
