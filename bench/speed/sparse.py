@@ -77,7 +77,7 @@ REPORT = Report(
 )  # fmt: skip
 
 
-PARTS = ("products", "steps", "model-step", "runs", "model")
+PARTS = ("products", "steps", "bf16-steps", "model-step", "runs", "model")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,8 +92,8 @@ def main(options: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     budget = Budget(options.seconds, time.thread_time if options.own_time else time.perf_counter)
     parts = {
-        "products": _product_rows, "steps": sparse_steps.layer_rows, "model-step": sparse_steps.model_rows,
-        "runs": sparse_runs.run_rows, "model": _model_rows,
+        "products": _product_rows, "steps": sparse_steps.layer_rows, "bf16-steps": sparse_steps.half_rows,
+        "model-step": sparse_steps.model_rows, "runs": sparse_runs.run_rows, "model": _model_rows,
     }  # fmt: skip
     REPORT.run(options, lambda: [row for name in options.parts for row in parts[name](budget)])
     return 0

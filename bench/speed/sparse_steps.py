@@ -30,6 +30,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of a layer in bf16, over a dense one in bf16: with lists, and with M * W'
+HALF_SPARSITIES = (0.5, 0.8, 0.9)
+HALF_SETTINGS: dict[str, dict[str, Any]] = {
+    "training step, bf16, lists": {"products": "sparse"}, "training step, bf16, M * W'": {"products": "dense"},
+}  # fmt: skip
+
 # A round of all contestants takes half a second for a layer and seven for a model: medians of three would be noise.
 LAYER_SHARE, MODEL_SHARE = 2, 12
 
@@ -44,19 +50,30 @@ def layer_rows(budget: Budget) -> Iterator[Row]:
             yield from rows(case, what | {name: name for name in SETTINGS}, sparsity, runs, budget.times(LAYER_SHARE))
 
 
-def _layer_run(name: str, shape: tuple[int, int], sparsity: float) -> Run:
+def half_rows(budget: Budget) -> Iterator[Row]:
+    for columns, out in SHAPES:
+        for sparsity in HALF_SPARSITIES:
+            runs = {
+                name: _layer_run(name, (out, columns), sparsity, torch.bfloat16) for name in (DENSE, *HALF_SETTINGS)
+            }
+            case = f"{columns} -> {out}, T = {TOKENS}"
+            yield from rows(case, {name: name for name in HALF_SETTINGS}, sparsity, runs, budget)
+
+
+def _layer_run(name: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype = torch.float32) -> Run:
     out, columns = shape
     torch.manual_seed(0)
-    base = nn.Linear(columns, out)
+    base = nn.Linear(columns, out, dtype=dtype)
     layer: Any = base
     if name == LORA:
         layer = settled(LoRA.from_linear(base))
     elif name != DENSE:
-        layer = settled(pst.PSTLinear.from_linear(base, pst.PSTConfig(sparsity=sparsity, **SETTINGS[name])))
+        settings = (SETTINGS | HALF_SETTINGS)[name]
+        layer = settled(pst.PSTLinear.from_linear(base, pst.PSTConfig(sparsity=sparsity, **settings)))
         if layer.config.freeze:
             layer.freeze_mask()
-    x = torch.randn(TOKENS, columns, requires_grad=True)  # as in the middle of a model
-    gy = torch.randn(TOKENS, out) / TOKENS
+    x = torch.randn(TOKENS, columns, dtype=dtype, requires_grad=True)  # as in the middle of a model
+    gy = torch.randn(TOKENS, out, dtype=dtype) / TOKENS
     return _steps(layer, lambda: layer(x).backward(gy), name)
 
 

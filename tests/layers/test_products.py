@@ -103,6 +103,19 @@ def test_auto_takes_lists_from_half_on(products):
     assert products["forward"] == 2
 
 
+@pytest.mark.parametrize(("capability", "least"), [("AVX512", 0.8), ("AVX2", 0.5)])
+def test_auto_in_bf16_goes_by_the_processor(products, monkeypatch, capability, least):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    layer = layer_of("linear", (260, 300), products="auto", sparsity=least - 0.1)
+    x = torch.randn(4, 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        assert products["forward"] == 0
+        layer.sparsity = least
+        layer(x)
+    assert products["forward"] == 1
+
+
 def test_lists_follow_the_factors(products):
     layer, x = layer_of("linear", (70, 300)), torch.randn(4, 300)
     layer(x)
