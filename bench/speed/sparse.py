@@ -70,8 +70,8 @@ REPORT = Report(
     _cells,
     lambda under: (
         f"{measured_on(under)} fp32 but where it says bf16, {INSTRUCTIONS}. Ratios to dense in the same round, medians;"
-        " beside them the lowest time over the lowest dense one. A run goes through its whole schedule; its ms are a step's. Of peak: kept"
-        " multiply-adds a second over those of a loop in registers; the"
+        " beside them the lowest time over the lowest dense one. A run goes through its whole schedule; its ms are a"
+        " step's. Of peak: kept multiply-adds a second over those of a loop in registers; the"
         f" product's loop loads {LOADS:.2f} vectors a multiply-add and stores none."
     ),
 )  # fmt: skip
