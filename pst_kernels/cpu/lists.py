@@ -20,10 +20,10 @@ def serve(weight: Tensor, dtype: torch.dtype) -> bool:
 
 def pay(weight: Tensor, dtype: torch.dtype, num_pruned: int) -> bool:
     """Whether they are the faster ones."""
-    if weight.numel() < LEAST_WEIGHTS or not serve(weight, dtype):
-        return False
     quick = dtype is torch.bfloat16 and torch.backends.cpu.get_cpu_capability() != "AVX2"
-    return num_pruned >= (LEAST_PRUNED_OF_BF16 if quick else LEAST_PRUNED) * weight.numel()
+    least = LEAST_PRUNED_OF_BF16 if quick else LEAST_PRUNED
+    wanted = weight.numel() >= LEAST_WEIGHTS and num_pruned >= least * weight.numel()
+    return wanted and serve(weight, dtype)  # last: it may say that Numba is not there, which matters where it is wanted
 
 
 def make(masked: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
