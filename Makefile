@@ -24,9 +24,11 @@ passes: $(VENV)/dev.stamp
 test-quick: $(VENV)/dev.stamp
 	$(PYTEST) -m "not gpu and not slow and not compiled" $(ARGS)
 
-# The machine code of every shipped binary, after a change of kernels: tests compile what this hasn't kept.
+# The machine code of every shipped binary, and the PTX that tests execute, after a change of kernels: tests compile
+# what this hasn't kept.
 record: $(VENV)/dev.stamp
-	PYTHONPATH=. $(RUN) tests/triton/recorded.py
+	PYTHONPATH=.:tests $(RUN) tests/triton/recorded.py
+	PYTHONPATH=.:tests $(RUN) -m emulator.kept
 
 lint: $(VENV)/dev.stamp
 	$(RUN) -m ruff check .

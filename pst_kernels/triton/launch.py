@@ -14,7 +14,6 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-_run = JITFunction.run
 ALIGNED = 16  # bytes; Triton compiles for tensors that begin at a multiple of so many, or not
 
 
@@ -31,7 +30,7 @@ class Launch:
     def __call__(self, *tensors: Any) -> None:
         """With tensors of the same dtypes at every call."""
         # Who has put something in the place of Triton's launch, an emulator for instance, gets every call.
-        as_ever = type(self.kernel) is JITFunction and JITFunction.run is _run
+        as_ever = type(self.kernel) is JITFunction and JITFunction.run.__module__ == JITFunction.__module__
         if as_ever and not functools.reduce(operator.or_, map(Tensor.data_ptr, tensors)) % ALIGNED:
             active = driver.active
             place = active, active.get_current_device()

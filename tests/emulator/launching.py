@@ -10,16 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from . import arithmetic, atomics, bits, comparison, lanes, moves, tensor_cores  # noqa: F401  (they register themselves)
+from . import (  # noqa: F401  (the instructions register themselves)
+    arithmetic,
+    atomics,
+    bits,
+    comparison,
+    kept,
+    lanes,
+    moves,
+    tensor_cores,
+)
 from .block import Block
 from .decoding import Decoder
 from .formats import Array
+from .front_end import FrontEnd
 from .memory import Global
 from .parsing import Program, parse
 
@@ -64,8 +73,8 @@ def compile_ptx(
 ) -> Program:
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     with ptx_only():
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return parse(compiled.asm["ptx"], compiled.metadata.shared)
+        made = kept.program(FrontEnd.of(source, GPUTarget("cuda", arch, 32), options))
+    return parse(made.text, made.shared)
 
 
 @dataclass

@@ -3,9 +3,8 @@ quarter of an hour of a CPU, and nothing about one changes before its source doe
 
 A row of machine_code.json is found by a digest of all that decides it: the code that Triton's front end makes of the
 kernel, the options, the target's numbers, the case with its budget, the versions of Triton and of the assembler, and
-the code that reads the result. The front end takes its time too, so a second digest, with the kernel's source in the
-place of that code, leads to the first; where a comment or a line's number has changed, the front end runs. What isn't
-found either way is compiled, and said, so no test sees an old row.
+the code that reads the result. A second digest, with the kernel's source in the place of that code, leads to the first.
+What isn't found either way is compiled, and said, so no test sees an old row.
 
     make record        compiles what is missing, and writes the rows that tests ask for
 """
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import hashlib
 import inspect
 import json
 import multiprocessing
@@ -23,9 +21,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import triton
-from triton._C.libtriton import ir
-from triton.compiler import ASTSource, make_backend
+from emulator.front_end import FrontEnd
+from triton.compiler import ASTSource
 
 from pst_kernels.triton.tools import machine_code
 
@@ -33,11 +30,9 @@ PATH = Path(__file__).with_name("machine_code.json")
 NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
 PRODUCTS, BLOCKS = ("matmul", "gradients"), ("block_lists", "block_matmul", "block_gradients")
 PACKED = ("sparse_matmul", "listed_matmul")
-SWEEPS, SELECTION, TABLES = ("score", "select", "mask"), ("select", "mask"), ("group_mask",)
-ASKED_FOR = [
-    *((target, files) for target in NVIDIA for files in (PRODUCTS, BLOCKS, PACKED, SWEEPS, TABLES)),
-    ("gfx942", SELECTION),
-]  # fmt: skip
+SWEEPS, TABLES = ("score", "select", "mask"), ("group_mask",)
+FILES = (PRODUCTS, BLOCKS, PACKED, SWEEPS, TABLES)
+ASKED_FOR = [(target, files) for target in (*NVIDIA, "gfx942") for files in FILES]
 NOT_KEPT = ("seconds", "file")  # of a row
 READING = ("_row", "_blocks", "_read_cubin", "_read_amdgcn", "_main_loop", "_multiply_adds", "_opcode")
 
@@ -61,56 +56,23 @@ def _reader() -> str:
     return repr(patterns) + "".join(inspect.getsource(getattr(machine_code, name)) for name in READING)
 
 
-@functools.cache
-def _context(backend: str) -> Any:
-    return ir.context()
-
-
-def _anywhere(options: Any) -> dict[str, Any]:
-    """Options without the folder that Triton is installed in, which differs from clone to clone."""
-    return vars(options) | {"extern_libs": [(name, Path(path).name) for name, path in options.extern_libs]}
-
-
-class _Front(NamedTuple):
-    """Of a binary: what the front end needs to make its code."""
-
-    target: Any
-    backend: Any
-    source: ASTSource
-    options: Any
-
-    @classmethod
-    def of(cls, architecture: str, binary: machine_code.Compilation) -> _Front:
-        target = machine_code.gpu_target(architecture)
-        backend = make_backend(target)
-        source = ASTSource(binary.kernel, binary.signature, binary.constexprs, binary.attributes)
-        return cls(target, backend, source, backend.parse_options(binary.options | source.parse_options()))
-
-    def code(self) -> str:
-        context = _context(self.target.backend)
-        ir.load_dialects(context)
-        self.backend.load_dialects(context)
-        functions = self.backend.get_codegen_implementation(self.options), self.backend.get_module_map()
-        return self.source.make_ir(self.target, self.options, *functions, context).str_nodebug()
+def _front_end(architecture: str, binary: machine_code.Compilation) -> FrontEnd:
+    source = ASTSource(binary.kernel, binary.signature, binary.constexprs, binary.attributes)
+    return FrontEnd.of(source, machine_code.gpu_target(architecture), binary.options)
 
 
 def digest(architecture: str, binary: machine_code.Compilation) -> str:
-    front = _Front.of(architecture, binary)
-    return _digest(architecture, binary, front, front.code())
+    return _front_end(architecture, binary).digest(*_read_by(architecture, binary))
 
 
 def source_digest(architecture: str, binary: machine_code.Compilation) -> str:
-    front = _Front.of(architecture, binary)
-    return _digest(architecture, binary, front, front.source.hash())  # what Triton's own cache goes by
+    return _front_end(architecture, binary).source_digest(*_read_by(architecture, binary))
 
 
-def _digest(architecture: str, binary: machine_code.Compilation, front: _Front, text: str) -> str:
-    decided = (
-        triton.__version__, front.backend.hash(), text, sorted(_anywhere(front.options).items(), key=str), _reader(),
-        machine_code.TARGETS[architecture], sorted(binary.constants.items(), key=str), binary.case.name,
-        binary.case.slots,
-    )  # fmt: skip
-    return hashlib.sha256(repr(decided).encode()).hexdigest()[:24]
+def _read_by(architecture: str, binary: machine_code.Compilation) -> tuple[Any, ...]:
+    """What decides a row beside the code."""
+    constants = sorted(binary.constants.items(), key=str)
+    return _reader(), machine_code.TARGETS[architecture], constants, binary.case.name, binary.case.slots
 
 
 def key_of(architecture: str, binary: machine_code.Compilation) -> str:
