@@ -26,7 +26,7 @@ from pst_kernels.masks.packing import pack_mask
 
 from ..baselines.sparse_loops import SparseProp, multiply_adds
 from ..tables.report import Report, measured_on
-from . import sparse_runs, sparse_steps
+from . import sparse_steps
 from .modes import minilm
 from .sparse_row import (
     CSR,
@@ -70,14 +70,13 @@ REPORT = Report(
     _cells,
     lambda under: (
         f"{measured_on(under)} fp32 but where it says bf16, {INSTRUCTIONS}. Ratios to dense in the same round, medians;"
-        " beside them the lowest time over the lowest dense one. A run goes through its whole schedule; its ms are a"
-        " step's. Of peak: kept multiply-adds a second over those of a loop in registers; the"
-        f" product's loop loads {LOADS:.2f} vectors a multiply-add and stores none."
+        " beside them the lowest time over the lowest dense one. Of peak: kept multiply-adds a second over those of a"
+        f" loop in registers; the product's loop loads {LOADS:.2f} vectors a multiply-add and stores none."
     ),
 )  # fmt: skip
 
 
-PARTS = ("products", "steps", "bf16-steps", "model-step", "runs", "model")
+PARTS = ("products", "steps", "bf16-steps", "model-step", "model")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +92,7 @@ def main(options: argparse.Namespace) -> int:
     budget = Budget(options.seconds, time.thread_time if options.own_time else time.perf_counter)
     parts = {
         "products": _product_rows, "steps": sparse_steps.layer_rows, "bf16-steps": sparse_steps.half_rows,
-        "model-step": sparse_steps.model_rows, "runs": sparse_runs.run_rows, "model": _model_rows,
+        "model-step": sparse_steps.model_rows, "model": _model_rows,
     }  # fmt: skip
     REPORT.run(options, lambda: [row for name in options.parts for row in parts[name](budget)])
     return 0

@@ -1,39 +1,52 @@
-"""`python -m bench front`: the README's one table, from the results files that hold its figures."""
+"""`python -m bench front`: the README's one table and its measured sentences, from the results files."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..accuracy import record
 from ..console import Table, console
-from ..speed import sparse, sparse_steps
-from ..speed.providers import RELEASED
+from ..speed import sparse, training
 from ..speed.sparse_row import TOKENS, Row
 from . import rows as results
+from .sentences import sentences
 from .table import replace_between
 
 BEGIN, END = "<!-- front:begin -->", "<!-- front:end -->"
 SPARSITIES = (0.5, 0.8, 0.9)
-CASE = f"768 -> 3072, T = {TOKENS}"
-HEADS = (
-    "",
-    "accuracy, % at 50 / 80 / 90 %",
-    "training step",
-    "training memory",
-    "inference",
-    "file",
-    "trained numbers",
-)
-NOTHING, OURS = "-", "PST (torch)"
+TASK, CASE = "topic", f"768 -> 3072, T = {TOKENS}"
+HEADS = ("", "accuracy, %", "training time", "training memory", "inference", "file", "trained numbers, M")
+NOTHING = "-"
+
+
+class Method(NamedTuple):
+    """A line of the table."""
+
+    studied: tuple[str, ...]  # its names in the study; the first that has a sparsity tells it
+    trained: str | None = None  # its name in `bench training`
+    taught: bool = False
+
+
+METHODS = {
+    "dense": Method(("dense",)),
+    "LoRA": Method(("LoRA",), "LoRA"),
+    "magnitude": Method(("magnitude, at 2e-4", "magnitude"), "magnitude"),
+    "magnitude, distilled": Method(("magnitude, distilled",), "magnitude", taught=True),
+    "PST as in the paper": Method(("PST",), "PST"),
+    "PST, fast": Method(("PST, fast",), "PST, fast"),
+    "PST, accurate": Method(("PST, accurate",), "PST, accurate"),
+    "PST, accurate, distilled": Method(("PST, accurate, distilled",), "PST, accurate", taught=True),
+}
+PRUNED = [name for name in METHODS if name not in ("dense", "LoRA")]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=results.RESULTS, help="folder of the results files")
-    parser.add_argument("--readme", type=Path, default=None, help="rewrite the table between the markers there")
+    parser.add_argument("--readme", type=Path, default=None, help="rewrite what is between the markers there")
 
 
 def main(options: argparse.Namespace) -> int:
@@ -48,90 +61,79 @@ def main(options: argparse.Namespace) -> int:
         rule = ["---", *["---:"] * (len(HEADS) - 1)]
         text = "\n".join([f"| {' | '.join(cells)} |" for cells in (HEADS, rule, *lines)])
         replace_between(options.readme, BEGIN, END, f"{text}\n\n{caption}")
+        for name, sentence in sentences(options.results).items():
+            replace_between(options.readme, f"<!-- {name}:begin -->", f"<!-- {name}:end -->", sentence)
     return 0
 
 
 def made(folder: Path) -> tuple[list[list[str]], str]:
     """The lines, and the conditions under them."""
-    studied = list(record.read(folder / "accuracy.csv").values())
-    found = _accuracy(studied)
-    speed, under = sparse.REPORT.read(folder / "sparse.json")
-    steps = _of_sparsities(speed, lambda row: row.case == CASE and row.what == sparse_steps.EXACT)
-    fixed = _of_sparsities(speed, lambda row: row.case == CASE and row.what == sparse_steps.KEPT)
-    used = _of_sparsities(speed, lambda row: row.case == CASE and row.what == "y = x W^T")
-    lora = [row.ratio for row in speed if row.case == CASE and row.what == sparse_steps.LORA_STEP]
-    measured = [row for row in results.read_csv(folder / "benchmark.csv") if _used(row)]
-    memory = _memory(measured)
-    files = " / ".join(f"{1 / 32 + 1 - s:.2f}" for s in SPARSITIES)  # a bit a weight, and 32 a kept one
-    of_method: dict[str, tuple[str, ...]] = {
-        "dense": ("1", "1", "1", "1"),
-        "LoRA": (f"{lora[0]:.2f}" if lora else NOTHING, memory("LoRA"), "1", "1"),
-        "magnitude": (NOTHING, NOTHING, used, files),
-        "PST as released": (_release_step(measured), memory(RELEASED), "1", "1"),
-        "PST, our recipe": (f"{steps}; mask fixed {fixed}", memory(OURS), used, files),
-        "PST, our recipe, distilled": ("the same, and the teacher's forward", "the same, and the teacher", used, files),
-    }  # fmt: skip
+    studied = [row for row in record.read(folder / "long" / "accuracy.csv").values() if row.cell.task == TASK]
+    runs, under = training.REPORT.read(folder / "training.json")
+    speed, under_speed = sparse.REPORT.read(folder / "sparse.json")
+    used = _joined({row.sparsity: f"{row.ratio:.2f}" for row in speed if _is_use(row)})
+    files = _joined({s: f"{1 / 32 + 1 - s:.2f}" for s in SPARSITIES})  # a bit a weight, and 32 a kept one
     lines = [
-        [name, found[name][0], *of_method[name], found[name][1]] for name in of_method if name in found
+        [name, _accuracy(studied, method), *_training(runs, method), *((used, files) if name in PRUNED else ("1", "1")),
+         _trained(runs, studied, method)]
+        for name, method in METHODS.items()
     ]  # fmt: skip
-    dates = ", ".join(sorted({row.date for row in studied}))
-    older = ", ".join(sorted({row.date for row in measured}))
+    dates = sorted({row.date for row in studied})
     caption = (
-        "Accuracy: topics of BBC articles, ten labelled texts a class, mean of three seeds, MiniLM,"
-        " masks that move to the end ([the study](docs/accuracy.md)). Step and inference: one layer 768 -> 3072,"
-        " T = 1024, fp32, over the dense"
-        f" one's in the same round, at 50 / 80 / 90 % ({speed[0].instructions},"
-        f" {under['threads']} threads{', processor time' if speed[0].own_time else ''}; "
-        "[all tables](docs/performance.md)); mask fixed: with its kept weights trained. Memory: a MiniLM step of"
-        " 16 x 128 tokens at 90 %, tensors alone: parameters, AdamW's state and the step's peak. File: of the"
-        " pruned layers over dense fp32, computed: a bit a weight and"
-        f" the kept ones. Measured on CPU: {under['machine']}, {under['versions']}, {under['date']}, commit"
-        f" {under['commit']}; memory and the release's step are from {older}, the accuracies from {dates}."
+        "At 50 / 80 / 90 % sparsity, over dense. Accuracy: topics of BBC articles, all labels, 500 steps, mean of three"
+        " seeds, MiniLM; magnitude at 90 % at the rate below the chosen one, at which two of three seeds come apart"
+        f" ([the study](docs/accuracy.md), to {dates[-1]}). Training: whole runs of MiniLM, 16 x 128 tokens; memory of"
+        " tensors, at its highest. Inference: one layer 768 -> 3072, T = 1024. File: of the pruned layers,"
+        f" computed: a bit a weight and the kept ones. Measured on CPU, fp32, {speed[0].instructions}"
+        f" ([all tables](docs/performance.md)): {_where(under)}; inference {_where(under_speed)}."
     )
     return lines, caption
 
 
-def _used(row: results.Row) -> bool:
-    """Steps of a whole model, and the release's of the layer that the table is about."""
-    release = (row.provider, row.mode, row.in_features, row.out_features) == (RELEASED, "step", 768, 3072)
-    return row.mode == "model" or (release and row.dtype == "float32")
+def _where(under: Mapping[str, Any]) -> str:
+    machine, versions, date = (under[name] for name in ("machine", "versions", "date"))
+    return f"{machine}, {under['threads']} threads, {versions}, {date}, commit {under['commit']}"
 
 
-def _release_step(measured: Sequence[results.Row]) -> str:
-    ratios = [row.ratio for row in measured if row.mode == "step" and row.ratio]
-    return f"{ratios[0]:.2f} at 90 %" if ratios else NOTHING
+def _is_use(row: Row) -> bool:
+    return row.case == CASE and row.what == "y = x W^T"
 
 
-def _memory(measured: Sequence[results.Row]) -> Callable[[str], str]:
-    """Of a provider: parameters, optimizer and peak of its whole training step over dense training's."""
-    of_provider = {row.provider: row.memory_bytes for row in measured if row.mode == "model"}
-
-    def over_dense(provider: str) -> str:
-        found, dense = of_provider.get(provider), of_provider.get("dense")
-        return f"{found / dense:.2f}" if found and dense else NOTHING
-
-    return over_dense
+def _joined(texts: Mapping[float, str]) -> str:
+    """One a sparsity, and a single one where a method that does not prune has the same for all."""
+    if 0.0 in texts:
+        return texts[0.0]
+    return " / ".join(texts.get(s, NOTHING) for s in SPARSITIES) if texts else NOTHING
 
 
-def _of_sparsities(rows: Sequence[Row], wanted: Callable[[Row], bool]) -> str:
-    ratios = {row.sparsity: row.ratio for row in rows if wanted(row)}
-    return " / ".join(f"{ratios[s]:.2f}" if s in ratios else NOTHING for s in SPARSITIES)
-
-
-def _accuracy(studied: Sequence[Any]) -> dict[str, tuple[str, str]]:
-    """Method -> its accuracies, and how many numbers it trains."""
-    tested: dict[tuple[str, float], list[Any]] = {}
+def _accuracy(studied: Iterable[Any], method: Method) -> str:
+    tested: dict[tuple[str, float], list[float]] = {}
     for row in studied:
-        if row.cell.task == "topic" and row.test is not None:
-            tested.setdefault((row.cell.method, row.cell.sparsity), []).append(row)
-    found = {}
-    for method in dict.fromkeys(name for name, _ in tested):
-        of_method = {s: tested[name, s] for name, s in tested if name == method}
-        everywhere = of_method.get(0.0)  # a method that does not prune has one row for all sparsities
-        means = [mean(r.test for r in of_method.get(s, everywhere or [])) if of_method.get(s, everywhere) else None
-                 for s in SPARSITIES]  # fmt: skip
-        texts = [NOTHING if value is None else f"{100 * value:.1f}" for value in means]
-        same = len(set(texts)) == 1
-        numbers = next(iter(of_method.values()))[0].trainable
-        found[method] = (texts[0] if same else " / ".join(texts), f"{numbers / 1e6:.1f} M")
-    return found
+        if row.test is not None:
+            tested.setdefault((row.cell.method, row.cell.sparsity), []).append(row.test)
+    texts: dict[float, str] = {}
+    for (name, sparsity), found in sorted(tested.items(), key=lambda one: one[0][0] in method.studied[:1]):
+        if name in method.studied:
+            texts[sparsity] = f"{100 * mean(found):.1f}"
+    return _joined(texts)
+
+
+def _training(runs: Sequence[training.Row], method: Method) -> tuple[str, str]:
+    """Time and memory."""
+    if method.trained is None:
+        return "1", "1"
+    of_method = {row.sparsity: row for row in runs if row.method == method.trained}
+
+    def joined(text: Callable[[training.Row], str]) -> str:
+        return _joined({sparsity: text(row) for sparsity, row in of_method.items()})
+
+    time, memory = joined(lambda row: f"{row.ratio:.2f}"), joined(lambda row: f"{row.memory / row.dense_memory:.2f}")
+    return (f"{time}, and the teacher", f"{memory}, and the teacher") if method.taught else (time, memory)
+
+
+def _trained(runs: Sequence[training.Row], studied: Iterable[Any], method: Method) -> str:
+    numbers = {row.sparsity: row.trainable for row in runs if row.method == method.trained}
+    if method.trained is None:
+        numbers = {row.cell.sparsity: row.trainable for row in studied if row.cell.method in method.studied}
+    texts = {sparsity: f"{count / 1e6:.1f}" for sparsity, count in numbers.items()}
+    return next(iter(texts.values())) if len(set(texts.values())) == 1 else _joined(texts)

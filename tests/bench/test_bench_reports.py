@@ -1,5 +1,6 @@
 """`python -m bench blocks` and `export`: what they measure, what they refuse, and the tables of their files."""
 
+import collections
 import functools
 import importlib.util
 import json
@@ -12,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import pst_kernels as pst
 from bench import __main__ as command
-from bench.speed import blocks, cases, export, host, modes, serve, sparse, sparse_row, sparse_runs, sparse_steps
+from bench.speed import blocks, cases, export, host, modes, serve, sparse, sparse_steps, training
 from bench.tables import report
 from bench.tables import rows as results
 from pst_kernels.export.compressed import load_compressed, save_compressed
@@ -24,7 +25,7 @@ needs_minilm = pytest.mark.skipif(
 )
 REPORTS = {
     "blocks": blocks.REPORT, "export": export.REPORT, "sparse": sparse.REPORT, "host": host.REPORT,
-    "serve": serve.REPORT,
+    "serve": serve.REPORT, "training": training.REPORT,
 }  # fmt: skip
 
 
@@ -218,39 +219,55 @@ def test_the_readmes_table_is_that_of_the_files(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(before, encoding="utf-8")
     assert command.main(["front", "--readme", str(readme)]) == 0
-    assert "PST, our recipe" in capsys.readouterr().out
+    assert "PST, accurate" in capsys.readouterr().out
     assert readme.read_text(encoding="utf-8") == before
-    assert before.count("\n| PST, our recipe") == 2
+    assert before.count("\n| PST, accurate") == 2
+    assert "shapes decodes" in before
+    assert "times its time for one layer" in before
 
 
 def test_a_run_is_timed_over_its_whole_schedule(monkeypatch):
     """By a clock that counts a second a step of the dense model, and half of one of the others."""
     size = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
     monkeypatch.setattr(sparse_steps, "minilm", lambda device: BertForSequenceClassification(BertConfig(**size)))
-    monkeypatch.setattr(sparse_runs, "STEPS", 4)
-    monkeypatch.setattr(sparse_runs, "RUNS", 2)
-    took = []
+    monkeypatch.setattr(training, "STEPS", 4)
+    monkeypatch.setattr(training, "SPARSITIES", (0.5, 0.9))
+    taken = collections.Counter()
 
     def seconds_of(step, clock):
+        contestant = step.__self__
         step()
-        took.append(1.0 if len(took) % 4 == 0 else 0.5)  # dense is the first of four
-        return took[-1]
+        taken[contestant.name] += 1
+        return 1.0 if contestant.name == "dense" else 0.5
 
-    made, replace_linear = [], pst.replace_linear
+    ended, one_run = [], training._one_run
 
-    def noted(model, config):
-        made.append((replace_linear(model, config), config.sparsity))
-        return made[-1][0]
+    def noted(*arguments):
+        seconds, contestants = one_run(*arguments)
+        ended.extend((contestant, arguments[3]) for contestant in contestants if contestant.name.startswith("PST"))
+        return seconds, contestants
 
-    monkeypatch.setattr(sparse_runs, "seconds_of", seconds_of)
-    monkeypatch.setattr(pst, "replace_linear", noted)
-    rows = list(sparse_runs.run_rows(sparse_row.Budget(0.0, lambda: 0.0)))
-    assert [(row.what, row.sparsity, row.ms, row.dense_ms, row.ratio, row.lowest) for row in rows] == [
-        (f"a run of 4 steps, preset {name}", sparsity, 500.0, 1000.0, 0.5, 0.5)
-        for sparsity in (0.5, 0.9)
-        for name in ("paper", "accurate", "fast")
-    ]
-    assert len(took) == 2 * 2 * 4 * 4
-    for model, sparsity in made:  # to the schedule's end
-        layers = [layer for layer in model.modules() if isinstance(layer, pst.PSTLinear)]
+    monkeypatch.setattr(training, "seconds_of", seconds_of)
+    monkeypatch.setattr(training, "_one_run", noted)
+    rows = list(training.rows(lambda: 0.0))
+    expected = [("LoRA", 0.0), *((name, 0.5) for name in training.PRUNING), *((name, 0.9) for name in training.PRUNING)]
+    assert [(row.method, row.sparsity) for row in rows] == expected
+    assert {(row.ms, row.dense_ms, row.ratio, row.lowest) for row in rows} == {(500.0, 1000.0, 0.5, 0.5)}
+    assert taken == {"dense": 16, "LoRA": 8, **dict.fromkeys(training.PRUNING, 16)}
+    for contestant, sparsity in ended:  # to the schedule's end
+        contestant.go_to(contestant.done)
+        layers = [layer for layer in contestant.model.modules() if isinstance(layer, pst.PSTLinear)]
         assert [layer.sparsity for layer in layers] == pytest.approx([sparsity] * 6, abs=1e-3)
+    trained = {(row.method, row.sparsity): row.trainable for row in rows}
+    linear = 4 * 32 * 32 + 2 * 32 * 64
+    assert trained["PST, fast", 0.5] - trained["PST, fast", 0.9] == pytest.approx(0.4 * linear, abs=6)
+
+
+def test_memory_is_that_of_the_whole_run(monkeypatch):
+    """Weights, gradients and AdamW's two numbers each, and up to two more while it takes its step."""
+    size = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+    base = BertForSequenceClassification(BertConfig(**size, vocab_size=60_000))
+    tokens = torch.ones(1, 2, dtype=torch.long)
+    found = training._memory("dense", base, lambda model: model(input_ids=tokens, labels=tokens[0, :1]).loss, 0.0)
+    weights = sum(p.nbytes for p in base.parameters())
+    assert 4 * weights < found < 6.2 * weights
