@@ -125,11 +125,12 @@ def pst(
 
 
 def preset(name: str, decoder: bool = False, **config: Any) -> Callable[[nn.Module, Plan], None]:
-    """A preset of the package, as its user takes it. `decoder`: as for `pst`."""
-    first = config.pop("initial_sparsity", 0.0)
+    """A preset of the package, as its user takes it. `decoder`: as for `pst`. `config`: settings other than its own."""
 
     def convert(model: nn.Module, plan: Plan) -> None:
-        settings = config | {"initial_sparsity": min(first, plan.sparsity)}
+        settings = dict(config)
+        if "initial_sparsity" in config:  # a candidate's own is that for every sparsity above it
+            settings["initial_sparsity"] = min(config["initial_sparsity"], plan.sparsity)
         decoders = plan.task.decoder if decoder else ()
         saved = [*plan.task.head, *(NORMS if name != "paper" else ()), *decoders]
         replace_linear(model, PSTConfig.preset(name, sparsity=plan.sparsity, modules_to_save=saved, **settings))

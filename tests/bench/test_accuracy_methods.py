@@ -174,6 +174,21 @@ def test_a_schedule_of_its_own():
     assert found[2] < found[3] == found[-1]  # half of six steps
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.9])
+@pytest.mark.parametrize("name", ["paper", "accurate", "fast"])
+def test_a_preset_is_the_packages_own(name, sparsity):
+    model, topic = task().model(), task()
+    methods.preset(name)(model, methods.Plan(topic, sparsity, 0))
+    saved = [*topic.head, *(methods.NORMS if name != "paper" else ())]
+    expected = PSTConfig.preset(name, sparsity=sparsity, modules_to_save=saved)
+    assert {layer.config for layer in methods.sparse_layers(model).values()} == {expected}
+    if name != "paper":
+        method = catalogue.METHODS[f"PST, {name}"]
+        other = task().model()
+        method.convert(other, methods.Plan(topic, sparsity, 0))
+        assert {layer.config for layer in methods.sparse_layers(other).values()} == {expected}
+
+
 @pytest.mark.parametrize("pattern", ["block:16", "2:4"])
 def test_patterns_rise_along_the_schedule(pattern):
     """What each layer holds at every step is what `SparsitySchedule` gives it."""
