@@ -115,10 +115,10 @@ FREEZES = (
     _candidate("fast, nothing at once", preset("accurate", **RESTED_HALF), LR),
     _candidate("fast, mask fixed as in accurate", preset("accurate", **RESTED), LR),
     _candidate(
-        "fast, half at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.5), LR, only=0.9
+        "fast, half at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.5), LRS, only=0.9
     ),
     _candidate(
-        "fast, 70 % at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.7), LR, only=0.9
+        "fast, 70 % at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.7), LRS, only=0.9
     ),
     _candidate("recipe, one rate", preset("recipe"), LR),
     _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
