@@ -233,8 +233,7 @@ class PSTConfig:
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
         the recipe, with kept weights trained once the sparsity has reached its end, which is the earlier the fewer
         weights go: in the last 30 % of the steps from 90 % sparsity on, in the last 70 % up to 50 %. "fast": the same,
-        but the last 70 % at any sparsity, and above 50 % many weights go at once, 70 % of all where 90 % go in the end:
-        steps with few weights or a fixed mask cost less.
+        but the last 70 % at any sparsity: steps with a fixed mask cost less.
 
         Raises ValueError for another name.
         """
@@ -245,7 +244,7 @@ class PSTConfig:
             sparsity = cls(**found).sparsity
             found["freeze"] = found["cooldown"] = 0.7 if name == "fast" else _fixed_share(sparsity)
             if name == "fast" and sparsity > 0.5:
-                found = {"initial_sparsity": _pruned_at_once(sparsity), "warmup": 0.0} | found
+                found = {"warmup": 0.0} | found  # the weights have fewer steps to go in
         return cls(**found)
 
     @classmethod
@@ -313,14 +312,10 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
 
 
-# Both are from what docs/accuracy.md shows for 50 and 90 %, in proportion between.
+# From what docs/accuracy.md shows for 50 and 90 %, in proportion between.
 def _fixed_share(sparsity: float) -> float:
     """Share of the steps with a fixed mask, where kept weights train in them."""
     return round(min(0.7, max(0.3, 1.2 - sparsity)), 3)
-
-
-def _pruned_at_once(sparsity: float) -> float:
-    return round(0.7 * min(1.0, (sparsity - 0.5) / 0.4), 3)
 
 
 def _dtype(value: Any) -> torch.dtype:

@@ -64,11 +64,11 @@ def test_masks_are_fixed_the_earlier_the_fewer_weights_go():
     assert PSTConfig.preset("accurate").freeze == 0.3
 
 
-def test_fast_prunes_much_at_once_where_much_goes():
-    for sparsity, at_once in {0.0: 0.0, 0.5: 0.0, 0.6: 0.175, 0.8: 0.525, 0.9: 0.7, 0.97: 0.7}.items():
+def test_fast_fixes_its_mask_early_and_prunes_nothing_at_once():
+    for sparsity in (0.0, 0.5, 0.6, 0.8, 0.9, 0.97):
         found = PSTConfig.preset("fast", sparsity=sparsity)
-        assert (found.freeze, found.cooldown) == (0.7, 0.7)
-        assert (found.initial_sparsity, found.warmup) == (pytest.approx(at_once), 0.0 if at_once else 0.1)
+        assert (found.freeze, found.cooldown, found.initial_sparsity) == (0.7, 0.7, 0.0)
+        assert found.warmup == (0.0 if sparsity > 0.5 else 0.1)
     assert PSTConfig.preset("fast", sparsity=0.5) == PSTConfig.preset("accurate", sparsity=0.5)
     own = PSTConfig.preset("fast", initial_sparsity=0.2, warmup=0.05)
     assert (own.initial_sparsity, own.warmup) == (0.2, 0.05)
