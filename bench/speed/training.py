@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from statistics import median
 from typing import Any
 
 import torch
@@ -29,20 +28,19 @@ from .sparse_steps import BATCH, LENGTH, minilm_and_loss
 DENSE, LORA = "dense", "LoRA"
 PRUNING = ("magnitude", "PST", "PST, accurate", "PST, fast")
 SPARSITIES = (0.5, 0.8, 0.9)
-STEPS, RUNS = 12, 2
+STEPS = 20  # enough for a schedule's parts to have their share
 WATCHED_STEPS = 4  # of a run whose memory is followed: each takes several times as long
 
 
 @dataclasses.dataclass
 class Row:
-    """Times in ms a step; `ratio` is the median over runs, `lowest` that of the quickest. Memory in bytes."""
+    """Times in ms a step, of a whole run; memory in bytes."""
 
     method: str
     sparsity: float
     ms: float
     dense_ms: float
     ratio: float
-    lowest: float
     memory: int
     dense_memory: int
     trainable: int
@@ -51,13 +49,13 @@ class Row:
 
 def _cells(row: Row) -> list[str]:
     pruned = f"{100 * row.sparsity:g} %" if row.sparsity else "-"
-    times = [f"{row.ms:.0f}", f"{row.dense_ms:.0f}", f"{row.ratio:.2f}", f"{row.lowest:.2f}"]
+    times = [f"{row.ms:.0f}", f"{row.dense_ms:.0f}", f"{row.ratio:.2f}"]
     return [row.method, pruned, *times, f"{row.memory / row.dense_memory:.2f}", f"{row.trainable:,}"]
 
 
 REPORT = Report(
     "training", Row, "whole runs of MiniLM: ratios to dense fine-tuning, step by step in turn",
-    ("method", "pruned", "ms a step", "dense, ms", "ratio", "of lowest", "memory over dense", "trained numbers"),
+    ("method", "pruned", "ms a step", "dense, ms", "ratio", "memory over dense", "trained numbers"),
     _cells,
     lambda under: (
         f"{measured_on(under)} fp32, {INSTRUCTIONS}, {BATCH} x {LENGTH} tokens; {STEPS} steps from the first sparsity"
@@ -107,19 +105,13 @@ def rows(clock: Clock) -> Iterator[Row]:
         names = ([LORA] if sparsity == SPARSITIES[0] else []) + list(PRUNING)
         # before the clock starts: what is made once has been made then
         memory = {name: _memory(name, base, loss, sparsity) for name in names}
-        runs: list[dict[str, float]] = []
-        contestants: list[Contestant] = []
-        for _ in range(RUNS):
-            seconds, contestants = _one_run([DENSE, *names], base, loss, sparsity, clock)
-            runs.append(seconds)
-        trainable = {contestant.name: contestant.trainable() for contestant in contestants}
-        dense = [run[DENSE] for run in runs]
-        for name in names:
-            own = [run[name] for run in runs]
-            ratios = [mine / its for mine, its in zip(own, dense, strict=True)]
+        contestants = [Contestant(name, base, loss, sparsity, STEPS) for name in (DENSE, *names)]
+        seconds = _in_turn(contestants, clock)
+        for contestant in contestants[1:]:
+            own, dense, name = seconds[contestant.name], seconds[DENSE], contestant.name
             yield Row(
-                name, 0.0 if name == LORA else sparsity, 1e3 * median(own) / STEPS, 1e3 * median(dense) / STEPS,
-                median(ratios), min(own) / min(dense), memory[name], dense_memory, trainable[name],
+                name, 0.0 if name == LORA else sparsity, 1e3 * own / STEPS, 1e3 * dense / STEPS, own / dense,
+                memory[name], dense_memory, contestant.trainable(),
             )  # fmt: skip
 
 
@@ -132,13 +124,10 @@ def _memory(name: str, base: Any, loss: Callable[[Any], Tensor], sparsity: float
     return peak_bytes(run, "cpu")
 
 
-def _one_run(
-    names: list[str], base: Any, loss: Callable[[Any], Tensor], sparsity: float, clock: Clock
-) -> tuple[dict[str, float], list[Contestant]]:
+def _in_turn(contestants: list[Contestant], clock: Clock) -> dict[str, float]:
     """Seconds of all steps of each."""
-    contestants = [Contestant(name, base, loss, sparsity, STEPS) for name in names]
-    taken = dict.fromkeys(names, 0.0)
+    taken = {contestant.name: 0.0 for contestant in contestants}
     for _ in range(STEPS):
         for contestant in contestants:
             taken[contestant.name] += seconds_of(contestant.step, clock)
-    return taken, contestants
+    return taken

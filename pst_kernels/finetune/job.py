@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..files import read_json, write_json
 from . import processes
 from .data import Dataset, load
@@ -145,10 +147,8 @@ def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     for method in settings.methods:
         result = read_result(work, method)
         if result is None or processes.count() > 1:  # of several, the first one's look at the folder decides
-            # spawn, not fork: a fresh process, whose memory is that of its own method
-            process = multiprocessing.get_context("spawn").Process(
-                target=_child, args=(method, settings, dataset, work), name=method
-            )
+            # not forked from this process: a fresh one, whose memory is that of its own method
+            process = _context().Process(target=_child, args=(method, settings, dataset, work), name=method)
             process.start()
             try:
                 process.join()
@@ -164,6 +164,17 @@ def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
                 raise RuntimeError(f"training {method} ended without a result")
         results[method] = result
     return results
+
+
+def _context() -> Any:
+    """Where PyTorch knows of no GPU, training processes are forked from one that has imported what they need, which
+    takes seconds, and has done nothing else. CUDA in a forked process is not to be relied on.
+    """
+    if not sys.platform.startswith("linux") or torch.version.cuda or torch.version.hip:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.train"])
+    return context
 
 
 def _child(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:

@@ -57,7 +57,7 @@ def weights_mb(folder: Path) -> float:
 def memory_mb(peak: bool) -> float:
     """Resident memory of this process now, or its highest so far (VmHWM).
 
-    VmHWM starts anew with a spawned process; ru_maxrss, the fallback off Linux, may include the parent's.
+    VmHWM starts anew with a process, spawned or forked; ru_maxrss, the fallback off Linux, may include the parent's.
     """
     try:
         status = Path("/proc/self/status").read_text()

@@ -88,17 +88,18 @@ def test_two_processes_do_what_one_does(inputs, tmp_path):
 
 
 def training_process(launcher: int, rank: int) -> int | None:
-    """The process that trains for `rank`, among all those that the launcher started."""
+    """The process that trains for `rank`, among all those that the launcher started: one of a server's own."""
     for folder in Path("/proc").iterdir():
         try:
             if not folder.name.isdigit() or os.getpgid(int(folder.name)) == 0:
                 continue
-            command = (folder / "cmdline").read_bytes()
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            command = Path(f"/proc/{parent}/cmdline").read_bytes()
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
         ours = os.getsid(int(folder.name)) in _sessions(launcher)
-        if ours and b"spawn_main" in command and f"RANK={rank}".encode() in variables:
+        if ours and b"forkserver" in command and f"RANK={rank}".encode() in variables:
             return int(folder.name)
     return None
 
