@@ -17,7 +17,10 @@ JOBS = {
         "products that skip unstructured zeros on a CPU beside dense ones and other loops",
     ),
     "training": ("bench.speed.training", "whole training runs of MiniLM: time and memory of each method"),
-    "front": ("bench.tables.front", "the README's one table, from the results files that hold its figures"),
+    "front": (
+        "bench.tables.front",
+        "the README's one table and its measured sentences, from the results files of their figures",
+    ),
     "host": ("bench.speed.host", "launches and host time of a GPU step, counted and timed without a GPU"),
     "serve": (
         "bench.speed.serve",

@@ -244,7 +244,7 @@ class PSTConfig:
             sparsity = cls(**found).sparsity
             found["freeze"] = found["cooldown"] = 0.7 if name == "fast" else _fixed_share(sparsity)
             if name == "fast" and sparsity > 0.5:
-                found = {"warmup": 0.0} | found  # the weights have fewer steps to go in
+                found.setdefault("warmup", 0.0)  # the weights have fewer steps to go in
         return cls(**found)
 
     @classmethod

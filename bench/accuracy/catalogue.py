@@ -171,3 +171,8 @@ RECIPES = (
     ),
 )
 METHODS = {method.name: method for method in (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS, *CANDIDATES)}
+
+
+def tuned_as(method: Method) -> Method:
+    """Whose settings it takes: its own, or those of the method that it is like."""
+    return METHODS[method.like] if method.like else method

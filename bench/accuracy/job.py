@@ -18,7 +18,7 @@ from torch import nn
 from ..console import console
 from ..tables import rows as results
 from . import choose, overlap, plots, record, rerun, table, teachers, train
-from .catalogue import ABLATIONS, BASELINES, CANDIDATES, DENSE, METHODS, PATTERNS, RECIPES
+from .catalogue import ABLATIONS, BASELINES, CANDIDATES, DENSE, METHODS, PATTERNS, RECIPES, tuned_as
 from .methods import Method
 from .record import FINAL, SHOW, TUNE, Cell, Row
 from .tasks import TASKS, Size, Task
@@ -189,7 +189,7 @@ def grid(options: argparse.Namespace) -> list[Wanted]:
     ):
         if method.only not in (None, sparsity):
             continue
-        tuned = METHODS[method.like] if method.like else method
+        tuned = tuned_as(method)
         stage = TUNE if method.candidate else FINAL if tuned is method or method in RECIPES else SHOW
         cell = Cell(
             stage, task.name, method.name, sparsity if method.sparse else 0.0, "",

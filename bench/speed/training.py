@@ -18,14 +18,13 @@ import torch
 from torch import Tensor
 
 from ..accuracy import methods
-from ..accuracy.catalogue import METHODS
+from ..accuracy.catalogue import METHODS, tuned_as
 from ..accuracy.tasks import Size, Topic
 from ..tables.report import Report, measured_on
 from .measure import peak_bytes
-from .sparse_row import INSTRUCTIONS, Clock, seconds_of
+from .sparse_row import DENSE, INSTRUCTIONS, LORA, Clock, seconds_of
 from .sparse_steps import BATCH, LENGTH, minilm_and_loss
 
-DENSE, LORA = "dense", "LoRA"
 PRUNING = ("magnitude", "PST", "PST, accurate", "PST, fast")
 SPARSITIES = (0.5, 0.8, 0.9)
 STEPS = 20  # enough for a schedule's parts to have their share
@@ -70,7 +69,7 @@ class Contestant:
 
     def __init__(self, name: str, base: Any, loss: Callable[[Any], Tensor], sparsity: float, steps: int) -> None:
         method, topic = METHODS[name], Topic(Size())
-        setting = (method if method.like is None else METHODS[method.like]).grid[0]  # no rate changes a time
+        setting = tuned_as(method).grid[0]  # no rate changes a time
         self.name, self.model, self.loss, self.done = name, copy.deepcopy(base), loss, 0
         torch.manual_seed(0)
         method.convert(self.model, methods.Plan(topic, sparsity, 0))

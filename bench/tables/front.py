@@ -100,21 +100,19 @@ def _is_use(row: Row) -> bool:
 
 
 def _joined(texts: Mapping[float, str]) -> str:
-    """One a sparsity, and a single one where a method that does not prune has the same for all."""
-    if 0.0 in texts:
-        return texts[0.0]
-    return " / ".join(texts.get(s, NOTHING) for s in SPARSITIES) if texts else NOTHING
+    """One a sparsity, or one for all: where they are the same, as of a method that does not prune."""
+    found = [texts.get(s, texts.get(0.0, NOTHING)) for s in SPARSITIES]
+    return found[0] if len(set(found)) == 1 else " / ".join(found)
 
 
 def _accuracy(studied: Iterable[Any], method: Method) -> str:
-    tested: dict[tuple[str, float], list[float]] = {}
-    for row in studied:
-        if row.test is not None:
-            tested.setdefault((row.cell.method, row.cell.sparsity), []).append(row.test)
     texts: dict[float, str] = {}
-    for (name, sparsity), found in sorted(tested.items(), key=lambda one: one[0][0] in method.studied[:1]):
-        if name in method.studied:
-            texts[sparsity] = f"{100 * mean(found):.1f}"
+    for name in reversed(method.studied):
+        tested: dict[float, list[float]] = {}
+        for row in studied:
+            if row.cell.method == name and row.test is not None:
+                tested.setdefault(row.cell.sparsity, []).append(row.test)
+        texts |= {sparsity: f"{100 * mean(found):.1f}" for sparsity, found in tested.items()}
     return _joined(texts)
 
 
@@ -135,5 +133,4 @@ def _trained(runs: Sequence[training.Row], studied: Iterable[Any], method: Metho
     numbers = {row.sparsity: row.trainable for row in runs if row.method == method.trained}
     if method.trained is None:
         numbers = {row.cell.sparsity: row.trainable for row in studied if row.cell.method in method.studied}
-    texts = {sparsity: f"{count / 1e6:.1f}" for sparsity, count in numbers.items()}
-    return next(iter(texts.values())) if len(set(texts.values())) == 1 else _joined(texts)
+    return _joined({sparsity: f"{count / 1e6:.1f}" for sparsity, count in numbers.items()})

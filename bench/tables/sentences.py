@@ -15,7 +15,7 @@ WIDTH = 124
 LANGUAGE_MODEL = "Llama-3.2-1B"
 DEVICE, SHORT_NAME = "nvidia-h100-80gb-hbm3", "H100"
 DENSE, OURS = "dense", "PST"
-LARGE, MANY = "Llama-8B", 4096  # tokens
+LARGE, LARGE_WEIGHT, MANY = "Llama-8B", 4096**2, 4096  # cases, numbers, tokens
 BLOCKS = "PST, block:64, between masks"
 
 
@@ -31,13 +31,20 @@ def _decoding(folder: Path) -> str:
     rows, under = serve.REPORT.read(folder / "serve.json")
     by_kind = {(row.what, row.sparsity): row for row in rows if row.model == LANGUAGE_MODEL and row.batch == 1}
     half, most, blocks = (by_kind[kind] for kind in (("sparse", 0.5), ("sparse", 0.9), ("block:64", 0.9)))
-    sizes = [f"{(row.disk_mb or 0.0) / (by_kind[DENSE, 0.0].disk_mb or 1.0):.2f}" for row in (half, most, blocks)]
+    whole = _megabytes(by_kind[DENSE, 0.0])
+    sizes = [f"{_megabytes(row) / whole:.2f}" for row in (half, most, blocks)]
     return (
         f"On {under['threads']} CPU cores a language model of {LANGUAGE_MODEL}'s shapes decodes {half.ratio:.1f} times"
         f" as fast as dense with half of its blocks' weights gone and {most.ratio:.1f} times with 90 %,"
         f" {blocks.ratio:.1f} times with whole blocks of 64, from files of {sizes[0]}, {sizes[1]} and {sizes[2]}"
         " of the size ([decoding](docs/performance.md#decoding-with-a-sparse-language-model))."
     )
+
+
+def _megabytes(row: serve.Row) -> float:
+    if row.disk_mb is None:
+        raise ValueError(f"{row.model}, {row.what}: serve.json has no size of its files; run `python -m bench serve`")
+    return row.disk_mb
 
 
 def _on_a_gpu(folder: Path) -> str:
@@ -68,8 +75,12 @@ def _range(found: Iterable[float]) -> str:
     return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
 
 
+def _is_ours(row: results.Row) -> bool:
+    return row.provider.startswith(f"{OURS} (")  # and the backend
+
+
 def _is_small_step(row: results.Row) -> bool:
-    return row.mode == "step" and row.provider.startswith(f"{OURS} (") and row.in_features * row.out_features < MANY**2
+    return row.mode == "step" and _is_ours(row) and row.in_features * row.out_features < LARGE_WEIGHT
 
 
 def _memory(folder: Path) -> list[float]:
@@ -78,6 +89,6 @@ def _memory(folder: Path) -> list[float]:
     dense = {(row.shape, row.tokens, row.dtype): row.memory_bytes for row in measured if row.provider == DENSE}
     pairs = [
         (row.memory_bytes, dense.get((row.shape, row.tokens, row.dtype)))
-        for row in measured if row.provider.startswith(f"{OURS} (")
+        for row in measured if _is_ours(row)
     ]  # fmt: skip
     return [own / its for own, its in pairs if own and its]

@@ -114,7 +114,9 @@ def _prepare(settings: Settings, resume: bool, overwrite: bool) -> Dataset:
 
 
 def _stay_offline(settings: Settings) -> None:
-    """Nothing of a local model needs the network; the training process inherits the variable."""
+    """Nothing of a local model needs the network; training processes inherit the variable, those forked from a server
+    as it was when this process first trained.
+    """
     from . import models
 
     if Path(models.model_name(settings)).is_dir():

@@ -263,7 +263,7 @@ def test_a_run_is_timed_over_its_whole_schedule(monkeypatch):
     assert trained["PST, fast", 0.5] - trained["PST, fast", 0.9] == pytest.approx(0.4 * linear, abs=6)
 
 
-def test_memory_is_that_of_the_whole_run(monkeypatch):
+def test_memory_is_that_of_the_whole_run():
     """Weights, gradients and AdamW's two numbers each, and up to two more while it takes its step."""
     size = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
     base = BertForSequenceClassification(BertConfig(**size, vocab_size=60_000))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,10 @@ class FrontEnd(NamedTuple):
     def source_digest(self, *more: Any) -> str:
         """By the kernel's source."""
         return self._digest(self.source.hash(), more)  # what Triton's own cache goes by
+
+    def key(self, sources: Mapping[str, str], *more: Any) -> str:
+        """`digest`, by the shorter way where the source is as it was. sources: the one by the other."""
+        return sources.get(self.source_digest(*more)) or self.digest(*more)
 
     def _digest(self, text: str, more: tuple[Any, ...]) -> str:
         decided = (

@@ -61,14 +61,14 @@ def program(front: FrontEnd) -> Ptx:
     here = kept(kernel)
     if here.triton != triton.__version__:
         return compiled(front)
-    source = front.source_digest()
-    digest = here.sources.get(source) or front.digest()
+    digest = front.key(here.sources)
     found = here.programs.get(digest)
     if found is None:
         found = compiled(front)
         if ASKED_FOR not in os.environ:
             warnings.warn(f"{kernel}: its PTX is compiled anew; run `make record`", stacklevel=2)
     if folder := os.environ.get(ASKED_FOR):
+        source = front.source_digest()
         written = Path(folder) / f"{source}.{os.getpid()}"
         written.write_text(json.dumps([kernel, source, digest, found]))
         written.replace(written.with_suffix(".json"))

@@ -27,12 +27,12 @@ from triton.compiler import ASTSource
 from pst_kernels.triton.tools import machine_code
 
 PATH = Path(__file__).with_name("machine_code.json")
-NVIDIA = ("sm_80", "sm_90", "sm_100", "sm_120")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 PRODUCTS, BLOCKS = ("matmul", "gradients"), ("block_lists", "block_matmul", "block_gradients")
 PACKED = ("sparse_matmul", "listed_matmul")
 SWEEPS, TABLES = ("score", "select", "mask"), ("group_mask",)
 FILES = (PRODUCTS, BLOCKS, PACKED, SWEEPS, TABLES)
-ASKED_FOR = [(target, files) for target in (*NVIDIA, "gfx942") for files in FILES]
+ASKED_FOR = [(target, files) for target in TARGETS for files in FILES]
 NOT_KEPT = ("seconds", "file")  # of a row
 READING = ("_row", "_blocks", "_read_cubin", "_read_amdgcn", "_main_loop", "_multiply_adds", "_opcode")
 
@@ -77,7 +77,7 @@ def _read_by(architecture: str, binary: machine_code.Compilation) -> tuple[Any, 
 
 def key_of(architecture: str, binary: machine_code.Compilation) -> str:
     """`digest`, by the shorter way where the source is as it was."""
-    return kept().sources.get(source_digest(architecture, binary)) or digest(architecture, binary)
+    return _front_end(architecture, binary).key(kept().sources, *_read_by(architecture, binary))
 
 
 def row(architecture: str, files: tuple[str, ...], index: int) -> machine_code.Row:

@@ -13,7 +13,7 @@ import recorded  # noqa: E402
 
 
 @pytest.mark.compiled
-@pytest.mark.parametrize("target", recorded.NVIDIA)
+@pytest.mark.parametrize("target", recorded.TARGETS)
 @pytest.mark.parametrize("files", [recorded.PRODUCTS, recorded.BLOCKS, recorded.SWEEPS], ids=lambda files: files[-1])
 def test_a_kept_row_is_what_the_compiler_makes(target: str, files: tuple[str, ...]) -> None:
     """Of the first binary of each kernel for sm_90, and of the first one for the other targets."""
@@ -26,8 +26,8 @@ def test_a_kept_row_is_what_the_compiler_makes(target: str, files: tuple[str, ..
 
 
 def test_both_ways_to_a_row_lead_to_the_same() -> None:
-    """Of one binary of each kernel and maker; a way by the source that isn't kept any more is none."""
-    for target in ("sm_90", "gfx942"):
+    """Of one binary of each kernel for each target; a way by the source that isn't kept any more is none."""
+    for target in recorded.TARGETS:
         for binary in {binary.kernel.__name__: binary for binary in kernels.shipped(target)}.values():
             by_source = recorded.kept().sources.get(recorded.source_digest(target, binary))
             assert by_source in (None, recorded.digest(target, binary)), binary.case
