@@ -120,6 +120,10 @@ FREEZES = (
     _candidate(
         "fast, 70 % at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.7), LRS, only=0.9
     ),
+    _candidate("accurate, as it is", preset("accurate"), LR),
+    _candidate("accurate, one threshold", preset("accurate", allocation="global"), LR),
+    _candidate("accurate, Fisher", preset("accurate", magnitude="fisher"), LR),
+    _candidate("accurate, rank 32", preset("accurate", weight_rank=32), LR),
     _candidate("recipe, one rate", preset("recipe"), LR),
     _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
 )
