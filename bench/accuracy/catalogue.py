@@ -124,6 +124,12 @@ FREEZES = (
     _candidate("accurate, one threshold", preset("accurate", allocation="global"), LR),
     _candidate("accurate, Fisher", preset("accurate", magnitude="fisher"), LR),
     _candidate("accurate, rank 32", preset("accurate", weight_rank=32), LR),
+    _candidate("accurate, rank 32, Fisher", preset("accurate", weight_rank=32, magnitude="fisher"), LR),
+    _candidate(
+        "accurate, rank 32, Fisher, one threshold",
+        preset("accurate", weight_rank=32, magnitude="fisher", allocation="global"),
+        LR,
+    ),
     _candidate("recipe, one rate", preset("recipe"), LR),
     _candidate("recipe, frozen at 70 %", preset("recipe", freeze=0.3), LR),
 )
