@@ -124,6 +124,8 @@ FREEZES = (
     _candidate("accurate, one threshold", preset("accurate", allocation="global"), LR),
     _candidate("accurate, Fisher", preset("accurate", magnitude="fisher"), LR),
     _candidate("accurate, rank 32", preset("accurate", weight_rank=32), LR),
+    _candidate("accurate, rank 64", preset("accurate", weight_rank=64), LR),
+    _candidate("accurate, rank 32, scores too", preset("accurate", weight_rank=32, score_rank=32), LR),
     _candidate("accurate, rank 32, Fisher", preset("accurate", weight_rank=32, magnitude="fisher"), LR),
     _candidate(
         "accurate, rank 32, Fisher, one threshold",

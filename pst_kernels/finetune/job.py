@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .. import env
 from ..files import read_json, write_json
 from . import processes
 from .data import Dataset, load
@@ -146,7 +148,10 @@ def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
     """The results of every method, each trained unless an earlier run did."""
     work = settings.folder / STATE
     results = {}
+    compiling = _compile_beside() if "pst" in settings.methods and read_result(work, "pst") is None else None
     for method in settings.methods:
+        if method == "pst" and compiling is not None:
+            compiling.join()
         result = read_result(work, method)
         if result is None or processes.count() > 1:  # of several, the first one's look at the folder decides
             # not forked from this process: a fresh one, whose memory is that of its own method
@@ -166,6 +171,26 @@ def _train(settings: Settings, dataset: Dataset) -> dict[str, Any]:
                 raise RuntimeError(f"training {method} ended without a result")
         results[method] = result
     return results
+
+
+def _compile_beside() -> Any:
+    """Started, or None where PyTorch knows of a GPU: a process that compiles the CPU's passes, if this is their first
+    use, while the dense model trains. What a compiler takes is then no part of the memory that PST is said to need.
+    """
+    if torch.accelerator.is_available() or not processes.is_first():
+        return None
+    process = _context().Process(target=_compile, name="compile", daemon=True)
+    process.start()
+    return process
+
+
+def _compile() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if env.cpu() != "torch":
+        from ..cpu.compiled.__main__ import compile_all
+
+        with contextlib.suppress(ImportError):  # of Numba: training says so
+            compile_all()
 
 
 def _context() -> Any:
