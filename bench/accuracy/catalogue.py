@@ -127,6 +127,7 @@ FREEZES = (
     _candidate("accurate, rank 64", preset("accurate", weight_rank=64), LR),
     _candidate("accurate, rank 32, scores too", preset("accurate", weight_rank=32, score_rank=32), LR),
     _candidate("accurate, rank 32, Fisher", preset("accurate", weight_rank=32, magnitude="fisher"), LR),
+    _candidate("accurate, Fisher, one threshold", preset("accurate", magnitude="fisher", allocation="global"), LRS),
     _candidate(
         "accurate, rank 32, Fisher, one threshold",
         preset("accurate", weight_rank=32, magnitude="fisher", allocation="global"),
