@@ -17,7 +17,7 @@ from .events import Events
 from .layers.checks import in_several_processes
 from .layers.pst_layer import PSTLayer
 from .layers.together import refresh_layers
-from .masks.allocation import global_counts
+from .masks.allocation import OneThreshold
 from .model import get_config, pst_layers
 
 LEAST_SHARE = 0.25  # of what a layer would keep at the same sparsity for all: it keeps as much at least
@@ -74,6 +74,7 @@ class SparsitySchedule:
         self.kind, self.events = kind, Events(first, events) if kind == "events" else None
         self.config = get_config(model)
         self.layers = [layer for _, layer in pst_layers(model)]
+        self._threshold = OneThreshold()
         if self.config.allocation == "global" and self.config.train_kept and in_several_processes():
             raise RuntimeError(
                 "allocation='global' with train_kept=True runs in one process: pst_kept gets its size at the freeze,"
@@ -192,7 +193,7 @@ class SparsitySchedule:
         sizes = [layer.weight.numel() for layer in layers]
         most = [n - math.ceil(LEAST_SHARE * (n - k)) for n, k in zip(sizes, uniform, strict=True)]
         with torch.no_grad():
-            counts = global_counts(lambda i: layers[i].scores(), most, sum(uniform))
+            counts = self._threshold.counts(lambda i: layers[i].scores(), most, sum(uniform))
         for layer, count in zip(layers, counts, strict=True):
             layer.set_num_pruned(count)
 

@@ -9,7 +9,8 @@ import torch
 import toys
 
 import pst_kernels as pst
-from pst_kernels.masks.allocation import global_counts
+from pst_kernels.masks import allocation
+from pst_kernels.masks.allocation import OneThreshold
 
 
 def by_definition(matrices, most, count):
@@ -43,14 +44,38 @@ def test_counts_are_those_of_a_sort(values, share, kept):
         matrices[1][2:4] = torch.nan
     most = [m.numel() - int(kept * m.numel()) for m in matrices]
     count = int(share * sum(most))
-    counts = global_counts(matrices.__getitem__, most, count)
-    assert counts.tolist() == by_definition(matrices, most, count)
-    assert int(counts.sum()) == count
+    threshold = OneThreshold()
+    for moved in (0, 0, 5, -40):  # by histograms, then near where the threshold was, if it is near
+        now = min(max(count + moved, 0), sum(most))
+        counts = threshold.counts(matrices.__getitem__, most, now)
+        assert counts.tolist() == by_definition(matrices, most, now)
+        assert int(counts.sum()) == now
+
+
+def test_one_look_is_enough_near_the_last_threshold(monkeypatch):
+    looks = []
+    matrices = [torch.randn(300, 200), torch.randn(100, 70) * 0.1, torch.randn(50, 50) * 9]
+    most = [50000, 6000, 1000]  # the last two lose as many as they may, the first few more than they
+
+    def scores_of(i):
+        looks.append(i)
+        return matrices[i]
+
+    threshold = OneThreshold()
+    threshold.counts(scores_of, most, 40000)
+    assert looks == [0, 1, 2, 0, 1, 2]
+    for count in (40000, 40200, 41000):
+        del looks[:]
+        matrices = [m + 1e-4 * torch.randn_like(m) for m in matrices]
+        assert threshold.counts(scores_of, most, count).tolist() == by_definition(matrices, most, count)
+        assert looks == [0, 1, 2]
+    monkeypatch.setattr(allocation, "_near", lambda *_: pytest.fail("a threshold far away was looked for nearby"))
+    OneThreshold().counts(scores_of, most, 40000)
 
 
 def test_too_many():
     with pytest.raises(ValueError, match=r"count must be in \[0, 8\]"):
-        global_counts(lambda _: torch.zeros(3, 3), [4, 4], 9)
+        OneThreshold().counts(lambda _: torch.zeros(3, 3), [4, 4], 9)
 
 
 def model_of(**settings):
