@@ -193,7 +193,8 @@ class SparsitySchedule:
         sizes = [layer.weight.numel() for layer in layers]
         most = [n - math.ceil(LEAST_SHARE * (n - k)) for n, k in zip(sizes, uniform, strict=True)]
         with torch.no_grad():
-            counts = self._threshold.counts(lambda i: layers[i].scores(), most, sum(uniform))
+            nothing = not any(uniform)
+            counts = uniform if nothing else self._threshold.counts(lambda i: layers[i].scores(), most, sum(uniform))
         for layer, count in zip(layers, counts, strict=True):
             layer.set_num_pruned(count)
 
