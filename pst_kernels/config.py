@@ -31,8 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"modules_to_save": ()},
     "recipe": {"beta": 1 / 16, "train_bias": True},
-    "accurate": {"beta": 1 / 16, "train_bias": True, "train_kept": True},
-    "fast": {"beta": 1 / 16, "train_bias": True, "train_kept": True},
+    "accurate": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher"},
+    "fast": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher"},
 }
 
 WITH_KEPT_WEIGHTS = 0.2  # of the steps are frozen where kept weights are trained, if nothing else is said

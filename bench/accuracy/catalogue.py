@@ -104,33 +104,37 @@ KEPT_RATES = tuple(LR[0] | {"kept": rate} for rate in (2e-4, 3.5e-4, 7.5e-4))
 RESTED: dict[str, Any] = {"score_interval": 4}
 RESTED_HALF: dict[str, Any] = {**RESTED, "freeze": 0.5, "cooldown": 0.5}
 FIXED_EARLY: dict[str, Any] = {"freeze": 0.7, "cooldown": 0.7, "warmup": 0.0}
+
+
+def _plain(**settings: Any) -> Any:
+    """The preset as it was: with plain magnitudes."""
+    return preset("accurate", magnitude="plain", **settings)
+
+
+FISHER = _candidate("accurate, Fisher", preset("accurate"), LRS)
+PLAIN = _candidate("accurate, frozen at 70 %", _plain(freeze=0.3, cooldown=0.3, warmup=0.1), LRS)
 FREEZES = (
-    _candidate("accurate, frozen at 70 %", preset("accurate", freeze=0.3, cooldown=0.3, warmup=0.1), LRS),
-    _candidate("accurate, frozen at 50 %", preset("accurate", freeze=0.5, cooldown=0.5, warmup=0.0), LR),
-    _candidate("accurate, frozen at 30 %", preset("accurate", **FIXED_EARLY), LR),
-    _candidate("accurate, frozen at 10 %", preset("accurate", freeze=0.9, cooldown=0.9, warmup=0.0), LR),
-    _candidate("accurate, rate of kept weights", preset("accurate"), KEPT_RATES),
-    _candidate("fast, half at once", preset("accurate", **RESTED_HALF, initial_sparsity=0.5), LR),
-    _candidate("fast, 70 % at once", preset("accurate", **RESTED_HALF, initial_sparsity=0.7), LR, only=0.9),
-    _candidate("fast, nothing at once", preset("accurate", **RESTED_HALF), LR),
-    _candidate("fast, mask fixed as in accurate", preset("accurate", **RESTED), LR),
-    _candidate(
-        "fast, half at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.5), LRS, only=0.9
-    ),
-    _candidate(
-        "fast, 70 % at once, frozen at 30 %", preset("accurate", **FIXED_EARLY, initial_sparsity=0.7), LRS, only=0.9
-    ),
-    _candidate("accurate, as it is", preset("accurate"), LR),
-    _candidate("accurate, one threshold", preset("accurate", allocation="global"), LR),
-    _candidate("accurate, Fisher", preset("accurate", magnitude="fisher"), LR),
-    _candidate("accurate, rank 32", preset("accurate", weight_rank=32), LR),
-    _candidate("accurate, rank 64", preset("accurate", weight_rank=64), LR),
-    _candidate("accurate, rank 32, scores too", preset("accurate", weight_rank=32, score_rank=32), LR),
-    _candidate("accurate, rank 32, Fisher", preset("accurate", weight_rank=32, magnitude="fisher"), LR),
-    _candidate("accurate, Fisher, one threshold", preset("accurate", magnitude="fisher", allocation="global"), LRS),
+    PLAIN,
+    _candidate("accurate, frozen at 50 %", _plain(freeze=0.5, cooldown=0.5, warmup=0.0), LR),
+    _candidate("accurate, frozen at 30 %", _plain(**FIXED_EARLY), LR),
+    _candidate("accurate, frozen at 10 %", _plain(freeze=0.9, cooldown=0.9, warmup=0.0), LR),
+    _candidate("accurate, rate of kept weights", _plain(), KEPT_RATES),
+    _candidate("fast, half at once", _plain(**RESTED_HALF, initial_sparsity=0.5), LR),
+    _candidate("fast, 70 % at once", _plain(**RESTED_HALF, initial_sparsity=0.7), LR, only=0.9),
+    _candidate("fast, nothing at once", _plain(**RESTED_HALF), LR),
+    _candidate("fast, mask fixed as in accurate", _plain(**RESTED), LR),
+    _candidate("fast, half at once, frozen at 30 %", _plain(**FIXED_EARLY, initial_sparsity=0.5), LRS, only=0.9),
+    _candidate("fast, 70 % at once, frozen at 30 %", _plain(**FIXED_EARLY, initial_sparsity=0.7), LRS, only=0.9),
+    _candidate("accurate, as it is", _plain(), LR),
+    _candidate("accurate, one threshold", _plain(allocation="global"), LR),
+    FISHER,
+    _candidate("accurate, rank 32", _plain(weight_rank=32), LR),
+    _candidate("accurate, rank 64", _plain(weight_rank=64), LR),
+    _candidate("accurate, rank 32, Fisher", preset("accurate", weight_rank=32), LR),
+    _candidate("accurate, Fisher, one threshold", preset("accurate", allocation="global"), LRS),
     _candidate(
         "accurate, rank 32, Fisher, one threshold",
-        preset("accurate", weight_rank=32, magnitude="fisher", allocation="global"),
+        preset("accurate", weight_rank=32, allocation="global"),
         LR,
     ),
     _candidate("recipe, one rate", preset("recipe"), LR),
@@ -155,7 +159,7 @@ def _adopted(candidate: Method, name: str) -> Method:
     return replace(candidate, name=name, grid=(), like=candidate.name, candidate=False)
 
 
-RECIPES = (
+RECIPES: tuple[Method, ...] = (
     _adopted(FOUND, "PST, our recipe"),
     _adopted(FOUND_AND_STATES, "PST, our recipe, distilled"),
     # as much beside the blocks as for the methods that train everything; topics have no decoder
@@ -169,19 +173,32 @@ RECIPES = (
     Method(
         "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
     ),
-    Method("PST, fast", preset("fast"), like=FREEZES[0].name),
-    Method("PST, accurate, mask fixed after half", preset("accurate", freeze=0.5, cooldown=0.5), like=FREEZES[0].name),
-    # it was the preset for a day, and came apart for some seeds
-    Method("PST, fast, 70 % at once", preset("accurate", **FIXED_EARLY, initial_sparsity=0.7), like=FREEZES[0].name),
-    Method("PST, accurate", preset("accurate"), like=FREEZES[0].name),
-    Method("PST, accurate, distilled", preset("accurate"), like=FREEZES[0].name, distillation=LOGITS_AND_MORE_STATES),
-    Method("PST, accurate, decoder trained", preset("accurate", decoder=True), like=FREEZES[0].name),
+    Method("PST, fast", preset("fast"), like=FISHER.name),
+    Method("PST, accurate", preset("accurate"), like=FISHER.name),
+    Method("PST, accurate, distilled", preset("accurate"), like=FISHER.name, distillation=LOGITS_AND_MORE_STATES),
+    Method("PST, accurate, decoder trained", preset("accurate", decoder=True), like=FISHER.name),
     Method(
         "PST, accurate, distilled, decoder trained",
         preset("accurate", decoder=True),
-        like=FREEZES[0].name,
+        like=FISHER.name,
         distillation=LOGITS_AND_MORE_STATES,
     ),
+)
+# What the presets were: with plain magnitudes, and for a day with weights pruned before the first step.
+RECIPES += (
+    Method("PST, fast, plain magnitudes", preset("fast", magnitude="plain"), like=PLAIN.name),
+    Method("PST, accurate, plain magnitudes", _plain(), like=PLAIN.name),
+    Method(
+        "PST, accurate, plain magnitudes, distilled", _plain(), like=PLAIN.name, distillation=LOGITS_AND_MORE_STATES
+    ),
+    Method(
+        "PST, accurate, plain magnitudes, distilled, decoder trained",
+        _plain(decoder=True),
+        like=PLAIN.name,
+        distillation=LOGITS_AND_MORE_STATES,
+    ),
+    Method("PST, accurate, mask fixed after half", _plain(freeze=0.5, cooldown=0.5), like=PLAIN.name),
+    Method("PST, fast, 70 % at once", _plain(**FIXED_EARLY, initial_sparsity=0.7), like=PLAIN.name),
 )
 METHODS = {method.name: method for method in (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS, *CANDIDATES)}
 
