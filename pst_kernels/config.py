@@ -99,9 +99,8 @@ class PSTConfig:
             of dense fine-tuning.
         magnitude: "plain" |W'| in the importance, or "fisher": |W'| weighed by the root of its gradient's second moment
             (layers/fisher.py), of which rows and columns are summed up, out + in numbers a layer (one for each weight
-            would be 4 bytes a weight). Backward then makes G in plain PyTorch, and a mask one copy of W at a time.
-            For "unstructured" and "N:M", in one process or under DDP, not compiled, not for experts. No study has
-            shown it to win.
+            would be 4 bytes a weight). A mask then takes one copy of W at a time, and on a GPU backward makes G in
+            plain PyTorch. For "unstructured" and "N:M", in one process or under DDP, not compiled, not for experts.
 
     Raises ValueError or TypeError that names the setting, its value and what is allowed.
     """
@@ -231,9 +230,9 @@ class PSTConfig:
         "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the
         authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
-        the recipe, with kept weights trained once the sparsity has reached its end, which is the earlier the fewer
-        weights go: in the last 30 % of the steps from 90 % sparsity on, in the last 70 % up to 50 %. "fast": the same,
-        but the last 70 % at any sparsity: steps with a fixed mask cost less.
+        the recipe, with magnitude="fisher", and with kept weights trained once the sparsity has reached its end, which
+        is the earlier the fewer weights go: in the last 30 % of the steps from 90 % sparsity on, in the last 70 % up to
+        50 %. "fast": the same, but the last 70 % at any sparsity: steps with a fixed mask cost less.
 
         Raises ValueError for another name.
         """

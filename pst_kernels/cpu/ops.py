@@ -175,9 +175,15 @@ def linear_backward(
 def weighed_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs_input: bool, weighing: Weighing
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`linear_backward` where the score weighs |W'|, in PyTorch on every device: Q = G * (M + p |W'| q)."""
+    """`linear_backward` where the score weighs |W'|: Q = G * (M + p |W'| q). On other devices in PyTorch."""
     masked = _masked_buffer(operands.weight, gy.dtype) if needs_input else None
-    gradients = _factor_gradients(gy, x, operands, through_magnitude, masked, weighing)
+    passes = passes_for(operands.weight, gy.dtype)
+    if passes is None:
+        gradients = _factor_gradients(gy, x, operands, through_magnitude, masked, weighing)
+    else:
+        gradients = passes.factor_gradients(
+            gy, x, operands, through_magnitude, masked, GEMM_ROWS, scratch.get, weighing
+        )
     return gy @ masked if masked is not None else gy.new_empty(0), *gradients
 
 

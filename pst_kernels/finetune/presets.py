@@ -14,7 +14,7 @@ from ..targets import head_modules
 from .settings import OF_RECIPE, Settings
 
 # The settings of PSTConfig that the command line has.
-OPTIONS = {"sparsity": "--sparsity", "weight_rank": "--rank", "score_rank": "--rank"}
+OPTIONS = {"sparsity": "--sparsity", "magnitude": "--magnitude", "weight_rank": "--rank", "score_rank": "--rank"}
 
 
 class ConversionError(ValueError):
@@ -26,6 +26,8 @@ def config(settings: Settings, model: nn.Module) -> PSTConfig:
     more: dict[str, Any] = {}
     if settings.preset != "released":
         more["modules_to_save"] = [*trained_in_full(model), *(norms(model) if settings.preset in OF_RECIPE else ())]
+    if settings.magnitude is not None:
+        more["magnitude"] = settings.magnitude
     return PSTConfig.preset(
         settings.preset, sparsity=settings.sparsity, weight_rank=settings.rank, score_rank=settings.rank, **more
     )

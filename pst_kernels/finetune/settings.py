@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import PRESETS
+from ..config import CHOICES, PRESETS
 from ..parameter_groups import KEPT
 
 METHODS = ("dense", "pst")
@@ -29,6 +29,7 @@ class Settings:
     label_column: str = "label"
     method: str = "both"
     preset: str = "accurate"
+    magnitude: str | None = None
     sparsity: float = 0.9
     steps: int = 150
     epochs: int | None = None
@@ -54,6 +55,8 @@ class Settings:
             raise ValueError(f"--method {self.method!r} is not known; give dense, pst or both")
         if self.preset not in PRESETS:
             raise ValueError(f"--preset {self.preset!r} is not known; give one of {', '.join(PRESETS)}")
+        if self.magnitude not in (None, *CHOICES["magnitude"]):
+            raise ValueError(f"--magnitude {self.magnitude!r} is not known; give {' or '.join(CHOICES['magnitude'])}")
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"--sparsity {self.sparsity} must lie in [0, 1); 0.9 prunes 90 % of every block weight")
         for name in ("steps", "batch_size", "rank", "evaluations", "save_steps"):
@@ -130,6 +133,8 @@ HELP = {
     "method": "dense, pst or both",
     "preset": "of PST: paper, released (the head stays random) or recipe (that of the accuracy study), or accurate"
     " or fast, which add trained kept weights to it",
+    "magnitude": "plain, or fisher: the importance weighs |W'| by its gradient; sums of squares differ between one"
+    " process and several (default: the preset's)",
     "sparsity": "share of every linear weight inside the blocks that PST prunes",
     "steps": "optimizer steps of each method",
     "epochs": "passes over the training texts, in place of --steps",
@@ -158,7 +163,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if field.default is not None:
             kind = type(field.default)
         default = "" if field.default is None else f" (default: {field.default})"
-        choices = {"method": (*METHODS, "both"), "preset": tuple(PRESETS)}.get(field.name)
+        choices = {"method": (*METHODS, "both"), "preset": tuple(PRESETS), "magnitude": CHOICES["magnitude"]}.get(
+            field.name
+        )
         parser.add_argument(
             _flag(field.name), type=kind, default=field.default, choices=choices, help=HELP[field.name] + default
         )

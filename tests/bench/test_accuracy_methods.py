@@ -29,6 +29,12 @@ def test_a_cell_reaches_its_sparsity_and_moves_only_what_trains(method, name):
     trained = train.train(one, task(name), catalogue.METHODS[method], teacher_of(method, name)).model
     masks = methods.masks(trained)
     assert len(masks) == (LINEARS if catalogue.METHODS[method].sparse else 0)
+    if "one threshold" in method:
+        assert sum(int((~m).sum()) for m in masks.values()) == sum(
+            num_pruned_at(m.numel(), 0.5) for m in masks.values()
+        )
+        assert any(int((~m).sum()) != num_pruned_at(m.numel(), 0.5) for m in masks.values())
+        masks = {}
     for layer, mask in masks.items():
         pruned = int((~mask).sum())
         if method == "Wanda + LoRA":

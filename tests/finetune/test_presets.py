@@ -57,6 +57,15 @@ def test_as_released_nothing_but_factors_trains():
     assert {name.rpartition(".")[2] for name in trainable(converted(preset="released"))} == set(FACTORS)
 
 
+def test_magnitudes_are_weighed_by_their_gradients_but_where_they_are_wanted_plain():
+    for preset, magnitude in {"paper": "plain", "recipe": "plain", "accurate": "fisher", "fast": "fisher"}.items():
+        assert PSTConfig.preset(preset).magnitude == magnitude
+        assert get_config(converted(preset=preset)).magnitude == magnitude
+        assert get_config(converted(preset=preset, magnitude="plain")).magnitude == "plain"
+    with pytest.raises(ValueError, match=r"--magnitude 'large' is not known; give plain or fisher"):
+        Settings(magnitude="large")
+
+
 def test_masks_are_fixed_the_earlier_the_fewer_weights_go():
     for sparsity, share in {0.0: 0.7, 0.5: 0.7, 0.6: 0.6, 0.8: 0.4, 0.9: 0.3, 0.97: 0.3}.items():
         found = PSTConfig.preset("accurate", sparsity=sparsity)

@@ -17,7 +17,7 @@ from .views import record_of
 
 _ADDRESSES = (
     "weight", "U", "V", "A", "B", "R", "C", "packed", "masked", "scores", "below", "found", "candidate_scores",
-    "candidate_indices", "gradient", "dU", "dA", "dR", "partial",
+    "candidate_indices", "gradient", "dU", "dA", "dR", "partial", "p", "q", "of_rows",
 )  # fmt: skip
 _NUMBERS = (
     "next", "tasks", "rows_per_task", "first", "last", "out", "columns", "weight_rank", "score_rank", "capacity",
@@ -180,6 +180,9 @@ def gradients(address):
     With D = G * W' and Q = G * (M + |W'|): dU = Q V^T, dA = D B^T, dR = the sum of D along its rows. Down the columns,
     U^T Q, A^T D and the sum of D are added, in this order, to a task's (weight_rank + score_rank + 1, columns) of
     `partial`. Without `through_magnitude`, Q = G * M.
+
+    With `q`, Q = G * (M + p |W'| q), the sums of G^2 along rows are stored, and those down the columns added to one
+    more row of `partial`.
     """
     args = _arguments(address)
     updated, work, G = _pair_buffer(args), np.empty(args.columns, np.float32), np.empty(args.columns, np.float32)
@@ -195,8 +198,11 @@ def gradients(address):
     A, B = _floats(args.A, args.out, args.score_rank), _floats(args.B, args.score_rank, args.columns)
     dU, dA = _floats(args.dU, args.out, args.weight_rank), _floats(args.dA, args.out, args.score_rank)
     dR = _floats(args.dR, 1, args.out)[0]
-    parts = args.weight_rank + args.score_rank + 1
+    sum_of_D, weighs = args.weight_rank + args.score_rank, args.q != 0
+    parts = sum_of_D + 1 + weighs
     partial = _floats(args.partial, args.tasks * parts, args.columns)
+    p, of_rows = _floats(args.p, 1, args.out)[0], _floats(args.of_rows, 1, args.out)[0]
+    across, weighed = _floats(args.q, 1, args.columns)[0], np.empty(args.columns, np.float32)
     while True:
         task, start, stop = _next_rows(address, args)
         if start == stop:
@@ -219,6 +225,10 @@ def gradients(address):
                     else:
                         row_loops.copy(gradient[i - args.first], G)
                     row_loops.multiply(G, row, D[q])
+                    if weighs:
+                        of_rows[i] = row_loops.add_squares(G, sums[sum_of_D + 1])
+                        row_loops.weigh(row, p[i], across, weighed)
+                        row = weighed
                     row_loops.multiply_through(G, flags, row, args.through_magnitude != 0, Q[q])
                     dR[i] = row_loops.total(D[q])
                     row_loops.copy(U[i], left_U[q])
@@ -227,8 +237,8 @@ def gradients(address):
                 row_loops.dots(Q[q], Q[q + 1], V, dU[pair], spare if alone else dU[pair + 1])
                 row_loops.dots(D[q], D[q + 1], B, dA[pair], spare if alone else dA[pair + 1])
             row_loops.add_outer(left_U, Q, sums[: args.weight_rank])
-            row_loops.add_outer(left_A, D, sums[args.weight_rank : args.weight_rank + args.score_rank])
-            row_loops.add_rows(D, sums[parts - 1])
+            row_loops.add_outer(left_A, D, sums[args.weight_rank : sum_of_D])
+            row_loops.add_rows(D, sums[sum_of_D])
 
 
 @part

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pst_kernels.masks.guess import Bracket, Candidates
 from pst_kernels.masks.packing import packed_width
-from pst_kernels.operands import Factors, MaskedWeight, Scales
+from pst_kernels.operands import Factors, MaskedWeight, Scales, Weighing
 
 from . import block_weights, candidates, kernels, small_launch
 from .arguments import Arguments, rows_per_reduction_task, rows_per_task
@@ -100,7 +100,7 @@ def masked_into(out: Tensor, operands: MaskedWeight) -> Tensor:
 
 def factor_gradients(
     gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, masked: Tensor | None, most_rows: int,
-    scratch: Scratch,
+    scratch: Scratch, weighing: Weighing | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The six factor gradients from G = gy^T x, of which at most `most_rows` rows exist at a time.
 
@@ -114,7 +114,8 @@ def factor_gradients(
     group_rows = -(-out // -(-out // most_rows))
     task_rows = rows_per_reduction_task(group_rows, TASKS)
     tasks = -(-group_rows // task_rows)
-    partial = scratch("partial sums", (tasks, up + score + 1, columns), torch.float32, gy.device).zero_()
+    sums = up + score + 1 + (weighing is not None)
+    partial = scratch("partial sums", (tasks, sums, columns), torch.float32, gy.device).zero_()
     gradient = scratch("gradient", (group_rows, columns), gy.dtype, gy.device)
     arguments.set(
         packed=mask.contiguous(), through_magnitude=int(through_magnitude), dU=dU, dA=dA, dR=dR, partial=partial,
@@ -122,11 +123,15 @@ def factor_gradients(
     )  # fmt: skip
     if masked is not None:
         arguments.set(masked=masked)
+    if weighing is not None:
+        arguments.set(p=weighing.p.contiguous(), q=weighing.q.contiguous(), of_rows=weighing.of_rows)
     for first in range(0, out, group_rows):
         last = min(first + group_rows, out)
         torch.mm(gy[:, first:last].T, x, out=gradient[: last - first])
         arguments.run(kernels.gradients, task_rows, first, last)
     weight_rank, score_rank = factors.weight_rank, factors.score_rank
     dV, dB, dC = partial[:, :weight_rank].sum(0), partial[:, up : up + score_rank].sum(0), partial[:, up + score].sum(0)
+    if weighing is not None:
+        weighing.of_columns.add_(partial[:, -1].sum(0))
     beta, alpha1, alpha2 = scales
     return dU[:, :weight_rank] * beta, dV, dA[:, :score_rank] * alpha1, dB, dR.mul_(alpha2), dC.mul_(alpha2)

@@ -191,6 +191,13 @@ def multiply_through(gradient, flags, updated, through_magnitude, out):
         select(flags, gradient, out)
 
 
+@row
+def weigh(updated, p, q, out):
+    """out = p W' q, of one row."""
+    for j in range(out.size):
+        out[j] = updated[j] * p * q[j]
+
+
 @reduction
 def dots(values, values2, right, out, out2):
     """out (r,) = right (r, n) @ values (n,), and out2 likewise, r a multiple of RANKS."""
@@ -229,6 +236,17 @@ def total(values):
     result = np.float32(0)
     for j in range(values.size):
         result += values[j]
+    return result
+
+
+@reduction
+def add_squares(values, out):
+    """out (n,) += values^2; returns their sum."""
+    result = np.float32(0)
+    for j in range(out.size):
+        square = values[j] * values[j]
+        out[j] += square
+        result += square
     return result
 
 
