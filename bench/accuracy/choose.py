@@ -13,12 +13,18 @@ from .record import TUNE, Cell, Row, setting_text
 
 TUNING_SEED = 100  # none of the seeds that are reported
 SPARSITY_SLACK = 0.02  # what a method without an exact target may miss it by
-TUNED_AT = {0.8: 0.9}  # a sparsity that is not tuned itself takes the setting chosen at this one, for every method
+# With few labels a sparsity that is not tuned itself takes the setting chosen at this one, for every method.
+TUNED_AT = {0.8: 0.9}
 
 
 def tuning_cells(cell: Cell, grid: Sequence[Setting], seed: int = TUNING_SEED) -> list[Cell]:
     """The cells that must be finished before the setting of `cell` is known."""
-    return every_setting(dataclasses.replace(cell, sparsity=TUNED_AT.get(cell.sparsity, cell.sparsity)), grid, seed)
+    return every_setting(dataclasses.replace(cell, sparsity=tuned_at(cell)), grid, seed)
+
+
+def tuned_at(cell: Cell) -> float:
+    """The sparsity whose setting the cell takes."""
+    return TUNED_AT.get(cell.sparsity, cell.sparsity) if cell.labels_each else cell.sparsity
 
 
 def every_setting(cell: Cell, grid: Sequence[Setting], seed: int) -> list[Cell]:

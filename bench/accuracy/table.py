@@ -13,7 +13,7 @@ from pst_kernels.files import replacing
 
 from ..tables.table import replace_between
 from .catalogue import ABLATIONS, BASELINES, CANDIDATES, PATTERNS, PST, RECIPES
-from .choose import TUNED_AT
+from .choose import tuned_at
 from .record import FINAL, SHOW, Cell, Row
 from .tasks import TASKS
 
@@ -139,9 +139,10 @@ def caption(tested: Sequence[Row]) -> str:
 def _borrowed(tested: Sequence[Row]) -> str:
     """What was not tuned itself, and whose rates it takes."""
     rules = [
-        f"; {_percent(to)} takes those chosen at {_percent(at)}" for to, at in TUNED_AT.items()
-        if any(row.cell.sparsity == to for row in tested)
-    ]  # fmt: skip
+        f"; {_percent(to)} takes those chosen at {_percent(at)}"
+        for to, at in sorted({(row.cell.sparsity, tuned_at(row.cell)) for row in tested})
+        if to != at
+    ]
     rules += [
         f"; {method.name} takes those of {method.like}" for method in RECIPES
         if method.like in TESTED and any(row.cell.method == method.name for row in tested)
