@@ -68,7 +68,7 @@ def test_a_recipe_is_tested_at_the_setting_of_the_candidate_that_it_was(fake, tm
     assert dataclasses.replace(recipe, name=before.name, grid=before.grid, like=None, candidate=True) == before
 
 
-def test_80_percent_takes_the_rates_chosen_at_90(fake, tmp_path):
+def test_with_few_labels_80_percent_takes_the_rates_chosen_at_90(fake, tmp_path):
     assert job.main(options(tmp_path, "--methods", "PST", "--sparsities", "0.8", "--seeds", "1")) == 0
     assert [(one.stage, one.sparsity) for one in fake] == [(TUNE, 0.9)] * 3 + [(FINAL, 0.8)]
     fake.clear()
