@@ -184,6 +184,8 @@ RECIPES: tuple[Method, ...] = (
         distillation=LOGITS_AND_MORE_STATES,
     ),
 )
+# As for magnitude pruning: the rate below, where validation chose the highest.
+RECIPES += (Method("PST, accurate, at 1.5e-4", preset("accurate"), LR),)
 # What the presets were: with plain magnitudes, and for a day with weights pruned before the first step.
 RECIPES += (
     Method("PST, fast, plain magnitudes", preset("fast", magnitude="plain"), like=PLAIN.name),
