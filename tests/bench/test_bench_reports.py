@@ -221,7 +221,8 @@ def test_the_readmes_table_is_that_of_the_files(tmp_path, capsys):
     assert command.main(["front", "--readme", str(readme)]) == 0
     assert "PST, accurate" in capsys.readouterr().out
     assert readme.read_text(encoding="utf-8") == before
-    assert before.count("\n| PST, accurate") == 2
+    assert before.count("\n| PST, accurate") == 3
+    assert "| taught by the dense model | topics, % |" in before
     assert "shapes decodes" in before
     assert "times its time for one layer" in before
 
