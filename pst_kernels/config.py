@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher"},
 }
 
+WEIGHED_ABOVE = 0.5  # up to this sparsity the presets' magnitudes are plain
 WITH_KEPT_WEIGHTS = 0.2  # of the steps are frozen where kept weights are trained, if nothing else is said
 
 
@@ -230,17 +231,20 @@ class PSTConfig:
         "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the
         authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
-        the recipe, with magnitude="fisher", and with kept weights trained once the sparsity has reached its end, which
-        is the earlier the fewer weights go: in the last 30 % of the steps from 90 % sparsity on, in the last 70 % up to
-        50 %. "fast": the same, but the last 70 % at any sparsity: steps with a fixed mask cost less.
+        the recipe, with magnitude="fisher" above 50 %, and with kept weights trained once the sparsity has reached its
+        end, which is the earlier the fewer weights go: in the last 30 % of the steps from 90 % sparsity on, in the last
+        70 % up to 50 %. "fast": the same, but the last 70 % at any sparsity: steps with a fixed mask cost less.
 
         Raises ValueError for another name.
         """
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known; give one of {', '.join(PRESETS)}")
         found = PRESETS[name] | settings
+        plain = cls(**(found | {"magnitude": "plain"}))
+        sparsity, of_blocks = plain.sparsity, patterns.parse(plain.pattern).block_size is not None
+        if "magnitude" not in settings and (sparsity <= WEIGHED_ABOVE or of_blocks):
+            found["magnitude"] = "plain"
         if found.get("train_kept") and "freeze" not in found and "cooldown" not in found:
-            sparsity = cls(**found).sparsity
             found["freeze"] = found["cooldown"] = 0.7 if name == "fast" else _fixed_share(sparsity)
             if name == "fast" and sparsity > 0.5:
                 found.setdefault("warmup", 0.0)  # the weights have fewer steps to go in

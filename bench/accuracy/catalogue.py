@@ -111,7 +111,7 @@ def _plain(**settings: Any) -> Any:
     return preset("accurate", magnitude="plain", **settings)
 
 
-FISHER = _candidate("accurate, Fisher", preset("accurate"), LRS)
+FISHER = _candidate("accurate, Fisher", preset("accurate", magnitude="fisher"), LRS)
 PLAIN = _candidate("accurate, frozen at 70 %", _plain(freeze=0.3, cooldown=0.3, warmup=0.1), LRS)
 FREEZES = (
     PLAIN,
@@ -130,11 +130,11 @@ FREEZES = (
     FISHER,
     _candidate("accurate, rank 32", _plain(weight_rank=32), LR),
     _candidate("accurate, rank 64", _plain(weight_rank=64), LR),
-    _candidate("accurate, rank 32, Fisher", preset("accurate", weight_rank=32), LR),
-    _candidate("accurate, Fisher, one threshold", preset("accurate", allocation="global"), LRS),
+    _candidate("accurate, rank 32, Fisher", preset("accurate", weight_rank=32, magnitude="fisher"), LR),
+    _candidate("accurate, Fisher, one threshold", preset("accurate", allocation="global", magnitude="fisher"), LRS),
     _candidate(
         "accurate, rank 32, Fisher, one threshold",
-        preset("accurate", weight_rank=32, allocation="global"),
+        preset("accurate", weight_rank=32, allocation="global", magnitude="fisher"),
         LR,
     ),
     _candidate("recipe, one rate", preset("recipe"), LR),
@@ -186,6 +186,18 @@ RECIPES: tuple[Method, ...] = (
 )
 # As for magnitude pruning: the rate below, where validation chose the highest.
 RECIPES += (Method("PST, accurate, at 1.5e-4", preset("accurate"), LR),)
+# With magnitudes weighed at 50 % too, where the presets' are plain.
+WEIGHED = preset("accurate", magnitude="fisher")
+RECIPES += (
+    Method("PST, accurate, weighed", WEIGHED, like=FISHER.name),
+    Method("PST, accurate, weighed, distilled", WEIGHED, like=FISHER.name, distillation=LOGITS_AND_MORE_STATES),
+    Method(
+        "PST, accurate, weighed, distilled, decoder trained",
+        preset("accurate", decoder=True, magnitude="fisher"),
+        like=FISHER.name,
+        distillation=LOGITS_AND_MORE_STATES,
+    ),
+)
 # What the presets were: with plain magnitudes, and for a day with weights pruned before the first step.
 RECIPES += (
     Method("PST, fast, plain magnitudes", preset("fast", magnitude="plain"), like=PLAIN.name),

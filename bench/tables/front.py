@@ -20,6 +20,7 @@ from .table import replace_between
 SPARSITIES = (0.5, 0.8, 0.9)
 TASK, CASE = "topic", f"768 -> 3072, T = {TOKENS}"
 HEADS = ("", "accuracy, %", "training time", "training memory", "inference", "file", "trained numbers, M")
+SEEDS = 3  # a mean of fewer says so
 NOTHING = "-"
 
 
@@ -81,10 +82,10 @@ def made(folder: Path) -> tuple[list[list[str]], str]:
     dates = sorted({row.date for row in studied})
     caption = (
         "At 50 / 80 / 90 % sparsity, over dense. Accuracy: topics of BBC articles, all labels, 500 steps, mean of three"
-        " seeds, MiniLM; magnitude and accurate without a teacher at 80 and 90 % at the rate below the chosen one, at which two"
-        f" of three seeds of magnitude come apart ([the study](docs/accuracy.md), to {dates[-1]}). Training: whole runs of MiniLM, 16 x 128 tokens; memory of"
-        " tensors, at its highest. Inference: one layer 768 -> 3072, T = 1024. File: of the pruned layers,"
-        f" computed: a bit a weight and the kept ones. Measured on CPU, fp32, {speed[0].instructions}"
+        " seeds (or so many), MiniLM; magnitude and accurate without a teacher at 80 and 90 % at the rate below the chosen one, at"
+        f" which two of three seeds of magnitude come apart ([the study](docs/accuracy.md), to {dates[-1]}). Training:"
+        " whole runs of MiniLM, 16 x 128 tokens; memory of tensors, at its highest. Inference: one layer 768 -> 3072,"
+        f" T = 1024. File: of the pruned layers, computed: a bit a weight and the kept ones. Measured on CPU, fp32, {speed[0].instructions}"
         f" ([all tables](docs/performance.md)): {_where(under)}; inference {_where(under_speed)}."
     )
     return lines, caption
@@ -112,7 +113,8 @@ def _accuracy(studied: Iterable[Any], method: Method) -> str:
         for row in studied:
             if row.cell.method == name and row.test is not None:
                 tested.setdefault(row.cell.sparsity, []).append(row.test)
-        texts |= {sparsity: f"{100 * mean(found):.1f}" for sparsity, found in tested.items()}
+        for sparsity, found in tested.items():
+            texts[sparsity] = f"{100 * mean(found):.1f}" + ("" if len(found) >= SEEDS else f" ({len(found)})")
     return _joined(texts)
 
 

@@ -17,7 +17,11 @@ TASKS = {
     "package": ("packages, %", lambda value: f"{100 * value:.1f}", ""),
     "masked words": ("masked words, nats", lambda value: f"{value:.2f}", ", decoder trained"),
 }
-LINES = {"dense, the teacher": "dense", "magnitude": "magnitude, distilled", "PST, accurate": "PST, accurate, distilled"}
+LINES = {
+    "dense, the teacher": "dense",
+    "magnitude": "magnitude, distilled",
+    "PST, accurate": "PST, accurate, distilled",
+}
 OURS = "PST"
 
 

@@ -72,7 +72,9 @@ def test_with_few_labels_80_percent_takes_the_rates_chosen_at_90(fake, tmp_path)
     assert job.main(options(tmp_path, "--methods", "PST", "--sparsities", "0.8", "--seeds", "1")) == 0
     assert [(one.stage, one.sparsity) for one in fake] == [(TUNE, 0.9)] * 3 + [(FINAL, 0.8)]
     fake.clear()
-    assert job.main(options(tmp_path, "--study", "long", "--methods", "PST", "--sparsities", "0.8", "--seeds", "1")) == 0
+    assert (
+        job.main(options(tmp_path, "--study", "long", "--methods", "PST", "--sparsities", "0.8", "--seeds", "1")) == 0
+    )
     assert [(one.stage, one.sparsity) for one in fake] == [(TUNE, 0.8)] * 3 + [(FINAL, 0.8)]  # all labels: its own
     assert fake[-1].setting == record.setting_text(catalogue.PST_RATES[-1])
 

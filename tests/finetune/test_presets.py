@@ -59,6 +59,13 @@ def test_as_released_nothing_but_factors_trains():
 
 def test_magnitudes_are_weighed_by_their_gradients_but_where_they_are_wanted_plain():
     for preset, magnitude in {"paper": "plain", "recipe": "plain", "accurate": "fisher", "fast": "fisher"}.items():
+        assert (
+            PSTConfig.preset(preset, sparsity=0.5).magnitude
+            == PSTConfig.preset(preset, pattern="2:4").magnitude
+            == "plain"
+        )
+        assert PSTConfig.preset(preset, sparsity=0.51).magnitude == magnitude
+        assert PSTConfig.preset(preset, pattern="block:16", train_kept=False).magnitude == "plain"
         assert PSTConfig.preset(preset).magnitude == magnitude
         assert get_config(converted(preset=preset)).magnitude == magnitude
         assert get_config(converted(preset=preset, magnitude="plain")).magnitude == "plain"
