@@ -82,8 +82,8 @@ def made(folder: Path) -> tuple[list[list[str]], str]:
     dates = sorted({row.date for row in studied})
     caption = (
         "At 50 / 80 / 90 % sparsity, over dense. Accuracy: topics of BBC articles, all labels, 500 steps, mean of three"
-        " seeds, or of as many as stand beside it, MiniLM; magnitude and accurate without a teacher at 80 and 90 % at the"
-        " rate below the chosen one, at which two of three seeds of magnitude come apart"
+        " seeds, or of as many as stand beside it, MiniLM; magnitude and accurate without a teacher at 80 and 90 % at"
+        " the rate below the chosen one, at which two of three seeds of magnitude come apart"
         f" ([the study](docs/accuracy.md), to {dates[-1]}). Training: whole runs of MiniLM, 16 x 128 tokens; memory of"
         " tensors, at its highest. Inference: one layer 768 -> 3072, T = 1024. File: of the pruned layers, computed: a"
         f" bit a weight and the kept ones. Measured on CPU, fp32, {speed[0].instructions}"
