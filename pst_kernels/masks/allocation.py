@@ -39,13 +39,11 @@ class OneThreshold:
         if not 0 <= count <= sum(most):
             raise ValueError(f"count must be in [0, {sum(most)}], which is what all matrices may lose, got {count}")
         bracket = Guess.load(self.state).bracket(count / self.numel) if self.numel else None
-        found = _near(scores_of, most, count, bracket) if bracket is not None else None
-        if found is None:
-            return self._by_histograms(scores_of, most, count)
-        counts, value, near = found
-        assert bracket is not None
-        self._remember(value, (bracket.upper - bracket.lower) * self.numel / near, count)
-        return torch.from_numpy(counts)
+        if bracket is not None and (found := _near(scores_of, most, count, bracket)) is not None:
+            counts, value, near = found
+            self._remember(value, (bracket.upper - bracket.lower) * self.numel / near, count)
+            return torch.from_numpy(counts)
+        return self._by_histograms(scores_of, most, count)
 
     def _by_histograms(self, scores_of: ScoresOf, most: Sequence[int], count: int) -> Tensor:
         matrices = range(len(most))
