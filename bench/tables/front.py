@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple
 
 from ..accuracy import record
@@ -16,12 +15,10 @@ from . import rows as results
 from . import taught
 from .sentences import sentences
 from .table import replace_between
+from .taught import SPARSITIES, joined, means, percent
 
-SPARSITIES = (0.5, 0.8, 0.9)
 TASK, CASE = "topic", f"768 -> 3072, T = {TOKENS}"
 HEADS = ("", "accuracy, %", "training time", "training memory", "inference", "file", "trained numbers, M")
-SEEDS = 3  # a mean of fewer says so
-NOTHING = "-"
 
 
 class Method(NamedTuple):
@@ -72,8 +69,8 @@ def made(folder: Path) -> tuple[list[list[str]], str]:
     studied = [row for row in record.read(folder / "long" / "accuracy.csv").values() if row.cell.task == TASK]
     runs, under = training.REPORT.read(folder / "training.json")
     speed, under_speed = sparse.REPORT.read(folder / "sparse.json")
-    used = _joined({row.sparsity: f"{row.ratio:.2f}" for row in speed if _is_use(row)})
-    files = _joined({s: f"{1 / 32 + 1 - s:.2f}" for s in SPARSITIES})  # a bit a weight, and 32 a kept one
+    used = joined({row.sparsity: f"{row.ratio:.2f}" for row in speed if _is_use(row)})
+    files = joined({s: f"{1 / 32 + 1 - s:.2f}" for s in SPARSITIES})  # a bit a weight, and 32 a kept one
     lines = [
         [name, _accuracy(studied, method), *_training(runs, method), *((used, files) if name in PRUNED else ("1", "1")),
          _trained(runs, studied, method)]
@@ -101,22 +98,11 @@ def _is_use(row: Row) -> bool:
     return row.case == CASE and row.what == "y = x W^T"
 
 
-def _joined(texts: Mapping[float, str]) -> str:
-    """One a sparsity, or one for all: where they are the same, as of a method that does not prune."""
-    found = [texts.get(s, texts.get(0.0, NOTHING)) for s in SPARSITIES]
-    return found[0] if len(set(found)) == 1 else " / ".join(found)
-
-
 def _accuracy(studied: Iterable[Any], method: Method) -> str:
     texts: dict[float, str] = {}
     for name in reversed(method.studied):
-        tested: dict[float, list[float]] = {}
-        for row in studied:
-            if row.cell.method == name and row.test is not None:
-                tested.setdefault(row.cell.sparsity, []).append(row.test)
-        for sparsity, found in tested.items():
-            texts[sparsity] = f"{100 * mean(found):.1f}" + ("" if len(found) >= SEEDS else f" ({len(found)})")
-    return _joined(texts)
+        texts |= means(studied, name, percent)
+    return joined(texts)
 
 
 def _training(runs: Sequence[training.Row], method: Method) -> tuple[str, str]:
@@ -125,10 +111,10 @@ def _training(runs: Sequence[training.Row], method: Method) -> tuple[str, str]:
         return "1", "1"
     of_method = {row.sparsity: row for row in runs if row.method == method.trained}
 
-    def joined(text: Callable[[training.Row], str]) -> str:
-        return _joined({sparsity: text(row) for sparsity, row in of_method.items()})
+    def of_all(text: Callable[[training.Row], str]) -> str:
+        return joined({sparsity: text(row) for sparsity, row in of_method.items()})
 
-    time, memory = joined(lambda row: f"{row.ratio:.2f}"), joined(lambda row: f"{row.memory / row.dense_memory:.2f}")
+    time, memory = of_all(lambda row: f"{row.ratio:.2f}"), of_all(lambda row: f"{row.memory / row.dense_memory:.2f}")
     return (f"{time}, and the teacher", f"{memory}, and the teacher") if method.taught else (time, memory)
 
 
@@ -136,4 +122,4 @@ def _trained(runs: Sequence[training.Row], studied: Iterable[Any], method: Metho
     numbers = {row.sparsity: row.trainable for row in runs if row.method == method.trained}
     if method.trained is None:
         numbers = {row.cell.sparsity: row.trainable for row in studied if row.cell.method in method.studied}
-    return _joined({sparsity: f"{count / 1e6:.1f}" for sparsity, count in numbers.items()})
+    return joined({sparsity: f"{count / 1e6:.1f}" for sparsity, count in numbers.items()})

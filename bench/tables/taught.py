@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 
@@ -10,11 +10,18 @@ from ..accuracy import record
 from ..accuracy.record import FINAL, Row
 
 SPARSITIES = (0.5, 0.8, 0.9)
+SEEDS = 3  # a mean of fewer says so
 NOTHING = "-"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
 # Heading, how a result is shown, and what a task's models train beside their blocks, which a method's name tells.
 TASKS = {
-    "topic": ("topics, %", lambda value: f"{100 * value:.1f}", ""),
-    "package": ("packages, %", lambda value: f"{100 * value:.1f}", ""),
+    "topic": ("topics, %", percent, ""),
+    "package": ("packages, %", percent, ""),
     "masked words": ("masked words, nats", lambda value: f"{value:.2f}", ", decoder trained"),
 }
 LINES = {
@@ -36,10 +43,22 @@ def table(folder: Path) -> str:
 def _cell(studied: Iterable[Row], method: str, task: str) -> str:
     _, shown, more = TASKS[task]
     name = method + more if method.startswith(OURS) else method
+    return joined(means((row for row in studied if row.cell.task == task), name, shown))
+
+
+def means(studied: Iterable[Row], method: str, shown: Callable[[float], str]) -> dict[float, str]:
+    """Of the test results of one task, by sparsity."""
     tested: dict[float, list[float]] = {}
     for row in studied:
-        if row.cell.task == task and row.cell.method == name and row.test is not None:
+        if row.cell.method == method and row.test is not None:
             tested.setdefault(row.cell.sparsity, []).append(row.test)
-    if tested.keys() == {0.0}:
-        return shown(mean(tested[0.0]))
-    return " / ".join(shown(mean(tested[s])) if s in tested else NOTHING for s in SPARSITIES)
+    return {
+        sparsity: shown(mean(found)) + ("" if len(found) >= SEEDS else f" ({len(found)})")
+        for sparsity, found in tested.items()
+    }
+
+
+def joined(texts: Mapping[float, str]) -> str:
+    """One a sparsity, or one for all: where they are the same, as of a method that does not prune."""
+    found = [texts.get(s, texts.get(0.0, NOTHING)) for s in SPARSITIES]
+    return found[0] if len(set(found)) == 1 else " / ".join(found)
