@@ -164,11 +164,7 @@ def linear_backward(
     if is_small(weight):
         dx = gy.new_empty(0) if masked is None else gy @ small.masked_into(masked, operands)
         return dx, *small.factor_gradients(gy, x, operands, through_magnitude)
-    passes = passes_for(weight, gy.dtype)
-    if passes is None:
-        gradients = _factor_gradients(gy, x, operands, through_magnitude, masked)
-    else:
-        gradients = passes.factor_gradients(gy, x, operands, through_magnitude, masked, GEMM_ROWS, scratch.get)
+    gradients = _gradients(gy, x, operands, through_magnitude, masked)
     return gy @ masked if masked is not None else gy.new_empty(0), *gradients
 
 
@@ -177,13 +173,7 @@ def weighed_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`linear_backward` where the score weighs |W'|: Q = G * (M + p |W'| q). On other devices in PyTorch."""
     masked = _masked_buffer(operands.weight, gy.dtype) if needs_input else None
-    passes = passes_for(operands.weight, gy.dtype)
-    if passes is None:
-        gradients = _factor_gradients(gy, x, operands, through_magnitude, masked, weighing)
-    else:
-        gradients = passes.factor_gradients(
-            gy, x, operands, through_magnitude, masked, GEMM_ROWS, scratch.get, weighing
-        )
+    gradients = _gradients(gy, x, operands, through_magnitude, masked, weighing)
     return gy @ masked if masked is not None else gy.new_empty(0), *gradients
 
 
@@ -200,6 +190,17 @@ def block_backward(
         for factor in operands.factors[2:]
     )
     return dx, dU, dV, dA, dB, dR, dC
+
+
+def _gradients(
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, masked: Tensor | None,
+    weighing: Weighing | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """By the compiled passes where they take these tensors, in PyTorch elsewhere; `masked` gets M * W'."""
+    passes = passes_for(operands.weight, gy.dtype)
+    if passes is None:
+        return _factor_gradients(gy, x, operands, through_magnitude, masked, weighing)
+    return passes.factor_gradients(gy, x, operands, through_magnitude, masked, GEMM_ROWS, scratch.get, weighing)
 
 
 def _factor_gradients(
