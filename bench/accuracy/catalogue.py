@@ -113,6 +113,13 @@ def _plain(**settings: Any) -> Any:
 
 FISHER = _candidate("accurate, Fisher", preset("accurate", magnitude="fisher"), LRS)
 PLAIN = _candidate("accurate, frozen at 70 %", _plain(freeze=0.3, cooldown=0.3, warmup=0.1), LRS)
+FIXED_AT_A_FIFTH: dict[str, Any] = {"freeze": 0.8, "cooldown": 0.8, "warmup": 0.0}
+FASTER = (
+    _candidate("fast, weighed", preset("fast"), LR),
+    _candidate("fast, weighed, scores rest", preset("fast", score_interval=2), LR),
+    _candidate("fast, weighed, frozen at 20 %", preset("fast", **FIXED_AT_A_FIFTH), LR),
+    _candidate("fast, weighed, frozen at 20 %, scores rest", preset("fast", **FIXED_AT_A_FIFTH, score_interval=2), LR),
+)
 FREEZES = (
     PLAIN,
     _candidate("accurate, frozen at 50 %", _plain(freeze=0.5, cooldown=0.5, warmup=0.0), LR),
@@ -145,6 +152,7 @@ CANDIDATES = (
     FOUND_AND_LOGITS,
     FOUND_AND_STATES,
     *SCREENED,
+    *FASTER,
     *FREEZES,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
