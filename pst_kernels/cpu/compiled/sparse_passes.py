@@ -11,6 +11,7 @@ import numpy as np
 from pst_kernels.masks.chunks import CHUNK
 
 from .jit import inlined, part, whole_pass
+from .row_order import WINDOW
 from .threads import take_task
 from .vectors import (
     HALVES,
@@ -26,12 +27,14 @@ from .vectors import (
 )
 from .views import floats_at, halves_at, integers_at, record_of
 
-ROWS = 512  # rows whose sums are held at once: 128 KB with 64 tokens, which stay in a core's second cache
+ROWS = WINDOW  # rows whose sums are held at once: 128 KB with 64 tokens, which stay in a core's second cache
 _NUMBERS = (
     "next", "slots", "tasks", "groups", "group_rows", "rows", "columns", "tokens", "first_tile", "packed_bytes",
     "x_stride", "y_stride", "x_is_bf16", "y_is_bf16", "values_are_bf16", "adds",
 )  # fmt: skip
-_ADDRESSES = ("x", "y", "values", "offsets", "pointers", "bias", "tiles", "packed", "sums", "packed_y", "out")
+_ADDRESSES = (
+    "x", "y", "values", "offsets", "pointers", "bias", "tiles", "packed", "sums", "packed_y", "out", "order",
+)  # fmt: skip
 # `packed_bytes` lie between the scratch of two threads; an address of 0: there is none
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
 _frame = record_of("record_of_sparse_passes", FRAME)
@@ -127,13 +130,15 @@ def _form(width):
 
 @part
 def _chunk_product(f, chunk, form, width, panel, sums, first, last):
-    """Add one chunk's columns to the sums of rows first to last."""
+    """Add one chunk's columns to the sums of rows first to last, a whole window where lists are ordered."""
     pointers = integers_at(f.pointers + 4 * chunk * f.rows, f.rows + 1)
     size = 2 if f.values_are_bf16 else 4
     bias = floats_at(f.bias, f.rows)
     starts = np.int64(chunk == 0)
-    for i in range(first, last):
-        begin, end = np.int64(pointers[i]), np.int64(pointers[i + 1])
+    order = halves_at(f.order + 2 * (chunk * f.rows + first), last - first)
+    for place in range(first, last):
+        begin, end = np.int64(pointers[place]), np.int64(pointers[place + 1])
+        i = first + np.int64(order[place - first]) if f.order else place
         start = bias[i] if starts and f.bias else np.float32(0)
         row_product(
             form, f.values + begin * size, f.offsets + begin, end - begin, panel, sums + (i - first) * width * 4,
