@@ -52,7 +52,8 @@ def cpu_passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 # Fixtures of a module that take long, and the files that have them: one worker runs such a file, and makes them once.
 SHARED = {"found", "finished", "launched", "measured", "report"}
 TOGETHER = {
-    "test_linear_interpreted.py", "test_blocks_interpreted.py", "test_sparse_interpreted.py", "test_finetune.py",
+    "test_linear_interpreted.py", "test_blocks_interpreted.py", "test_sparse_interpreted.py",
+    "test_weighed_interpreted.py", "test_finetune.py",
     "test_distributed.py", "test_parallel_loading.py", "test_minilm.py", "test_machine_code.py", "test_host.py",
 }  # fmt: skip
 COMPILED = {"emulator", "found", "report"}  # what asks for these is no part of `make test-quick`

@@ -12,6 +12,7 @@ from .ops import (
     prune_mask,
     scores,
     split_for,
+    weighed_backward,
 )
 from .rested import rested_backward
 from .scratch import release as release_scratch
@@ -32,4 +33,5 @@ __all__ = [
     "rested_backward",
     "scores",
     "split_for",
+    "weighed_backward",
 ]  # fmt: skip

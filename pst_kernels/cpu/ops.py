@@ -171,7 +171,7 @@ def linear_backward(
 def weighed_backward(
     gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs_input: bool, weighing: Weighing
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`linear_backward` where the score weighs |W'|: Q = G * (M + p |W'| q). On other devices in PyTorch."""
+    """`linear_backward` where the score weighs |W'|: Q = G * (M + p |W'| q)."""
     masked = _masked_buffer(operands.weight, gy.dtype) if needs_input else None
     gradients = _gradients(gy, x, operands, through_magnitude, masked, weighing)
     return gy @ masked if masked is not None else gy.new_empty(0), *gradients

@@ -8,7 +8,7 @@ weight. F counts over its mean: so |W'| stays as large beside A B + R + C as wit
     S = p |W'| q + alpha1 A B + alpha2 (R + C)        Q = G * (M + p |W'| q)
 
 As p |W'| q = |p W q + beta (p U) (V q)|, the passes that make any mask make this one, of p W q, which exists for one
-layer at a time. All of G passes by in a backward (cpu/ops.py); one of a step in which the scores rest does not make it,
+layer at a time. All of G passes by in a backward (`weighed_backward` of the rooms); one of a step in which the scores rest does not make it,
 and leaves F and |W'|'s part of Q out. At an optimizer's step what its backwards have seen joins the running sums.
 """
 
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import ops
-from ..cpu.ops import weighed_backward
 from ..masks import due
 from ..masks.refresh import Weights, refresh
 from ..operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype
@@ -125,7 +124,7 @@ class WeighedRoom:
             return self.kernels.linear_backward(gy, x, operands, through_magnitude, needs, split)
         p, q = weighings(self.moments.held, self.moments.shape, compute_dtype(operands.weight.dtype))
         weighing = Weighing(p, q, p.new_empty(len(p)), torch.zeros_like(q))
-        found = weighed_backward(gy, x, operands, through_magnitude, needs.input, weighing)
+        found = self.kernels.weighed_backward(gy, x, operands, through_magnitude, needs.input, weighing)
         self.moments.see(weighing.of_rows, weighing.of_columns)
         return found
 

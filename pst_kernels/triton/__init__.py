@@ -16,6 +16,7 @@ from .score import scores
 from .select import kth_value
 from .sparse_matmul import sparse_forward, sparse_input_gradient
 from .sparse_matmul import takes as takes_sparse
+from .weighed_gradients import weighed_backward
 
 __all__ = [
     "LayerTensors",
@@ -35,4 +36,5 @@ __all__ = [
     "sparse_input_gradient",
     "split_for",
     "takes_sparse",
+    "weighed_backward",
 ]  # fmt: skip

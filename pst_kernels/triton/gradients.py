@@ -43,7 +43,7 @@ from .launch import Launch
 from .matmul import Split, input_gradient, one_stride
 from .ptx import split
 from .score import checked_operands
-from .tiles import choice, targets
+from .tiles import choice, tables, targets
 from .tiles.targets import Platform, cdiv
 
 
@@ -289,22 +289,41 @@ def _launches(problem: Problem, plan: choice.GradientPlan, platform: Platform) -
 
 def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: int) -> Factors:
     """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`, `through_magnitude` as `gate` takes it."""
+    plan = _plan(x, operands, x.shape[0])
+    return _reduced(gy, x, gy.T @ x if plan.g_stored else x, operands, through_magnitude, plan)
+
+
+def gradients_of_stored(G: Tensor, operands: MaskedWeight, through_magnitude: int) -> Factors:
+    """`factor_gradients` of a G (out, in), contiguous, in fp32 or bf16."""
+    enough = max(tables.G_STORED_TOKENS.values())
+    return _reduced(G, G, G, operands, through_magnitude, _plan(G, operands, enough))
+
+
+def _plan(x: Tensor, operands: MaskedWeight, tokens: int) -> choice.GradientPlan:
+    weight, factors, *_ = operands
+    (rows, columns), ranks = weight.shape, (factors.weight_rank, factors.score_rank)
+    architecture = targets.platform(x.device).architecture
+    return choice.gradient_plan(architecture, x.dtype, weight.dtype, (rows, columns), tokens, ranks)
+
+
+def _reduced(
+    gy: Tensor, x: Tensor, G: Tensor, operands: MaskedWeight, through_magnitude: int, plan: choice.GradientPlan
+) -> Factors:
+    """Of gy and x, or of G where the plan says that it is stored; the others are looked at for their dtype alone."""
     weight, factors, mask, scales = operands
     (rows, columns), tokens = weight.shape, x.shape[0]
     if not tokens or not weight.numel():
         return factors.map(lambda factor: torch.zeros_like(factor, dtype=torch.float32))
     weight, stride, along_columns = one_stride(weight)
-    platform, ranks = targets.platform(x.device), (factors.weight_rank, factors.score_rank)
-    plan = choice.gradient_plan(platform.architecture, x.dtype, weight.dtype, (rows, columns), tokens, ranks)
+    ranks = factors.weight_rank, factors.score_rank
     dtypes = tuple([t.dtype for t in (x, gy, weight, *factors[:4])])
     problem = Problem(dtypes, (rows, columns), ranks, stride, along_columns, tokens, through_magnitude, scales)
-    sums, add = _launches(problem, plan, platform)
-    g = gy.T @ x if plan.g_stored else x
+    sums, add = _launches(problem, plan, targets.platform(x.device))
     like: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     row_sums = torch.empty((plan.split_k * plan.sweeps, rows, sum(ranks) + 1), **like)
     column_sums = torch.empty((plan.split_k * plan.down, sum(ranks) + 1, columns), **like)
     found = Factors(*[torch.empty_like(factor, dtype=torch.float32) for factor in factors])
-    sums(gy, x, g, weight, *factors[:4], mask, row_sums, column_sums)
+    sums(gy, x, G, weight, *factors[:4], mask, row_sums, column_sums)
     add(row_sums, column_sums, *found)
     return found
 
