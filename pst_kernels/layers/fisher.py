@@ -8,8 +8,9 @@ weight. F counts over its mean: so |W'| stays as large beside A B + R + C as wit
     S = p |W'| q + alpha1 A B + alpha2 (R + C)        Q = G * (M + p |W'| q)
 
 As p |W'| q = |p W q + beta (p U) (V q)|, the passes that make any mask make this one, of p W q, which exists for one
-layer at a time. All of G passes by in a backward (`weighed_backward` of the rooms); one of a step in which the scores rest does not make it,
-and leaves F and |W'|'s part of Q out. At an optimizer's step what its backwards have seen joins the running sums.
+layer at a time. All of G passes by in a backward (`weighed_backward` of cpu/ and triton/); one of a step in which the
+scores rest does not make it, and leaves F and |W'|'s part of Q out. At an optimizer's step what its backwards have seen
+joins the running sums.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The gradients where the score weighs |W'| by p and q (layers/fisher.py), by kernels that know no weighing.
 
-They get p W q, p U and V q in the place of W, U and V, and G / (p q) in that of G. Then what they gate by is M + p |W'| q,
-what A, B, R and C learn from is G * W' as ever, and dU and dV lack a factor of p and of q.
+They get p W q, p U and V q in the place of W, U and V, and G / (p q) in that of G. Then what they gate by is
+M + p |W'| q, what A, B, R and C learn from is G * W' as ever, and dU and dV lack a factor of p and of q.
 """
 
 from __future__ import annotations
