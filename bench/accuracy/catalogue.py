@@ -184,6 +184,13 @@ RECIPES: tuple[Method, ...] = (
     Method("PST, fast", preset("fast"), like=FISHER.name),
     Method("PST, accurate", preset("accurate"), like=FISHER.name),
     Method("PST, accurate, distilled", preset("accurate"), like=FISHER.name, distillation=LOGITS_AND_MORE_STATES),
+    Method("PST, fast, distilled", preset("fast"), like=FISHER.name, distillation=LOGITS_AND_MORE_STATES),
+    Method(
+        "PST, fast, distilled, decoder trained",
+        preset("fast", decoder=True),
+        like=FISHER.name,
+        distillation=LOGITS_AND_MORE_STATES,
+    ),
     Method("PST, accurate, decoder trained", preset("accurate", decoder=True), like=FISHER.name),
     Method(
         "PST, accurate, distilled, decoder trained",
@@ -193,7 +200,10 @@ RECIPES: tuple[Method, ...] = (
     ),
 )
 # As for magnitude pruning: the rate below, where validation chose the highest.
-RECIPES += (Method("PST, accurate, at 1.5e-4", preset("accurate"), LR),)
+RECIPES += (
+    Method("PST, accurate, at 1.5e-4", preset("accurate"), LR),
+    Method("PST, fast, at 1.5e-4", preset("fast"), LR),
+)
 # With magnitudes weighed at 50 % too, where the presets' are plain.
 WEIGHED = preset("accurate", magnitude="fisher")
 RECIPES += (
