@@ -28,6 +28,7 @@ LINES = {
     "dense, the teacher": "dense",
     "magnitude": "magnitude, distilled",
     "PST, accurate": "PST, accurate, distilled",
+    "PST, fast": "PST, fast, distilled",
 }
 OURS = "PST"
 

@@ -20,7 +20,7 @@ import torch
 
 from .. import env
 from ..files import read_json, write_json
-from . import processes
+from . import presets, processes
 from .data import Dataset, load
 from .result import read_result
 from .settings import METHODS, Settings, from_arguments
@@ -44,6 +44,8 @@ def main(args: argparse.Namespace) -> int:
     settings = from_arguments(args)
     dataset = _prepare(settings, args.resume, args.overwrite)
     settings = settings.with_steps_for(len(dataset.train))
+    if processes.is_first() and (told := presets.note(settings)):
+        print(f"note: {told}")
     again = "; the same command with --resume goes on from the last checkpoint"
     try:
         results = _train(settings, dataset)

@@ -67,10 +67,24 @@ def test_magnitudes_are_weighed_by_their_gradients_but_where_they_are_wanted_pla
         assert PSTConfig.preset(preset, sparsity=0.51).magnitude == magnitude
         assert PSTConfig.preset(preset, pattern="block:16", train_kept=False).magnitude == "plain"
         assert PSTConfig.preset(preset).magnitude == magnitude
-        assert get_config(converted(preset=preset)).magnitude == magnitude
-        assert get_config(converted(preset=preset, magnitude="plain")).magnitude == "plain"
+        assert get_config(converted(preset=preset, steps=300)).magnitude == magnitude
+        assert get_config(converted(preset=preset, steps=299)).magnitude == "plain"
+        assert get_config(converted(preset=preset, steps=300, magnitude="plain")).magnitude == "plain"
+        assert get_config(converted(preset=preset, steps=299, magnitude="fisher")).magnitude == "fisher"
     with pytest.raises(ValueError, match=r"--magnitude 'large' is not known; give plain or fisher"):
         Settings(magnitude="large")
+
+
+def test_a_short_run_says_that_its_magnitudes_are_plain():
+    assert "150 steps are fewer than 300" in (presets.note(Settings()) or "")
+    for other in (
+        {"steps": 300},
+        {"magnitude": "fisher"},
+        {"sparsity": 0.5},
+        {"preset": "recipe"},
+        {"method": "dense"},
+    ):
+        assert presets.note(Settings(**other)) is None
 
 
 def test_masks_are_fixed_the_earlier_the_fewer_weights_go():
