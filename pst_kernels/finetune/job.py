@@ -44,7 +44,8 @@ def main(args: argparse.Namespace) -> int:
     settings = from_arguments(args)
     dataset = _prepare(settings, args.resume, args.overwrite)
     settings = settings.with_steps_for(len(dataset.train))
-    if processes.is_first() and (told := presets.note(settings)):
+    trains = processes.is_first() and read_result(settings.folder / STATE, "pst") is None
+    if trains and (told := presets.note(settings)):
         print(f"note: {told}")
     again = "; the same command with --resume goes on from the last checkpoint"
     try:

@@ -289,14 +289,22 @@ def _launches(problem: Problem, plan: choice.GradientPlan, platform: Platform) -
 
 def factor_gradients(gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: int) -> Factors:
     """dU, dV, dA, dB, dR and dC in fp32; operands as of `checked_operands`, `through_magnitude` as `gate` takes it."""
+    if not x.shape[0] or not operands.weight.numel():
+        return _zeros(operands.factors)
     plan = _plan(x, operands, x.shape[0])
     return _reduced(gy, x, gy.T @ x if plan.g_stored else x, operands, through_magnitude, plan)
 
 
 def gradients_of_stored(G: Tensor, operands: MaskedWeight, through_magnitude: int) -> Factors:
     """`factor_gradients` of a G (out, in), contiguous, in fp32 or bf16."""
+    if not G.numel():
+        return _zeros(operands.factors)
     enough = max(tables.G_STORED_TOKENS.values())
     return _reduced(G, G, G, operands, through_magnitude, _plan(G, operands, enough))
+
+
+def _zeros(factors: Factors) -> Factors:
+    return factors.map(lambda factor: torch.zeros_like(factor, dtype=torch.float32))
 
 
 def _plan(x: Tensor, operands: MaskedWeight, tokens: int) -> choice.GradientPlan:
@@ -312,8 +320,6 @@ def _reduced(
     """Of gy and x, or of G where the plan says that it is stored; the others are looked at for their dtype alone."""
     weight, factors, mask, scales = operands
     (rows, columns), tokens = weight.shape, x.shape[0]
-    if not tokens or not weight.numel():
-        return factors.map(lambda factor: torch.zeros_like(factor, dtype=torch.float32))
     weight, stride, along_columns = one_stride(weight)
     ranks = factors.weight_rank, factors.score_rank
     dtypes = tuple([t.dtype for t in (x, gy, weight, *factors[:4])])
