@@ -111,6 +111,12 @@ class MaskedWeight(NamedTuple):
         return cls(weight, Factors(*factors), flat[7], Scales(*flat[8:]))
 
 
+def scaled(weight: Tensor, factors: Factors, p: Tensor, q: Tensor) -> tuple[Tensor, Factors]:
+    """p W q, and p U and V q among the factors, in the dtype of p (out, 1) and q (in,): their W' is p W' q."""
+    U, V = factors.U.to(p.dtype) * p, factors.V.to(p.dtype) * q
+    return torch.mul(weight, p).mul_(q), factors._replace(U=U, V=V)
+
+
 class Weighing(NamedTuple):
     """How |W'| is weighed in the score, p |W'| q (layers/fisher.py), and what a backward sums up of G^2 for it."""
 

@@ -6,7 +6,9 @@ use gives.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pst_kernels import Distillation
@@ -167,6 +169,13 @@ def _adopted(candidate: Method, name: str) -> Method:
     return replace(candidate, name=name, grid=(), like=candidate.name, candidate=False)
 
 
+def _taught(name: str, make: Callable[..., Any], candidate: Method) -> Iterator[Method]:
+    """A recipe that learns from the dense model, at the rates of a candidate; what makes it is told of a decoder."""
+    more: dict[str, Any] = {"like": candidate.name, "distillation": LOGITS_AND_MORE_STATES}
+    yield Method(f"{name}, distilled", make(), **more)
+    yield Method(f"{name}, distilled, decoder trained", make(decoder=True), **more)
+
+
 RECIPES: tuple[Method, ...] = (
     _adopted(FOUND, "PST, our recipe"),
     _adopted(FOUND_AND_STATES, "PST, our recipe, distilled"),
@@ -184,13 +193,7 @@ RECIPES: tuple[Method, ...] = (
     Method("PST, fast", preset("fast"), like=FISHER.name),
     Method("PST, accurate", preset("accurate"), like=FISHER.name),
     Method("PST, accurate, distilled", preset("accurate"), like=FISHER.name, distillation=LOGITS_AND_MORE_STATES),
-    Method("PST, fast, distilled", preset("fast"), like=FISHER.name, distillation=LOGITS_AND_MORE_STATES),
-    Method(
-        "PST, fast, distilled, decoder trained",
-        preset("fast", decoder=True),
-        like=FISHER.name,
-        distillation=LOGITS_AND_MORE_STATES,
-    ),
+    *_taught("PST, fast", partial(preset, "fast"), FISHER),
     Method("PST, accurate, decoder trained", preset("accurate", decoder=True), like=FISHER.name),
     Method(
         "PST, accurate, distilled, decoder trained",
@@ -200,35 +203,18 @@ RECIPES: tuple[Method, ...] = (
     ),
 )
 # As for magnitude pruning: the rate below, where validation chose the highest.
-RECIPES += (
-    Method("PST, accurate, at 1.5e-4", preset("accurate"), LR),
-    Method("PST, fast, at 1.5e-4", preset("fast"), LR),
-)
+RECIPES += (Method("PST, accurate, at 1.5e-4", preset("accurate"), LR),)
 # With magnitudes weighed at 50 % too, where the presets' are plain.
-WEIGHED = preset("accurate", magnitude="fisher")
+WEIGHED = partial(preset, "accurate", magnitude="fisher")
 RECIPES += (
-    Method("PST, accurate, weighed", WEIGHED, like=FISHER.name),
-    Method("PST, accurate, weighed, distilled", WEIGHED, like=FISHER.name, distillation=LOGITS_AND_MORE_STATES),
-    Method(
-        "PST, accurate, weighed, distilled, decoder trained",
-        preset("accurate", decoder=True, magnitude="fisher"),
-        like=FISHER.name,
-        distillation=LOGITS_AND_MORE_STATES,
-    ),
+    Method("PST, accurate, weighed", WEIGHED(), like=FISHER.name),
+    *_taught("PST, accurate, weighed", WEIGHED, FISHER),
 )
 # What the presets were: with plain magnitudes, and for a day with weights pruned before the first step.
 RECIPES += (
     Method("PST, fast, plain magnitudes", preset("fast", magnitude="plain"), like=PLAIN.name),
     Method("PST, accurate, plain magnitudes", _plain(), like=PLAIN.name),
-    Method(
-        "PST, accurate, plain magnitudes, distilled", _plain(), like=PLAIN.name, distillation=LOGITS_AND_MORE_STATES
-    ),
-    Method(
-        "PST, accurate, plain magnitudes, distilled, decoder trained",
-        _plain(decoder=True),
-        like=PLAIN.name,
-        distillation=LOGITS_AND_MORE_STATES,
-    ),
+    *_taught("PST, accurate, plain magnitudes", _plain, PLAIN),
     Method("PST, accurate, mask fixed after half", _plain(freeze=0.5, cooldown=0.5), like=PLAIN.name),
     Method("PST, fast, 70 % at once", _plain(**FIXED_EARLY, initial_sparsity=0.7), like=PLAIN.name),
 )

@@ -41,7 +41,6 @@ COLOURS = dict(
             "#a83279",
             "#d68fb5",
             "#2f7fb8",
-            "#c9a13b",
             "#5b8f3a",
             "#93bd76",
             "#c3dcb1",

@@ -13,11 +13,11 @@ from ..parameter_groups import group_of
 from ..targets import head_modules
 from .settings import OF_RECIPE, Settings
 
-# The settings of PSTConfig that the command line has.
 # Below so many steps the job takes plain magnitudes: with 150, on held-out thirds of the texts outside the test sets of
 # seeds 0 to 2, plain ones reached 95.5 % and a loss of 0.135, weighed ones 94.7 % and 0.171; from 500 on they differ in
 # favour of the weighed ones, or hardly.
 FEW_STEPS = 300
+# The settings of PSTConfig that the command line has.
 OPTIONS = {"sparsity": "--sparsity", "magnitude": "--magnitude", "weight_rank": "--rank", "score_rank": "--rank"}
 
 
@@ -32,20 +32,27 @@ def config(settings: Settings, model: nn.Module) -> PSTConfig:
         more["modules_to_save"] = [*trained_in_full(model), *(norms(model) if settings.preset in OF_RECIPE else ())]
     if settings.magnitude is not None:
         more["magnitude"] = settings.magnitude
-    elif settings.steps < FEW_STEPS:
+    elif _is_short(settings):
         more["magnitude"] = "plain"
     return PSTConfig.preset(
         settings.preset, sparsity=settings.sparsity, weight_rank=settings.rank, score_rank=settings.rank, **more
     )
 
 
+def _is_short(settings: Settings) -> bool:
+    return settings.steps < FEW_STEPS
+
+
 def note(settings: Settings) -> str | None:
     """What is to be told of a run whose magnitudes are not those of its preset."""
-    wanted = PSTConfig.preset(settings.preset, sparsity=settings.sparsity).magnitude
-    if "pst" not in settings.methods or settings.magnitude is not None or settings.steps >= FEW_STEPS:
+    if "pst" not in settings.methods or settings.magnitude is not None or not _is_short(settings):
         return None
-    few = f"{settings.steps} steps are fewer than {FEW_STEPS}: magnitudes are plain"
-    return None if wanted == "plain" else f"{few}, not weighed by their gradients; --magnitude fisher weighs them"
+    if PSTConfig.preset(settings.preset, sparsity=settings.sparsity).magnitude == "plain":
+        return None
+    return (
+        f"{settings.steps} steps are fewer than {FEW_STEPS}: magnitudes are plain, not weighed by their gradients;"
+        " --magnitude fisher weighs them"
+    )
 
 
 def trained_in_full(model: nn.Module) -> list[str]:

@@ -28,7 +28,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from .. import ops
 from ..masks import due
 from ..masks.refresh import Weights, refresh
-from ..operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype
+from ..operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype, scaled
 from .checks import in_several_processes
 
 MOMENTS = "pst_moments"  # fp32 (out + in,): the running sums of G^2 over rows, then over columns
@@ -43,11 +43,9 @@ def weighings(moments: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> tu
 
 
 def weighed(weight: Tensor, factors: Factors, moments: Tensor) -> tuple[Tensor, Factors]:
-    """p W q, and p U and V q among the factors: plain scores of these are the weighed ones."""
-    dtype = compute_dtype(weight.dtype)
-    p, q = weighings(moments, (weight.shape[0], weight.shape[1]), dtype)
-    U, V = factors.U.to(dtype) * p, factors.V.to(dtype) * q
-    return torch.mul(weight, p).mul_(q), factors._replace(U=U, V=V)
+    """Plain scores of these are the weighed ones."""
+    p, q = weighings(moments, (weight.shape[0], weight.shape[1]), compute_dtype(weight.dtype))
+    return scaled(weight, factors, p, q)
 
 
 class Moments:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..operands import MaskedWeight, Weighing
+from ..operands import MaskedWeight, Weighing, scaled
 from .gradients import gradients_of_stored
 from .matmul import input_gradient
 from .score import checked_operands
@@ -29,11 +29,8 @@ def weighed_backward(
     torch.square(torch.linalg.vector_norm(G, dim=1, dtype=torch.float32), out=weighing.of_rows)
     weighing.of_columns.add_(torch.linalg.vector_norm(G, dim=0, dtype=torch.float32).square_())
     p, q = weighing.p.clamp_min(LEAST), weighing.q.clamp_min(LEAST)
-    weight, factors = operands.weight, operands.factors
-    weighed = factors._replace(U=factors.U * p, V=factors.V * q)
+    weight, factors = scaled(operands.weight, operands.factors, p, q)
     # fp16 could not hold every quotient
     quotient = (G / p).div_(q).to(torch.float32 if x.dtype is torch.float32 else torch.bfloat16)
-    found = gradients_of_stored(
-        quotient, operands._replace(weight=torch.mul(weight, p).mul_(q), factors=weighed), through_magnitude
-    )
+    found = gradients_of_stored(quotient, operands._replace(weight=weight, factors=factors), through_magnitude)
     return dx, *found._replace(U=found.U * p, V=found.V * q)
