@@ -231,9 +231,8 @@ class PSTConfig:
         "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the
         authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
-        the recipe, with magnitude="fisher" above 50 %, and with kept weights trained once the sparsity has reached its
-        end, which is the earlier the fewer weights go: in the last 30 % of the steps from 90 % sparsity on, in the last
-        70 % up to 50 %. "fast": the same, but the last 70 % at any sparsity: steps with a fixed mask cost less.
+        the recipe, with magnitude="fisher" above 50 %, and with kept weights trained once the mask is fixed, in the
+        last 70 % of the steps. "fast": the same, and above 50 % A, B, R and C learn on every other step until then.
 
         Raises ValueError for another name.
         """
@@ -245,9 +244,11 @@ class PSTConfig:
         if "magnitude" not in settings and (sparsity <= WEIGHED_ABOVE or of_blocks):
             found["magnitude"] = "plain"
         if found.get("train_kept") and "freeze" not in found and "cooldown" not in found:
-            found["freeze"] = found["cooldown"] = 0.7 if name == "fast" else _fixed_share(sparsity)
-            if name == "fast" and sparsity > 0.5:
-                found.setdefault("warmup", 0.0)  # the weights have fewer steps to go in
+            found["freeze"] = found["cooldown"] = 0.7
+            if sparsity > WEIGHED_ABOVE:
+                found.setdefault("warmup", 0.0)  # the weights have few steps to go in
+        if name == "fast" and sparsity > WEIGHED_ABOVE and not of_blocks:
+            found.setdefault("score_interval", 2)
         return cls(**found)
 
     @classmethod
@@ -313,12 +314,6 @@ def check_positive(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a number above 0, got {value!r} of type {type(value).__name__}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-
-
-# From what docs/accuracy.md shows for 50 and 90 %, in proportion between.
-def _fixed_share(sparsity: float) -> float:
-    """Share of the steps with a fixed mask, where kept weights train in them."""
-    return round(min(0.7, max(0.3, 1.2 - sparsity)), 3)
 
 
 def _dtype(value: Any) -> torch.dtype:

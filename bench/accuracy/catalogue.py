@@ -14,7 +14,7 @@ from typing import Any
 from pst_kernels import Distillation
 
 from .. import baselines
-from .methods import NORMS, Method, Setting, dense, lora, preset, pst, trains_all, variant, wanda_lora
+from .methods import NORMS, Method, Plan, Setting, dense, lora, preset, pst, trains_all, variant, wanda_lora
 
 WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
 FACTOR_RATES = tuple({"factors": rate} for rate in (5e-4, 2e-3, 8e-3))
@@ -109,18 +109,34 @@ FIXED_EARLY: dict[str, Any] = {"freeze": 0.7, "cooldown": 0.7, "warmup": 0.0}
 
 
 def _plain(**settings: Any) -> Any:
-    """The preset as it was: with plain magnitudes."""
-    return preset("accurate", magnitude="plain", **settings)
+    """The preset as it was: with plain magnitudes, and the mask fixed later."""
+    return _fixed_later(magnitude="plain", **settings)
 
 
+def _fixed_later(decoder: bool = False, **settings: Any) -> Any:
+    """The preset as it was for a while: the mask fixed the earlier the fewer weights go."""
+
+    def convert(model: Any, plan: Plan) -> None:
+        share = round(min(0.7, max(0.3, 1.2 - plan.sparsity)), 3)
+        preset("accurate", decoder, **({"freeze": share, "cooldown": share, "warmup": 0.1} | settings))(model, plan)
+
+    return convert
+
+
+LATER = "mask fixed later"
 FISHER = _candidate("accurate, Fisher", preset("accurate", magnitude="fisher"), LRS)
+FISHER_LATER = _candidate(f"accurate, Fisher, {LATER}", _fixed_later(magnitude="fisher"), LRS)
 PLAIN = _candidate("accurate, frozen at 70 %", _plain(freeze=0.3, cooldown=0.3, warmup=0.1), LRS)
-FIXED_AT_A_FIFTH: dict[str, Any] = {"freeze": 0.8, "cooldown": 0.8, "warmup": 0.0}
+FIXED_AT_A_FIFTH: dict[str, Any] = {"freeze": 0.8, "cooldown": 0.8, "warmup": 0.0, "magnitude": "fisher"}
 FASTER = (
-    _candidate("fast, weighed", preset("fast"), LR),
-    _candidate("fast, weighed, scores rest", preset("fast", score_interval=2), LR),
-    _candidate("fast, weighed, frozen at 20 %", preset("fast", **FIXED_AT_A_FIFTH), LR),
-    _candidate("fast, weighed, frozen at 20 %, scores rest", preset("fast", **FIXED_AT_A_FIFTH, score_interval=2), LR),
+    FISHER_LATER,
+    _candidate("accurate, Fisher, scores rest", preset("accurate", magnitude="fisher", score_interval=2), LR),
+    _candidate("accurate, Fisher, fixed after a fifth", preset("accurate", **FIXED_AT_A_FIFTH), LR),
+    _candidate(
+        "accurate, Fisher, fixed after a fifth, scores rest",
+        preset("accurate", **FIXED_AT_A_FIFTH, score_interval=2),
+        LR,
+    ),
 )
 FREEZES = (
     PLAIN,
@@ -139,11 +155,11 @@ FREEZES = (
     FISHER,
     _candidate("accurate, rank 32", _plain(weight_rank=32), LR),
     _candidate("accurate, rank 64", _plain(weight_rank=64), LR),
-    _candidate("accurate, rank 32, Fisher", preset("accurate", weight_rank=32, magnitude="fisher"), LR),
-    _candidate("accurate, Fisher, one threshold", preset("accurate", allocation="global", magnitude="fisher"), LRS),
+    _candidate("accurate, rank 32, Fisher", _fixed_later(weight_rank=32, magnitude="fisher"), LR),
+    _candidate("accurate, Fisher, one threshold", _fixed_later(allocation="global", magnitude="fisher"), LRS),
     _candidate(
         "accurate, rank 32, Fisher, one threshold",
-        preset("accurate", weight_rank=32, allocation="global", magnitude="fisher"),
+        _fixed_later(weight_rank=32, allocation="global", magnitude="fisher"),
         LR,
     ),
     _candidate("recipe, one rate", preset("recipe"), LR),
@@ -176,6 +192,16 @@ def _taught(name: str, make: Callable[..., Any], candidate: Method) -> Iterator[
     yield Method(f"{name}, distilled, decoder trained", make(decoder=True), **more)
 
 
+def _each_way(name: str, of: str, **settings: Any) -> tuple[Method, ...]:
+    """A preset by itself, and taught, at the rates of "accurate" with weighed magnitudes."""
+    make = partial(preset, of, **settings)
+    return (
+        Method(name, make(), like=FISHER.name),
+        Method(f"{name}, decoder trained", make(decoder=True), like=FISHER.name),
+        *_taught(name, make, FISHER),
+    )
+
+
 RECIPES: tuple[Method, ...] = (
     _adopted(FOUND, "PST, our recipe"),
     _adopted(FOUND_AND_STATES, "PST, our recipe, distilled"),
@@ -190,31 +216,21 @@ RECIPES: tuple[Method, ...] = (
     Method(
         "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
     ),
-    Method("PST, fast", preset("fast"), like=FISHER.name),
-    Method("PST, accurate", preset("accurate"), like=FISHER.name),
-    Method("PST, accurate, distilled", preset("accurate"), like=FISHER.name, distillation=LOGITS_AND_MORE_STATES),
-    *_taught("PST, fast", partial(preset, "fast"), FISHER),
-    Method("PST, accurate, decoder trained", preset("accurate", decoder=True), like=FISHER.name),
-    Method(
-        "PST, accurate, distilled, decoder trained",
-        preset("accurate", decoder=True),
-        like=FISHER.name,
-        distillation=LOGITS_AND_MORE_STATES,
-    ),
+    *_each_way("PST, fast", "fast"),
+    *_each_way("PST, accurate", "accurate"),
 )
 # As for magnitude pruning: the rate below, where validation chose the highest.
-RECIPES += (Method("PST, accurate, at 1.5e-4", preset("accurate"), LR),)
+RECIPES += tuple(Method(f"PST, {name}, at 1.5e-4", preset(name), LR) for name in ("accurate", "fast"))
 # With magnitudes weighed at 50 % too, where the presets' are plain.
-WEIGHED = partial(preset, "accurate", magnitude="fisher")
+RECIPES += _each_way("PST, accurate, weighed", "accurate", magnitude="fisher")
+# What the presets were: with the mask fixed later, plain magnitudes, and weights pruned before the first step.
 RECIPES += (
-    Method("PST, accurate, weighed", WEIGHED(), like=FISHER.name),
-    *_taught("PST, accurate, weighed", WEIGHED, FISHER),
-)
-# What the presets were: with plain magnitudes, and for a day with weights pruned before the first step.
-RECIPES += (
-    Method("PST, fast, plain magnitudes", preset("fast", magnitude="plain"), like=PLAIN.name),
-    Method("PST, accurate, plain magnitudes", _plain(), like=PLAIN.name),
-    *_taught("PST, accurate, plain magnitudes", _plain, PLAIN),
+    Method(f"PST, accurate, {LATER}", _fixed_later(), like=FISHER_LATER.name),
+    Method(f"PST, accurate, {LATER}, at 1.5e-4", _fixed_later(), LR),
+    *_taught(f"PST, accurate, {LATER}", _fixed_later, FISHER_LATER),
+    Method("PST, accurate, plain magnitudes", preset("accurate", magnitude="plain"), like=PLAIN.name),
+    Method(f"PST, accurate, {LATER}, plain magnitudes", _plain(), like=PLAIN.name),
+    *_taught(f"PST, accurate, {LATER}, plain magnitudes", _plain, PLAIN),
     Method("PST, accurate, mask fixed after half", _plain(freeze=0.5, cooldown=0.5), like=PLAIN.name),
     Method("PST, fast, 70 % at once", _plain(**FIXED_EARLY, initial_sparsity=0.7), like=PLAIN.name),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -10,51 +11,22 @@ from typing import Any
 
 from pst_kernels.files import save_figure
 
-from .catalogue import BASELINES, RECIPES
+from .catalogue import BASELINES, DENSE, RECIPES
 from .record import FINAL, Cell, Row
 from .table import HEADINGS, tasks_of
 from .tasks import TASKS
 
-COLOURS = dict(
-    zip(
-        [method.name for method in (*BASELINES, *RECIPES)],
-        [
-            "#444444",
-            "#999999",
-            "#d99a2b",
-            "#7a5510",
-            "#8e5bb5",
-            "#c48fdc",
-            "#9a7b4f",
-            "#3b7dd8",
-            "#c8553d",
-            "#2a9d62",
-            "#0b5d3b",
-            "#7fd1a5",
-            "#00b8a9",
-            "#f2c572",
-            "#e36b2c",
-            "#1f4e9c",
-            "#6f9fd8",
-            "#66d9c6",
-            "#a5ebe0",
-            "#a83279",
-            "#d68fb5",
-            "#2f7fb8",
-            "#5b8f3a",
-            "#93bd76",
-            "#c3dcb1",
-            "#f0a583",
-            "#8796b5",
-            "#b3bfd4",
-            "#dcbccd",
-            "#b5651d",
-            "#e8a87c",
-        ],
-        strict=True,
-    )
-)
-OTHER_COLOUR = "#4fb3bf"
+GOLDEN = (math.sqrt(5) - 1) / 2  # hues this far apart on the circle stay distinct however many there are
+
+
+def _colour(index: int) -> tuple[float, float, float]:
+    """Of the method at a place in the catalogue: neighbours differ in hue and in lightness."""
+    return colorsys.hls_to_rgb(index * GOLDEN % 1.0, (0.36, 0.5, 0.64)[index % 3], 0.62)
+
+
+COLOURS = {method.name: _colour(index) for index, method in enumerate((*BASELINES, *RECIPES))}
+COLOURS[DENSE] = colorsys.hls_to_rgb(0.0, 0.27, 0.0)
+OTHER_COLOUR = colorsys.hls_to_rgb(0.5, 0.5, 0.5)
 CUT_OFF = 40.0  # percentage points of accuracy
 
 

@@ -106,7 +106,7 @@ def test_a_setting_without_a_rate_is_refused():
 def test_all_methods_are_tuned_over_equally_many_settings():
     tuned = [catalogue.METHODS[m.like] if m.like else m for m in (*catalogue.BASELINES, *catalogue.RECIPES)]
     grids = {method.name: len(method.grid) for method in tuned}
-    assert grids.pop("magnitude, at 2e-4") == grids.pop("PST, accurate, at 1.5e-4") == 1
+    assert {grids.pop(name) for name in list(grids) if ", at " in name} == {1}
     assert set(grids.values()) == {3}
     assert all(catalogue.METHODS[method.like].grid and not method.grid for method in catalogue.ABLATIONS)
     assert [m.name for m in catalogue.METHODS.values() if m.candidate] == [m.name for m in catalogue.CANDIDATES]

@@ -75,31 +75,42 @@ def test_magnitudes_are_weighed_by_their_gradients_but_where_they_are_wanted_pla
         Settings(magnitude="large")
 
 
-def test_a_short_run_says_that_its_magnitudes_are_plain():
-    assert "150 steps are fewer than 300" in (presets.note(Settings()) or "")
-    for other in (
-        {"steps": 300},
-        {"magnitude": "fisher"},
-        {"sparsity": 0.5},
-        {"preset": "recipe"},
-        {"method": "dense"},
-    ):
-        assert presets.note(Settings(**other)) is None
+def test_a_short_run_says_how_it_departs_from_its_preset():
+    plain, late = "magnitudes are plain", "the mask is fixed in the last 30%"
+    for given, told in (
+        ({}, (plain, late)), ({"magnitude": "fisher"}, (late,)), ({"preset": "fast"}, (plain,)),
+        ({"steps": 300}, ()), ({"sparsity": 0.5}, ()), ({"preset": "recipe"}, ()), ({"method": "dense"}, ()),
+        ({"preset": "fast", "magnitude": "fisher"}, ()),
+    ):  # fmt: skip
+        note = presets.note(Settings(**given))
+        assert bool(note) == bool(told)
+        assert not told or (note or "").startswith("150 steps are fewer than 300: ")
+        assert [text in (note or "") for text in (plain, late)] == [text in told for text in (plain, late)]
 
 
-def test_masks_are_fixed_the_earlier_the_fewer_weights_go():
-    for sparsity, share in {0.0: 0.7, 0.5: 0.7, 0.6: 0.6, 0.8: 0.4, 0.9: 0.3, 0.97: 0.3}.items():
-        found = PSTConfig.preset("accurate", sparsity=sparsity)
-        assert (found.freeze, found.cooldown, found.warmup) == (pytest.approx(share), found.freeze, 0.1)
-    assert PSTConfig.preset("accurate").freeze == 0.3
+def test_accurate_fixes_its_mask_late_in_a_short_run_alone():
+    for given, expected in (
+        ({}, (0.3, 0.3, 0.1)), ({"magnitude": "fisher"}, (0.3, 0.3, 0.1)), ({"sparsity": 0.8}, (0.3, 0.3, 0.1)),
+        ({"steps": 300}, (0.7, 0.7, 0.0)), ({"preset": "fast"}, (0.7, 0.7, 0.0)), ({"sparsity": 0.5}, (0.7, 0.7, 0.1)),
+    ):  # fmt: skip
+        found = get_config(converted(**given))
+        assert (found.freeze, found.cooldown, found.warmup) == expected, given
 
 
-def test_fast_fixes_its_mask_early_and_prunes_nothing_at_once():
-    for sparsity in (0.0, 0.5, 0.6, 0.8, 0.9, 0.97):
-        found = PSTConfig.preset("fast", sparsity=sparsity)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.51, 0.8, 0.9, 0.97])
+def test_presets_fix_their_masks_early_and_prune_nothing_at_once(sparsity: float):
+    for name in ("accurate", "fast"):
+        found = PSTConfig.preset(name, sparsity=sparsity)
         assert (found.freeze, found.cooldown, found.initial_sparsity) == (0.7, 0.7, 0.0)
         assert found.warmup == (0.0 if sparsity > 0.5 else 0.1)
+        assert found.score_interval == (2 if name == "fast" and sparsity > 0.5 else 1)
+
+
+def test_fast_is_accurate_but_for_scores_that_rest():
     assert PSTConfig.preset("fast", sparsity=0.5) == PSTConfig.preset("accurate", sparsity=0.5)
+    assert PSTConfig.preset("fast") == PSTConfig.preset("accurate", score_interval=2)
+    assert PSTConfig.preset("fast", score_interval=1) == PSTConfig.preset("accurate")
+    assert PSTConfig.preset("fast", pattern="block:16", train_kept=False).score_interval == 1
     own = PSTConfig.preset("fast", initial_sparsity=0.2, warmup=0.05)
     assert (own.initial_sparsity, own.warmup) == (0.2, 0.05)
 
