@@ -131,9 +131,19 @@ class Made(NamedTuple):
 NOTHING_MADE = Made()
 
 
+class Tallied(NamedTuple):
+    """How the score weighs |W'| where ops alone are called, as in a compiled graph (layers/fisher.py)."""
+
+    moments: Tensor | None = None  # fp32 (out + in,): the running sums of G^2
+    tally: Tensor | None = None  # fp32 (out + in + 1,): its gradient is what a backward adds to them, and how many did
+
+
+UNTALLIED = Tallied()
+
+
 def masked_linear(
     x: Tensor, operands: MaskedWeight, bias: Tensor | None, dtype: torch.dtype, options: Options,
-    made: Made | None = None, producer: Any = None,
+    made: Made | None = None, producer: Any = None, tallied: Tallied = UNTALLIED,
 ) -> Tensor:  # fmt: skip
     """`pst_linear` of operands that `check` let pass; `dtype` is `operand_dtype(x)`.
 
@@ -147,7 +157,7 @@ def masked_linear(
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if dtype is not flat.dtype:
         flat = flat.to(dtype)
-    given = flat, bias, weight, *factors, mask, *made, scales, options, producer
+    given = flat, bias, weight, *factors, mask, *made, *tallied, scales, options, producer
     if not autocast_enabled(x.device.type):  # entering autocast costs as much as a small layer's forward
         if not torch.is_grad_enabled():
             y = _PSTLinear.forward(None, *given)
@@ -214,7 +224,7 @@ class _PSTLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting,
-        scales, options, producer,
+        moments, tally, scales, options, producer,
     ) -> Tensor:  # fmt: skip
         split = None, None
         if values is not None:
@@ -233,7 +243,7 @@ class _PSTLinear(torch.autograd.Function):
         if ctx is not None:
             ctx.scales, ctx.options, ctx.bias_dtype = scales, options, None if bias is None else bias.dtype
             ctx.make, taken = (None, (x,)) if producer is None else producer
-            made = masked if options.kept else None, values, offsets, pointers
+            made = masked if options.kept else None, values, offsets, pointers, moments
             ctx.save_for_backward(weight, U, V, A, B, R, C, mask, *made, *split, *taken)
         return y
 
@@ -242,8 +252,8 @@ class _PSTLinear(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         # read once: hooks on saved tensors may unpack each only once
         saved = ctx.saved_tensors
-        weight, *factors, mask, masked, values, offsets, pointers, left, right = saved[:14]
-        options, taken = ctx.options, saved[14:]
+        weight, *factors, mask, masked, values, offsets, pointers, moments, left, right = saved[:15]
+        options, taken, sums = ctx.options, saved[15:], None
         needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
         learns = any(needs_factors)
         # contiguous(): the gradient of a sum has stride 0, that of a cat or a transpose has gaps
@@ -263,6 +273,8 @@ class _PSTLinear(torch.autograd.Function):
                     dx, *found = options.kernels.linear_backward(
                         gy_, x, operands, options.through_magnitude, needs, split
                     )  # fmt: skip
+                elif moments is not None and learns:
+                    dx, *found, sums = ops.weighed_backward(gy_, x, *flat, options.through_magnitude, *needs, moments)
                 else:
                     dx, *found = ops.linear_backward(gy_, x, *flat, options.through_magnitude, *needs)
                 if masked is not None and needs_input:
@@ -274,7 +286,7 @@ class _PSTLinear(torch.autograd.Function):
             None if not need else gradient if gradient.dtype is factor.dtype else gradient.to(factor.dtype)
             for gradient, factor, need in zip(found, factors, needs_factors, strict=True)
         ]
-        return dx if needs_input else None, dbias, None, *gradients, *[None] * 9
+        return dx if needs_input else None, dbias, None, *gradients, *[None] * 7, sums, *[None] * 3
 
 
 def masked_stack(

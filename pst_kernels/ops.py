@@ -24,6 +24,7 @@ from .masks.patterns import parse
 from .masks.refresh import MaskState, Weights, refresh
 from .notices import say_once
 from .operands import Factors, MaskedWeight, Needs, Scales, compute_dtype, factor_shapes
+from .weighing import WeighedRoom
 
 NAMESPACE = "pst_kernels"
 NAMES: list[str] = []  # of every op, filled by _define
@@ -126,6 +127,11 @@ def _fake_backward(gy: Tensor, x: Tensor, operands: MaskedWeight, *rest: Any) ->
     return x.new_empty(x.shape if needs.input else 0), *(weight.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
+def _fake_weighed_backward(gy, x, operands, through_magnitude, needs, moments):
+    sums = moments.new_empty(sum(operands.weight.shape) + 1 if needs.factors else 0, dtype=torch.float32)
+    return *_fake_backward(gy, x, operands, through_magnitude, needs), sums
+
+
 def _fake_rested_backward(gy, x, operands, _, needs):
     weight = operands.weight
     shapes = ((n.shape if needs.factors else (0,)) for n in operands.factors[:2])
@@ -172,7 +178,7 @@ def _sparse_backward(kernels: ModuleType, gy: Tensor, x: Tensor, values: Tensor,
     return dx, kept_weights.backward(gy, x, *lists, in_features, False, needs_values)[1]
 
 
-def _refresh(kernels: ModuleType, weights: Weights, state: MaskState) -> None:
+def _refresh(kernels: Any, weights: Weights, state: MaskState) -> None:
     refresh(kernels, weights, state, due.watch_of(weights.factors.U))
 
 
@@ -196,6 +202,12 @@ _define(
     run=lambda kernels, weight, factors, scales, state: _refresh(kernels, Weights(weight, factors, scales), state),
 )  # fmt: skip
 _define(
+    "refresh_weighed_mask", ["Tensor weight", FACTORS, SCALES, MASK_STATE, "Tensor moments"], "()", lambda *_: None,
+    run=lambda kernels, weight, factors, scales, state, moments: _refresh(
+        WeighedRoom(kernels, lambda: moments), Weights(weight, factors, scales), state
+    ),
+)  # fmt: skip
+_define(
     "masked_weight", [MASKED_WEIGHT, "ScalarType dtype"], "Tensor",
     lambda operands, dtype: stacks.room(operands.weight, dtype),
     run=lambda kernels, operands, dtype: stacks.masked_weight(kernels, operands, dtype),
@@ -215,6 +227,11 @@ _define(
 )  # fmt: skip
 _define(
     "linear_backward", ["Tensor gy", "Tensor x", MASKED_WEIGHT, "bool through_magnitude", NEEDS], _SEVEN, _fake_backward
+)  # fmt: skip
+_define(
+    "weighed_backward", ["Tensor gy", "Tensor x", MASKED_WEIGHT, "bool through_magnitude", NEEDS, "Tensor moments"],
+    f"{_SEVEN[:-1]}, Tensor)", _fake_weighed_backward,
+    run=lambda kernels, *operands: WeighedRoom(kernels, lambda: operands[-1]).backward(*operands[:-1]),
 )  # fmt: skip
 _define(
     "rested_backward", ["Tensor gy", "Tensor x", MASKED_WEIGHT, "bool through_magnitude", NEEDS],
@@ -258,10 +275,12 @@ scores = _ops.scores.default
 kth_value = _ops.kth_value.default
 prune_mask = _ops.prune_mask.default
 refresh_mask = _ops.refresh_mask.default
+refresh_weighed_mask = _ops.refresh_weighed_mask.default
 masked_weight = _ops.masked_weight.default
 stack_gradients = _ops.stack_gradients.default
 linear_forward = _ops.linear_forward.default
 linear_backward = _ops.linear_backward.default
+weighed_backward = _ops.weighed_backward.default
 rested_backward = _ops.rested_backward.default
 block_forward = _ops.block_forward.default
 block_backward = _ops.block_backward.default

@@ -36,6 +36,8 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
         yield "refresh_mask", (*weights, pruned, mask.clone(), new(), 1, pattern)
     unstructured, of_blocks = ((weight, *factors, mask, *scales) for mask in (packed, blocks))
     yield "masked_weight", (*unstructured, dtype)
+    moments = torch.rand(52, device=device)
+    yield "refresh_weighed_mask", (*weights, count(200), packed.clone(), new(), 1, "unstructured", moments)
     stack = weight.repeat(2, 1, 1), *(factor.repeat(2, *[1] * factor.dim()) for factor in factors)
     masks = packed.repeat(2, 1, 1)
     yield "refresh_mask", (*stack, *scales, count(200), masks.clone(), new().repeat(2, 1), 1, "unstructured")
@@ -45,6 +47,7 @@ def samples(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
     yield "linear_forward", (x, *unstructured, None)
     for needs_input, needs_factors in ((True, True), (False, True), (True, False)):
         yield "linear_backward", (gy, x, *unstructured, True, needs_input, needs_factors)
+        yield "weighed_backward", (gy, x, *unstructured, True, needs_input, needs_factors, moments)
     for through, *needs in ((True, True, True), (False, True, True), (True, False, True), (True, True, False)):
         yield "rested_backward", (gy, x, *unstructured, through, *needs)
     yield "block_forward", (x, *of_blocks, bias, 16)

@@ -7,10 +7,10 @@ weight. F counts over its mean: so |W'| stays as large beside A B + R + C as wit
     p = sqrt(r / mean r)      q = sqrt(c / mean c)
     S = p |W'| q + alpha1 A B + alpha2 (R + C)        Q = G * (M + p |W'| q)
 
-As p |W'| q = |p W q + beta (p U) (V q)|, the passes that make any mask make this one, of p W q, which exists for one
-layer at a time. All of G passes by in a backward (`weighed_backward` of cpu/ and triton/); one of a step in which the
-scores rest does not make it, and leaves F and |W'|'s part of Q out. At an optimizer's step what its backwards have seen
-joins the running sums.
+All of G passes by in a backward (`weighed_backward` of cpu/ and triton/); one of a step in which the scores rest does
+not make it, and leaves F and |W'|'s part of Q out. At an optimizer's step what its backwards have seen joins the
+running sums. A compiled graph may write nothing that a later one reads: there what a backward sees is the gradient of a
+tensor that has no other use, the tally.
 """
 
 from __future__ import annotations
@@ -26,26 +26,15 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .. import ops
+from ..functional import Tallied
 from ..masks import due
 from ..masks.refresh import Weights, refresh
-from ..operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype, scaled
+from ..operands import Factors, MaskedWeight, Needs
+from ..weighing import WeighedRoom
 from .checks import in_several_processes
 
 MOMENTS = "pst_moments"  # fp32 (out + in,): the running sums of G^2 over rows, then over columns
 DECAY = 0.99  # of the running sums at a step; where they start does not count, as only their ratios do
-
-
-def weighings(moments: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """p (out, 1) and q (in,); ones as long as there are no moments."""
-    sums = moments.to(dtype).split(shape)
-    p, q = (torch.where((mean := part.mean()) > 0, part / mean, 1.0).sqrt() for part in sums)
-    return p[:, None], q
-
-
-def weighed(weight: Tensor, factors: Factors, moments: Tensor) -> tuple[Tensor, Factors]:
-    """Plain scores of these are the weighed ones."""
-    p, q = weighings(moments, (weight.shape[0], weight.shape[1]), compute_dtype(weight.dtype))
-    return scaled(weight, factors, p, q)
 
 
 class Moments:
@@ -55,7 +44,8 @@ class Moments:
         # the layer's own dict, not the layer: what a backward holds must not keep a model alive in a cycle
         self.buffers, self.shape = buffers, shape
         self.seen: Tensor | None = None  # the sums over what backwards have seen since the last step, and how many
-        self.waiting = False  # whether any has
+        self.waiting = False  # whether any has, but in compiled graphs
+        self.place_tally()
         self.wrapper: Any = None  # a weak reference to the DistributedDataParallel that the layer runs in
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,9 +56,16 @@ class Moments:
         """The running sums, fp32."""
         return self.buffers[MOMENTS]
 
-    def see(self, of_rows: Tensor, of_columns: Tensor) -> None:
-        """Sums of G^2 of one backward."""
-        sums = torch.cat([of_rows, of_columns, of_rows.new_ones(1)]).to(torch.float32)
+    def place_tally(self) -> None:
+        """On the device of the sums, wherever the layer goes."""
+        self.tally = torch.zeros(sum(self.shape) + 1, device=self.held.device, requires_grad=True)
+
+    def tallied(self) -> Tallied:
+        """What the ops of a compiled graph take for |W'| to be weighed."""
+        return Tallied(self.held, self.tally)
+
+    def see(self, sums: Tensor) -> None:
+        """Sums of G^2 of one backward, and a one."""
         if self.seen is None or self.seen.device != sums.device:
             self.seen = sums
         else:
@@ -77,9 +74,11 @@ class Moments:
 
     def sums(self, device: torch.device) -> Tensor:
         """What is to join, fp32 (out + in + 1,)."""
-        if self.seen is None:
-            return torch.zeros(sum(self.shape) + 1, dtype=torch.float32, device=device)
-        return self.seen.to(device)
+        found = torch.zeros(sum(self.shape) + 1, dtype=torch.float32, device=device)
+        for part in (self.seen, self.tally.grad):
+            if part is not None:
+                found += part.to(device)
+        return found
 
     def join(self, sums: Tensor) -> None:
         """Let the mean over backwards join the running sums, if there is one and it is finite (a scaled loss's)."""
@@ -89,43 +88,23 @@ class Moments:
         held.copy_(torch.where(mean.isfinite().all(), held * DECAY + mean.to(held.device), held))
         if self.seen is not None:
             self.seen.zero_()
-        self.waiting = False
+        self.waiting, self.tally.grad = False, None
 
 
-class WeighedRoom:
-    """A room (cpu/ or triton/) for one layer whose score weighs |W'|; what does not depend on it is the room's own."""
+class LayerRoom(WeighedRoom):
+    """That of one layer, whose backwards are seen by its moments."""
 
     def __init__(self, kernels: Any, moments: Moments):
-        self.kernels, self.moments = kernels, moments
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernels, name)
-
-    def scores(self, weight: Tensor, factors: Factors, scales: Scales) -> Tensor:
-        return self.kernels.scores(*weighed(weight, factors, self.moments.held), scales)
-
-    def prune_mask(
-        self, weight: Tensor, factors: Factors, scales: Scales, num_pruned: Tensor, guess: Tensor,
-        masked: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        packed = self.kernels.prune_mask(*weighed(weight, factors, self.moments.held), scales, num_pruned, guess)
-        if masked is not None:
-            masked.copy_(self.kernels.masked_weight(MaskedWeight(weight, factors, packed, scales), masked.dtype))
-        return packed
-
-    def forward_scratch(self, *_: Any) -> None:
-        """No pass makes mask and M * W' together."""
+        super().__init__(kernels, lambda: moments.held)
+        self.see = moments.see
 
     def linear_backward(
         self, gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs, split: Any = None
     ) -> tuple[Tensor, ...]:
-        if not needs.factors:
-            return self.kernels.linear_backward(gy, x, operands, through_magnitude, needs, split)
-        p, q = weighings(self.moments.held, self.moments.shape, compute_dtype(operands.weight.dtype))
-        weighing = Weighing(p, q, p.new_empty(len(p)), torch.zeros_like(q))
-        found = self.kernels.weighed_backward(gy, x, operands, through_magnitude, needs.input, weighing)
-        self.moments.see(weighing.of_rows, weighing.of_columns)
-        return found
+        *found, sums = self.backward(gy, x, operands, through_magnitude, needs, split)
+        if needs.factors:
+            self.see(sums)
+        return tuple(found)
 
 
 class Weighs:
@@ -140,12 +119,21 @@ class Weighs:
             self.register_buffer(MOMENTS, torch.zeros(sum(shape), dtype=torch.float32, device=self.weight.device))
             self.moments = Moments(self._buffers, shape)
 
-    def weighed_room(self: Any, device_type: str) -> WeighedRoom:
-        return WeighedRoom(ops.kernels_for(device_type), self.moments)
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]  # of nn.Module
+        if self.moments is not None:
+            self.moments.place_tally()
+        return self
+
+    def weighed_room(self: Any, device_type: str) -> LayerRoom:
+        return LayerRoom(ops.kernels_for(device_type), self.moments)
 
     @torch.no_grad()
     def refresh_weighed(self: Any, weight: Tensor, *factors: Tensor) -> None:
         """What the op refresh_mask does for a layer without moments."""
+        if torch.compiler.is_compiling():
+            ops.refresh_weighed_mask(weight, *factors, *self.scales, *self.mask_state(), self._buffers[MOMENTS])
+            return
         with ops.without_autocast(weight.device.type):
             weights = Weights(weight, Factors(*factors), self.scales)
             refresh(self.weighed_room(weight.device.type), weights, self.mask_state(), self.watch)
@@ -155,11 +143,10 @@ class Weighs:
         with ops.without_autocast(weight.device.type):
             return self.weighed_room(weight.device.type).scores(weight, Factors(*factors), self.scales)
 
-    def refuse_compiled(self: Any) -> None:
-        """Raise RuntimeError where only ops may be called, which know no moments: in a graph, and for shards."""
+    def refuse_sharded(self: Any) -> None:
+        """Raise RuntimeError where |W'| is to be weighed for a weight of which others hold parts."""
         if self.moments is not None:
-            # a compiler that met the error itself would break its graph there, and go on
-            torch.compiler.disable(magnitude_fisher_does_not_compile)()
+            raise RuntimeError("magnitude='fisher' does not run with sharded weights; use magnitude='plain' there")
 
     def notice_processes(self: Any) -> None:
         """Remember the DistributedDataParallel that this forward runs in.
@@ -168,6 +155,9 @@ class Weighs:
         """
         if not in_several_processes() and not getattr(self, "_is_replica", False):  # of DataParallel
             return
+        if torch.compiler.is_compiling():
+            # a compiler that met the error itself would break its graph there, and go on
+            torch.compiler.disable(magnitude_fisher_compiles_in_one_process_alone)()
         wrapper, known = nn.parallel.DistributedDataParallel._active_ddp_module, self.moments.wrapper
         if wrapper is not None:
             self.moments.wrapper = weakref.ref(wrapper)
@@ -179,9 +169,9 @@ class Weighs:
             )
 
 
-def magnitude_fisher_does_not_compile() -> None:  # of which fullgraph=True shows the name alone
+def magnitude_fisher_compiles_in_one_process_alone() -> None:  # of which fullgraph=True shows the name alone
     raise RuntimeError(
-        "magnitude='fisher' does not run in compiled graphs (torch.compile) nor with sharded weights; use"
+        "magnitude='fisher' does not run in compiled graphs (torch.compile) where several processes train together; use"
         " magnitude='plain' there"
     )
 
@@ -194,7 +184,7 @@ def _hook_optimizers() -> None:
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     owned = [layer.moments for layer in due.owned_layers(optimizer) if layer.moments is not None]
-    waiting = [moments for moments in owned if moments.waiting]
+    waiting = [moments for moments in owned if moments.waiting or moments.tally.grad is not None]
     found = {wrapper for m in waiting if m.wrapper is not None and (wrapper := m.wrapper()) is not None}
     if len(found) > 1:
         raise RuntimeError(

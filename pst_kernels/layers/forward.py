@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..functional import NOTHING_MADE, Made, Options, check, masked_linear, operand_dtype
+from ..functional import NOTHING_MADE, UNTALLIED, Made, Options, check, masked_linear, operand_dtype
 from ..masks import due
 from ..masks.refresh import MaskState, Weights, refresh
 from ..operands import MaskedWeight
@@ -64,7 +64,8 @@ class Forward(Resting):
         producer = producer_of(x) if self.config.recompute_input else None
         made = ready.made._replace(waiting=self.pst_kept) if self.kept_wait else ready.made
         bias = ready.parameters[0] if ready.parameters else self.bias
-        return masked_linear(x, ready.operands, bias, ready.dtype, ready.options, made, producer)
+        tallied = UNTALLIED if self.moments is None or ready.options.kernels is not None else self.moments.tallied()
+        return masked_linear(x, ready.operands, bias, ready.dtype, ready.options, made, producer, tallied)
 
     def _fits(self: Any, ready: Ready, x: Tensor) -> bool:
         """Whether what was checked for `ready` holds for a forward of x: the same tensors, and an x of this kind."""
@@ -114,7 +115,9 @@ class Forward(Resting):
         through = config.through_magnitude and not self.frozen
         options = Options(through, False, self.pattern.block_size, self.mask_interval)
         if compiling or type(weight) not in PLAIN:
-            self.refuse_compiled()
+            if type(weight) not in PLAIN:
+                self.refuse_sharded()
+            options = options._replace(weighed=self.moments is not None)
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
         kernels: Any = ops.kernels_for(weight.device.type)
         any_mask = self._any_mask

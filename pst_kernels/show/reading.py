@@ -23,11 +23,12 @@ from ..export.packed import WEIGHT, unpack
 from ..files import read_json
 from ..functional import scores as scores_of
 from ..layers.checks import is_conv1d
-from ..layers.fisher import MOMENTS, weighed
+from ..layers.fisher import MOMENTS
 from ..layers.pst_layer import FACTORS
 from ..masks.packing import unpack_mask
 from ..masks.patterns import Unstructured, parse
 from ..operands import FLOATING, Factors
+from ..weighing import weighed
 
 STEPS = 1000  # from the smallest number of a layer to its largest, in equal shares of them
 MAGNITUDES, SCORES = "|weight| of what is not zero", "score"

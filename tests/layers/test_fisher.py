@@ -147,7 +147,7 @@ def test_many_rows_in_other_dtypes(dtype, bound):
 
 
 def test_under_a_profiler():
-    """Ops are called by name then; none of them knows moments."""
+    """Ops are called by name then; those of a layer without moments know none."""
     layer, x = layer_of(), torch.randn(9, 300)
     with profile():
         layer(x).sum().backward()
@@ -197,6 +197,59 @@ def test_running_sums():
         squares = torch.stack(of_step).square().mean(0)
         expected = expected * DECAY + torch.cat([squares.sum(1), squares.sum(0)])
     assert relative_error(model[0].pst_moments, expected) < 1e-6
+
+
+def same_training(compiled: nn.Module, eager: nn.Module, **given) -> None:
+    """Of the same model; what a compiled step hands to the sums differs in its rounding alone."""
+    for model, forward in ((compiled, torch.compile(compiled, fullgraph=True, **given)), (eager, eager)):
+        optimizer, schedule = optimizer_of(model), pst.SparsitySchedule(model, 8)
+        for step in range(8):
+            for part in batch(step).chunk(2):
+                forward(part).pow(2).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    ours, expected = compiled.state_dict(), eager.state_dict()
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+        else:
+            assert torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("settings", [{}, {"score_interval": 2, "train_kept": True}, {"pattern": "2:4"}])
+def test_compiled_training_is_eager_training(settings):
+    torch._dynamo.reset()
+    compiled, eager = model_of(**settings), model_of(**settings)
+    same_training(compiled, eager, backend="aot_eager")
+    assert compiled[0].pst_moments.any()
+
+
+def test_training_compiled_by_inductor():
+    torch._dynamo.reset()
+    same_training(model_of(), model_of())
+
+
+def test_a_graph_called_twice_before_its_backward():
+    torch._dynamo.reset()
+    found = []
+    for compiles in (True, False):
+        model = model_of()
+        forward = torch.compile(model, backend="aot_eager", fullgraph=True) if compiles else model
+        (forward(batch(0)).pow(2).mean() + forward(batch(1)).pow(2).mean()).backward()
+        optimizer_of(model).step()
+        found.append(model[0].pst_moments)
+        assert model[0].moments.tally.grad is None
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0.0)
+
+
+def test_the_tally_goes_where_the_layer_goes_and_is_no_part_of_it():
+    layer = layer_of()
+    names = {*layer.state_dict(), *dict(layer.named_parameters()), *dict(layer.named_buffers())}
+    assert not any("tally" in name for name in names)
+    tally = layer.to("meta").moments.tally
+    assert (tally.device.type, tally.requires_grad, tally.shape) == ("meta", True, (371,))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -320,11 +373,6 @@ def test_what_it_is_not_for():
     with pytest.raises(ValueError, match="magnitude='fisher' is for pattern='unstructured' or 'N:M', got pattern='blo"):
         pst.PSTConfig(magnitude="fisher", pattern="block:16")
     layer = layer_of()
-    with pytest.raises(RuntimeError, match="magnitude='fisher' does not run in compiled graphs"):
-        torch.compile(layer, backend="eager")(torch.randn(2, 300))
-    torch._dynamo.reset()
-    with pytest.raises(Exception, match="magnitude_fisher_does_not_compile"):
-        torch.compile(layer, backend="eager", fullgraph=True)(torch.randn(2, 300))
     layer._is_replica = True  # as DataParallel's copies are
     with pytest.raises(RuntimeError, match="magnitude='fisher' trains in one process, or in several under Distributed"):
         layer(torch.randn(2, 300))
