@@ -15,23 +15,18 @@ tensor that has no other use, the tally.
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import Tensor
 
 from .. import ops
 from ..functional import Tallied
-from ..masks import due
 from ..masks.refresh import Weights, refresh
 from ..operands import Factors, MaskedWeight, Needs
 from ..weighing import WeighedRoom
-from .checks import in_several_processes
+from . import fisher_sums
+from .checks import PLAIN
 
 MOMENTS = "pst_moments"  # fp32 (out + in,): the running sums of G^2 over rows, then over columns
 DECAY = 0.99  # of the running sums at a step; where they start does not count, as only their ratios do
@@ -44,12 +39,13 @@ class Moments:
         # the layer's own dict, not the layer: what a backward holds must not keep a model alive in a cycle
         self.buffers, self.shape = buffers, shape
         self.seen: Tensor | None = None  # the sums over what backwards have seen since the last step, and how many
-        self.waiting = False  # whether any has, but in compiled graphs
+        self._waiting = False  # whether any has, but in compiled graphs
         self.place_tally()
-        self.wrapper: Any = None  # a weak reference to the DistributedDataParallel that the layer runs in
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"wrapper": None}
+    @property
+    def waiting(self) -> bool:
+        """Whether anything has been seen that is to join."""
+        return self._waiting or self.tally.grad is not None
 
     @property
     def held(self) -> Tensor:
@@ -70,7 +66,7 @@ class Moments:
             self.seen = sums
         else:
             self.seen.add_(sums)  # in place, for a captured graph
-        self.waiting = True
+        self._waiting = True
 
     def sums(self, device: torch.device) -> Tensor:
         """What is to join, fp32 (out + in + 1,)."""
@@ -88,7 +84,7 @@ class Moments:
         held.copy_(torch.where(mean.isfinite().all(), held * DECAY + mean.to(held.device), held))
         if self.seen is not None:
             self.seen.zero_()
-        self.waiting, self.tally.grad = False, None
+        self._waiting, self.tally.grad = False, None
 
 
 class LayerRoom(WeighedRoom):
@@ -115,7 +111,7 @@ class Weighs:
 
     def _add_moments(self: Any, shape: tuple[int, int]) -> None:
         if self.config.magnitude == "fisher":
-            _hook_optimizers()
+            fisher_sums.watch_optimizers()
             self.register_buffer(MOMENTS, torch.zeros(sum(shape), dtype=torch.float32, device=self.weight.device))
             self.moments = Moments(self._buffers, shape)
 
@@ -143,72 +139,11 @@ class Weighs:
         with ops.without_autocast(weight.device.type):
             return self.weighed_room(weight.device.type).scores(weight, Factors(*factors), self.scales)
 
-    def refuse_sharded(self: Any) -> None:
-        """Raise RuntimeError where |W'| is to be weighed for a weight of which others hold parts."""
-        if self.moments is not None:
-            raise RuntimeError("magnitude='fisher' does not run with sharded weights; use magnitude='plain' there")
-
-    def notice_processes(self: Any) -> None:
-        """Remember the DistributedDataParallel that this forward runs in.
-
-        Raises RuntimeError where processes train together by other means: their moments, and masks, would differ.
-        """
-        if not in_several_processes() and not getattr(self, "_is_replica", False):  # of DataParallel
-            return
-        if torch.compiler.is_compiling():
-            # a compiler that met the error itself would break its graph there, and go on
-            torch.compiler.disable(magnitude_fisher_compiles_in_one_process_alone)()
-        wrapper, known = nn.parallel.DistributedDataParallel._active_ddp_module, self.moments.wrapper
-        if wrapper is not None:
-            self.moments.wrapper = weakref.ref(wrapper)
-        # the forward of activation checkpointing in a backward has no wrapper, but its first one had
-        elif torch.is_grad_enabled() and (known is None or known() is None):
+    def refuse_parts(self: Any, weight: Tensor) -> None:
+        """Raise RuntimeError where |W'| is to be weighed for a weight of which others hold parts or copies."""
+        is_copy = getattr(self, "_is_replica", False) and torch.is_grad_enabled()
+        if self.moments is not None and (is_copy or type(weight) not in PLAIN):
             raise RuntimeError(
-                "magnitude='fisher' trains in one process, or in several under DistributedDataParallel; use"
-                " magnitude='plain' with FSDP, tensor parallelism and DataParallel"
+                "magnitude='fisher' trains in one process, or in several under DistributedDataParallel or fully_shard;"
+                " use magnitude='plain' with tensor parallelism and DataParallel"
             )
-
-
-def magnitude_fisher_compiles_in_one_process_alone() -> None:  # of which fullgraph=True shows the name alone
-    raise RuntimeError(
-        "magnitude='fisher' does not run in compiled graphs (torch.compile) where several processes train together; use"
-        " magnitude='plain' there"
-    )
-
-
-@functools.cache
-def _hook_optimizers() -> None:
-    """Once a process, when its first such layer is made. Before the step: after it, masks are made."""
-    register_optimizer_step_pre_hook(_before_step)
-
-
-def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    owned = [layer.moments for layer in due.owned_layers(optimizer) if layer.moments is not None]
-    waiting = [moments for moments in owned if moments.waiting or moments.tally.grad is not None]
-    found = {wrapper for m in waiting if m.wrapper is not None and (wrapper := m.wrapper()) is not None}
-    if len(found) > 1:
-        raise RuntimeError(
-            f"{len(found)} models under DistributedDataParallel share an optimizer, in which magnitude='fisher' cannot"
-            " tell whose moments come first; give each model an optimizer of its own"
-        )
-    for wrapper in found:
-        # All of the model, in its order: each rank gives the same sums, whatever its optimizer owns.
-        waiting = [m.moments for m in wrapper.module.modules() if isinstance(m, Weighs) and m.moments is not None]
-        _join(waiting, wrapper.process_group)
-        return
-    _join(waiting)
-
-
-@torch.no_grad()
-def _join(every: Sequence[Moments], group: dist.ProcessGroup | None = None) -> None:
-    """Let each join what it has seen, or what all ranks of a group have."""
-    if not every:
-        return
-    device = every[0].held.device
-    sums = [moments.sums(device) for moments in every]
-    if group is not None:
-        flat = torch.cat(sums)
-        dist.all_reduce(flat, group=group)
-        sums = list(flat.split([len(one) for one in sums]))
-    for moments, one in zip(every, sums, strict=True):
-        moments.join(one)

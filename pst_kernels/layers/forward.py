@@ -46,8 +46,6 @@ class Forward(Resting):
     def forward(self: Any, x: Tensor) -> Tensor:
         if self.merged:
             return self._merged_forward(x)
-        if self.moments is not None:
-            self.notice_processes()
         ready = self._ready
         fits = ready is not None and not torch.compiler.is_compiling() and self._fits(ready, x)
         if ready is None or not fits or not self._is_fresh(ready):
@@ -105,6 +103,7 @@ class Forward(Resting):
         weight, factors, dtype, config = self.oriented_weight, self.factors, operand_dtype(x), self.config
         operands = MaskedWeight(weight, factors, self.pst_mask, self.scales)
         check(x, operands, self.bias)
+        self.refuse_parts(weight)
         compiling = torch.compiler.is_compiling()
         if not compiling and torch._C._are_functorch_transforms_active():
             raise RuntimeError(
@@ -115,8 +114,6 @@ class Forward(Resting):
         through = config.through_magnitude and not self.frozen
         options = Options(through, False, self.pattern.block_size, self.mask_interval)
         if compiling or type(weight) not in PLAIN:
-            if type(weight) not in PLAIN:
-                self.refuse_sharded()
             options = options._replace(weighed=self.moments is not None)
             return Ready(dtype, x.device, operands, (), NOTHING_MADE, options, None, due.NOTHING, -1)
         kernels: Any = ops.kernels_for(weight.device.type)

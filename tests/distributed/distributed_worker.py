@@ -48,6 +48,9 @@ class Training:
         self.forward: nn.Module = self.model
         if engine == "ddp":
             self.forward = nn.parallel.DistributedDataParallel(self.model)
+        elif engine == "compiled ddp":
+            graph = torch.compile(self.model, backend="aot_eager", fullgraph=True)
+            self.forward = nn.parallel.DistributedDataParallel(graph)
         elif engine == "fsdp2":
             for layer in self.model:
                 if isinstance(layer, nn.Linear):
@@ -70,7 +73,11 @@ class Training:
         cpu.prune_mask = counted
         generator = torch.Generator().manual_seed(1)
         batches = [torch.randn(BATCH, WIDTH, generator=generator) for _ in range(STEPS)]
-        rank, ranks = (self.mesh.get_local_rank(), self.mesh.size()) if self.engine in ("ddp", "fsdp2") else (0, 1)
+        rank, ranks = (
+            (self.mesh.get_local_rank(), self.mesh.size())
+            if "parallel" not in self.engine and self.mesh is not None
+            else (0, 1)
+        )
         for batch in batches[first:last]:
             for part in batch.view(self.parts, -1, WIDTH):
                 (self.forward(part.view(ranks, -1, WIDTH)[rank]).pow(2).mean() / self.parts).backward()
@@ -192,7 +199,8 @@ def run(rank: int, folder: str) -> None:
         frozen = Training(engine, mesh, **FROZEN).run()
         results["frozen", engine] = frozen.state(), [getattr(layer, "frozen", None) for layer in frozen.model]
         results["global", engine] = Training(engine, mesh, **GLOBAL).run().state()
-    results["fisher"] = Training("ddp", four, **FISHER).run().state()
+    for engine in ("ddp", "compiled ddp", "fsdp2"):
+        results["fisher", engine] = Training(engine, four, **FISHER).run().state()
     results["traffic"] = largest_message(four)
     twice = fully_shard(cut(pst.PSTLinear(8, 8), two["parts"]), mesh=two["copies"])
     late = nn.Sequential(cut(nn.Linear(8, 8), four), nn.Linear(8, 2))
@@ -205,7 +213,7 @@ def run(rank: int, folder: str) -> None:
         "frozen": refused(lambda: cut(pst.PSTLinear(8, 8, config=pst.PSTConfig(freeze=0.2)), four).mask),
         "global": refused(lambda: Training("tensor parallel", four, **GLOBAL).run()),
         "fisher": refused(lambda: Training("tensor parallel", four, magnitude="fisher").run()),
-        "fisher, sharded": refused(lambda: Training("fsdp2", four, magnitude="fisher").run()),
+        "fisher, alone": refused(lambda: Training(magnitude="fisher").run()),
         "Conv1D": refused(lambda: cut(pst.PSTConv1D(8, 8), four)),
     }
 
