@@ -22,14 +22,15 @@ ALLOWED = {
     "masks": {"operands"},
     "cpu": {"operands", "masks", "env", "notices"},
     "triton": {"operands", "masks", "env", "files"},
-    "ops": {"operands", "masks", "env", "notices", "cpu", "triton"},
+    "weighing": {"operands"},
+    "ops": {"operands", "masks", "env", "notices", "weighing", "cpu", "triton"},
     "functional": {"operands", "masks", "ops"},
     "config": {"files", "masks"},
-    "layers": {"operands", "masks", "ops", "functional", "config", "env", "cpu"},
+    "layers": {"operands", "masks", "weighing", "ops", "functional", "config", "env", "cpu"},
     "bypass": set(),
     "refusals": {"operands", "layers", "bypass"},
     "targets": {"config", "layers", "bypass", "refusals"},
-    "show": {"files", "masks", "layers", "operands", "config", "functional", "export", "checkpoint"},
+    "show": {"files", "masks", "weighing", "layers", "operands", "config", "functional", "export", "checkpoint"},
     "export": {"files", "masks", "layers", "operands", "bypass", "targets"},
 }
 # Files that measure or compare, and so look at what they serve.
