@@ -146,22 +146,10 @@ def test_a_damaged_weight_is_refused_in_one_line(inputs, tmp_path):
     with torch.no_grad():
         model.encoder.layer[0].output.dense.weight[0, 0] = float("nan")
     folder = saved(inputs, "damaged", model)
-    command = [
-        sys.executable,
-        "-m",
-        "pst_kernels.cli",
-        "finetune",
-        "--model",
-        folder,
-        "--max-length",
-        "32",
-        "--steps",
-        "1",
-    ]
-    command += ["--train-file", str(inputs / "train.csv"), "--output", str(tmp_path / "run")]
-    done = subprocess.run(
-        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "pst_kernels.cli", "finetune", "--model", folder, "--max-length", "32"]
+    command += ["--train-file", str(inputs / "train.csv"), "--output", str(tmp_path / "run"), "--steps", "1"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     printed = done.stderr
     assert (
