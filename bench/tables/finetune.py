@@ -38,7 +38,8 @@ def markdown(results: dict[str, Any]) -> str:
         f" batches for both{_teacher(settings)}, seed {results['seed']}. Measured on CPU: {machine['processor']},"
         f" {machine['threads']} threads, fp32, torch {versions['torch']}, transformers"
         f" {versions['transformers']}, {results['date'][:10]}."
-        " Zeros are counted in the saved file; memory is the process's own, Python and libraries included."
+        " Zeros are counted in the saved file; memory is the process's own, Python and libraries included"
+        f"{', that of PST also what asking the teacher takes' if _teacher(settings) else ''}."
     )
     return "\n".join([*lines, "", conditions])
 

@@ -27,8 +27,8 @@ from ..operands import Factors, MaskedWeight, Needs
 from ..weighing import WeighedRoom
 from . import fisher_sums
 from .checks import PLAIN
+from .fisher_sums import MOMENTS
 
-MOMENTS = "pst_moments"  # fp32 (out + in,): the running sums of G^2 over rows, then over columns
 DECAY = 0.99  # of the running sums at a step; where they start does not count, as only their ratios do
 
 

@@ -21,6 +21,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..masks import due
 from .checks import in_several_processes
 
+MOMENTS = "pst_moments"  # a layer's buffer, fp32 (out + in,): the running sums over rows, then over columns
+
 _wrappers: list[weakref.ref[Any]] = []  # every DistributedDataParallel made since the first layer with moments
 
 
@@ -33,7 +35,7 @@ def watch_optimizers() -> None:
 
 def _note_wrapper(parent: nn.Module, *_: object) -> None:
     if isinstance(parent, nn.parallel.DistributedDataParallel):
-        _wrappers.append(weakref.ref(parent))
+        _wrappers[:] = [*(known for known in _wrappers if known() is not None), weakref.ref(parent)]
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -47,7 +49,7 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     for reference in reversed(_wrappers):  # the last that took a layer
         if left and (wrapper := reference()) is not None:
             # All of the model, in its order: each rank gives the same sums, whatever its optimizer owns.
-            inside = [m for m in wrapper.modules() if getattr(m, "moments", None) is not None]
+            inside = [module for module in wrapper.modules() if MOMENTS in module._buffers]
             if not left.isdisjoint(inside):
                 left -= set(inside)
                 _join([layer.moments for layer in inside], [wrapper.process_group])
