@@ -111,9 +111,13 @@ class Weighs:
 
     def _add_moments(self: Any, shape: tuple[int, int]) -> None:
         if self.config.magnitude == "fisher":
-            fisher_sums.watch_optimizers()
             self.register_buffer(MOMENTS, torch.zeros(sum(shape), dtype=torch.float32, device=self.weight.device))
             self.moments = Moments(self._buffers, shape)
+            self._watch_moments()
+
+    def _watch_moments(self) -> None:
+        if self.moments is not None:
+            fisher_sums.watch_optimizers()
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]  # of nn.Module

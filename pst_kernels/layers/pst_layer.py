@@ -146,7 +146,9 @@ class PSTLayer(Forward, Weighs, nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.seen_count = due.NOTHING
-        due.register(self)  # a copy has optimizers of its own
+        due.register(self)  # a copy has optimizers of its own, and may be the first layer of its process
+        self._watch_rest()
+        self._watch_moments()
 
     @property
     def factors(self) -> Factors:

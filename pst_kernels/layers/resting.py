@@ -76,8 +76,8 @@ class Resting:
 
     def _add_rest(self: Any) -> None:
         config, device = self.config, self.weight.device
+        self._watch_rest()
         if config.freeze:
-            _hook_optimizers()
             # no bool, of which torch can make no average
             self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.uint8, device=device))
         if config.train_kept:
@@ -85,6 +85,10 @@ class Resting:
             self.pst_kept = nn.Parameter(torch.zeros(kept, dtype=config.adapter_dtype, device=device))
             self.kept_follow = config.allocation == "global"
         self.at_step(0)
+
+    def _watch_rest(self) -> None:
+        if self.config.freeze:
+            _hook_optimizers()
 
     def kept_at(self: Any, frozen: bool, num_pruned: int) -> int:
         """How many trained kept weights there are: with one threshold for all layers, as many as a fixed mask keeps."""

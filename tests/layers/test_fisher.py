@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -346,6 +350,30 @@ def test_a_copy_has_moments_of_its_own(trained, copied):
     run(other, 1, None, optimizer_of(other))
     assert not toys.differences(trained.state_dict(), before)
     assert not torch.equal(other[0].pst_moments, trained[0].pst_moments)
+
+
+THERE = """
+import sys, torch
+model = torch.load("model.pt", weights_only=False)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+model(torch.load("batch.pt")).pow(2).mean().backward()
+optimizer.step()
+torch.save(model.state_dict(), "state.pt")
+"""
+
+
+def test_a_model_that_another_process_unpickles_trains_as_here(tmp_path):
+    model = model_of()
+    torch.save(model, tmp_path / "model.pt")
+    torch.save(batch(0), tmp_path / "batch.pt")
+    package = str(Path(pst.__file__).parents[1])
+    environment = os.environ | {"PYTHONPATH": package, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([sys.executable, "-c", THERE], check=True, cwd=tmp_path, env=environment)
+    model(batch(0)).pow(2).mean().backward()
+    optimizer_of(model).step()
+    there = torch.load(tmp_path / "state.pt")
+    assert there["0.pst_moments"].any()
+    assert not toys.differences(model.state_dict(), there)
 
 
 def test_moments_of_a_model_in_half_precision():
