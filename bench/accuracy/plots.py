@@ -16,12 +16,13 @@ from .record import FINAL, Cell, Row
 from .table import HEADINGS, tasks_of
 from .tasks import TASKS
 
-GOLDEN = (math.sqrt(5) - 1) / 2  # hues this far apart on the circle stay distinct however many there are
+GOLDEN = (math.sqrt(5) - 1) / 2  # hues this far apart on the circle come near each other after 8, 13 and 21 alone
+LIGHTNESS = (0.32, 0.62, 0.45, 0.72, 0.52)  # and differ in this then
 
 
 def _colour(index: int) -> tuple[float, float, float]:
-    """Of the method at a place in the catalogue: neighbours differ in hue and in lightness."""
-    return colorsys.hls_to_rgb(index * GOLDEN % 1.0, (0.36, 0.5, 0.64)[index % 3], 0.62)
+    """Of the method at a place in the catalogue."""
+    return colorsys.hls_to_rgb(index * GOLDEN % 1.0, LIGHTNESS[index % len(LIGHTNESS)], 0.62)
 
 
 COLOURS = {method.name: _colour(index) for index, method in enumerate((*BASELINES, *RECIPES))}
