@@ -15,17 +15,16 @@ from torch import Tensor
 from .operands import Factors, MaskedWeight, Needs, Scales, Weighing, compute_dtype, scaled
 
 
-def weighings(moments: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def weighings(moments: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """p (out, 1) and q (in,) of sums of G^2 over rows, then over columns; ones as long as there are none."""
-    sums = moments.to(dtype).split(shape)
+    sums = moments.to(compute_dtype(weight.dtype)).split(list(weight.shape))
     p, q = (torch.where((mean := part.mean()) > 0, part / mean, 1.0).sqrt() for part in sums)
     return p[:, None], q
 
 
 def weighed(weight: Tensor, factors: Factors, moments: Tensor) -> tuple[Tensor, Factors]:
     """Plain scores of these are the weighed ones."""
-    p, q = weighings(moments, (weight.shape[0], weight.shape[1]), compute_dtype(weight.dtype))
-    return scaled(weight, factors, p, q)
+    return scaled(weight, factors, *weighings(moments, weight))
 
 
 class WeighedRoom:
@@ -65,8 +64,7 @@ class WeighedRoom:
         if not needs.factors:
             found = self.kernels.linear_backward(gy, x, operands, through_magnitude, needs, split)
             return *found, found[0].new_empty(0, dtype=torch.float32)
-        weight = operands.weight
-        p, q = weighings(self.moments(), (weight.shape[0], weight.shape[1]), compute_dtype(weight.dtype))
+        p, q = weighings(self.moments(), operands.weight)
         weighing = Weighing(p, q, p.new_empty(len(p)), torch.zeros_like(q))
         found = self.kernels.weighed_backward(gy, x, operands, through_magnitude, needs.input, weighing)
         one = weighing.of_rows.new_ones(1)

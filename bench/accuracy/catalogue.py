@@ -195,11 +195,7 @@ def _taught(name: str, make: Callable[..., Any], candidate: Method) -> Iterator[
 def _each_way(name: str, of: str, **settings: Any) -> tuple[Method, ...]:
     """A preset by itself, and taught, at the rates of "accurate" with weighed magnitudes."""
     make = partial(preset, of, **settings)
-    return (
-        Method(name, make(), like=FISHER.name),
-        Method(f"{name}, decoder trained", make(decoder=True), like=FISHER.name),
-        *_taught(name, make, FISHER),
-    )
+    return Method(name, make(), like=FISHER.name), *_taught(name, make, FISHER)
 
 
 RECIPES: tuple[Method, ...] = (
@@ -219,14 +215,12 @@ RECIPES: tuple[Method, ...] = (
     *_each_way("PST, fast", "fast"),
     *_each_way("PST, accurate", "accurate"),
 )
-# As for magnitude pruning: the rate below, where validation chose the highest.
-RECIPES += tuple(Method(f"PST, {name}, at 1.5e-4", preset(name), LR) for name in ("accurate", "fast"))
 # With magnitudes weighed at 50 % too, where the presets' are plain.
 RECIPES += _each_way("PST, accurate, weighed", "accurate", magnitude="fisher")
 # What the presets were: with the mask fixed later, plain magnitudes, and weights pruned before the first step.
 RECIPES += (
     Method(f"PST, accurate, {LATER}", _fixed_later(), like=FISHER_LATER.name),
-    Method(f"PST, accurate, {LATER}, at 1.5e-4", _fixed_later(), LR),
+    Method(f"PST, accurate, {LATER}, at 1.5e-4", _fixed_later(), LR),  # validation had chosen the highest
     *_taught(f"PST, accurate, {LATER}", _fixed_later, FISHER_LATER),
     Method("PST, accurate, plain magnitudes", preset("accurate", magnitude="plain"), like=PLAIN.name),
     Method(f"PST, accurate, {LATER}, plain magnitudes", _plain(), like=PLAIN.name),

@@ -41,6 +41,11 @@ class Moments:
         self.seen: Tensor | None = None  # the sums over what backwards have seen since the last step, and how many
         self._waiting = False  # whether any has, but in compiled graphs
         self.place_tally()
+        fisher_sums.watch_wrappers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        fisher_sums.watch_wrappers()
 
     @property
     def waiting(self) -> bool:
@@ -113,11 +118,6 @@ class Weighs:
         if self.config.magnitude == "fisher":
             self.register_buffer(MOMENTS, torch.zeros(sum(shape), dtype=torch.float32, device=self.weight.device))
             self.moments = Moments(self._buffers, shape)
-            self._watch_moments()
-
-    def _watch_moments(self) -> None:
-        if self.moments is not None:
-            fisher_sums.watch_optimizers()
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]  # of nn.Module
@@ -147,7 +147,4 @@ class Weighs:
         """Raise RuntimeError where |W'| is to be weighed for a weight of which others hold parts or copies."""
         is_copy = getattr(self, "_is_replica", False) and torch.is_grad_enabled()
         if self.moments is not None and (is_copy or type(weight) not in PLAIN):
-            raise RuntimeError(
-                "magnitude='fisher' trains in one process, or in several under DistributedDataParallel or fully_shard;"
-                " use magnitude='plain' with tensor parallelism and DataParallel"
-            )
+            raise RuntimeError(fisher_sums.ELSEWHERE)

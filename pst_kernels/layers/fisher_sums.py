@@ -16,20 +16,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..masks import due
 from .checks import in_several_processes
 
 MOMENTS = "pst_moments"  # a layer's buffer, fp32 (out + in,): the running sums over rows, then over columns
+ELSEWHERE = (
+    "magnitude='fisher' trains in one process, or in several under DistributedDataParallel or fully_shard; use"
+    " magnitude='plain' with tensor parallelism, DataParallel and other kinds"
+)
 
 _wrappers: list[weakref.ref[Any]] = []  # every DistributedDataParallel made since the first layer with moments
 
 
 @functools.cache
-def watch_optimizers() -> None:
-    """Once a process, when its first such layer is made. Before the step: after it, masks are made."""
-    register_optimizer_step_pre_hook(_before_step)
+def watch_wrappers() -> None:
+    """Once a process, when its first moments are made or loaded."""
     register_module_module_registration_hook(_note_wrapper)
 
 
@@ -38,8 +40,9 @@ def _note_wrapper(parent: nn.Module, *_: object) -> None:
         _wrappers[:] = [*(known for known in _wrappers if known() is not None), weakref.ref(parent)]
 
 
-def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    layers = [layer for layer in due.owned_layers(optimizer) if layer.moments is not None]
+def _before_step(optimizer: torch.optim.Optimizer, owned: Sequence[Any]) -> None:
+    """Not after it: masks are made then."""
+    layers = [layer for layer in owned if layer.moments is not None]
     if not any(layer.moments.waiting for layer in layers):
         return
     if not in_several_processes():
@@ -54,6 +57,9 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
                 left -= set(inside)
                 _join([layer.moments for layer in inside], [wrapper.process_group])
     _join_shards(_in_order(left, optimizer))
+
+
+due.before_steps.append(_before_step)
 
 
 def _in_order(layers: Iterable[Any], optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -72,10 +78,7 @@ def _join_shards(layers: Sequence[Any]) -> None:
     for layer in layers:
         mesh = getattr(layer._parameters["pst_U"], "device_mesh", None)
         if mesh is None:
-            raise RuntimeError(
-                "magnitude='fisher' trains in one process, or in several under DistributedDataParallel or fully_shard;"
-                " use magnitude='plain' with other kinds of parallelism"
-            )
+            raise RuntimeError(ELSEWHERE)
         by_mesh.setdefault(mesh, []).append(layer.moments)
     for mesh, moments in by_mesh.items():
         _join(moments, [mesh.get_group(i) for i in range(mesh.ndim)])

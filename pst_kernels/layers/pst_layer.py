@@ -147,8 +147,6 @@ class PSTLayer(Forward, Weighs, nn.Module):
         super().__setstate__(state)
         self.seen_count = due.NOTHING
         due.register(self)  # a copy has optimizers of its own, and may be the first layer of its process
-        self._watch_rest()
-        self._watch_moments()
 
     @property
     def factors(self) -> Factors:

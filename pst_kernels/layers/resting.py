@@ -6,12 +6,11 @@ learn alone (rested.py). A fixed mask stays until `unfreeze_mask`, through savin
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..config import PSTConfig
 from ..functional import Made
@@ -28,15 +27,9 @@ KEPT = "pst_kept"  # the trained kept weights
 OF_SCORES = ("pst_A", "pst_B", "pst_R", "pst_C")
 
 
-@functools.cache
-def _hook_optimizers() -> None:
-    """Once a process, when its first layer with a freeze is made."""
-    register_optimizer_step_pre_hook(_before_step)
-
-
-def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, layers: Sequence[Any]) -> None:
     """What rests has no gradient: DistributedDataParallel makes zeros of none, with which an optimizer would go on."""
-    for layer in due.owned_layers(optimizer):
+    for layer in layers:
         if layer.config.freeze:
             for name in OF_SCORES if layer.frozen else (KEPT,):
                 parameter = layer._parameters.get(name)
@@ -52,6 +45,9 @@ def _fit_state(optimizer: torch.optim.Optimizer, kept: nn.Parameter) -> None:
     for name, held in state.items():
         if isinstance(held, Tensor) and held.dim() == 1 and held.shape != kept.shape:
             state[name] = held.new_zeros(kept.shape)
+
+
+due.before_steps.append(_before_step)
 
 
 class Resting:
@@ -76,7 +72,6 @@ class Resting:
 
     def _add_rest(self: Any) -> None:
         config, device = self.config, self.weight.device
-        self._watch_rest()
         if config.freeze:
             # no bool, of which torch can make no average
             self.register_buffer("pst_frozen", torch.zeros((), dtype=torch.uint8, device=device))
@@ -85,10 +80,6 @@ class Resting:
             self.pst_kept = nn.Parameter(torch.zeros(kept, dtype=config.adapter_dtype, device=device))
             self.kept_follow = config.allocation == "global"
         self.at_step(0)
-
-    def _watch_rest(self) -> None:
-        if self.config.freeze:
-            _hook_optimizers()
 
     def kept_at(self: Any, frozen: bool, num_pruned: int) -> int:
         """How many trained kept weights there are: with one threshold for all layers, as many as a fixed mask keeps."""

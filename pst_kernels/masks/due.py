@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 class Watch:
@@ -132,11 +132,20 @@ def register(layer: Any) -> None:
 @functools.cache
 def _hook_optimizers() -> None:
     """Once a process, when its first layer is made: a process without layers has no hook."""
+    register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
+# What is done with an optimizer that is about to step, and the layers of which it has a factor.
+before_steps: list[Callable[[torch.optim.Optimizer, Sequence[Any]], None]] = []
 # What is done with the layers of which an optimizer has moved a factor.
 after_steps: list[Callable[[Sequence[Any]], None]] = []
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    layers = owned_layers(optimizer)
+    for act in before_steps:
+        act(optimizer, layers)
 
 
 def _after_step(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -353,7 +353,7 @@ def test_a_copy_has_moments_of_its_own(trained, copied):
 
 
 THERE = """
-import sys, torch
+import torch
 model = torch.load("model.pt", weights_only=False)
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 model(torch.load("batch.pt")).pow(2).mean().backward()
