@@ -10,9 +10,9 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..cpu import low_rank
 from ..cpu.sparse_rows import SparseRows
-from ..operands import Factors, compute_dtype
+from ..operands import Factors
 
 
 class FixedMask:
@@ -31,14 +31,7 @@ class FixedMask:
 
     def values(self, factors: Factors, beta: float, added: Tensor | None) -> Tensor:
         """W' at the kept places, and `added` to it, in fp32 (float64 for a float64 weight)."""
-        base, offsets, pointers, _, columns = self.lists
-        U, V = (factor.to(compute_dtype(base.dtype)) for factor in factors[:2])
-        # U V where kept is a product of two tall matrices, as G is
-        _, update = ops.sparse_backward(
-            U.t().contiguous(), V.contiguous(), base, offsets, pointers, columns, False, True
-        )
-        values = torch.add(base, update, alpha=beta)
-        return values if added is None else values + added
+        return low_rank.kept_values(self.lists, factors.U, factors.V, beta, added)
 
 
 def add_at(masked: Tensor, places: Tensor, added: Tensor) -> Tensor:

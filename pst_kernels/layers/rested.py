@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from .. import ops
+from ..cpu import low_rank
+from ..cpu.sparse_rows import SparseRows
 from ..functional import Made, bias_gradient, in_dimensions_of, without_autocast
 from ..operands import MaskedWeight, compute_dtype
 from .fixed import add_at
@@ -113,16 +115,14 @@ class _Gradient(NamedTuple):
         return self.rest.through_magnitude and not self.rest.frozen
 
     def by_lists(self, values: Tensor, offsets: Tensor, pointers: Tensor) -> tuple[Tensor, ...]:
-        (out, columns), (U, V, *_) = self.operands.weight.shape, self.operands.factors
+        weight, (U, V, *_), _, scales = self.operands
+        out, columns = weight.shape
         dx, G = ops.sparse_backward(self.gy, self.x, values, offsets, pointers, columns, *self.needs)
         if not self.needs[1]:
             return dx, G, G, G
         Q = torch.addcmul(G, G, values.abs().to(G.dtype)) if self.through else G
-        U, V = U.to(G.dtype), V.to(G.dtype).contiguous()
-        dU = ops.sparse_forward(V, Q, offsets, pointers, None, out).t()
-        dV, _ = ops.sparse_backward(U.t().contiguous(), V, Q, offsets, pointers, columns, True, False)
-        beta = self.operands.scales.beta
-        return dx, dU * beta, dV * beta, G
+        dU, dV = low_rank.factor_gradients(SparseRows(Q, offsets, pointers, out, columns), U, V, scales.beta)
+        return dx, dU, dV, G
 
     def with_kept_weights(self, masked: Tensor | None, added: Added) -> tuple[Tensor, ...]:
         """By dense products, for G's kept places are read one by one."""

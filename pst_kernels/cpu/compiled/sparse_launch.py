@@ -35,7 +35,9 @@ _CPU = torch.device("cpu")
 find_ready = ready.find
 _product, _making = numbers_of(sparse_passes.FRAME), numbers_of(sparse_lists.FRAME)
 _ordering = numbers_of(row_order.FRAME)
-_TASKS = list(sparse_passes.FRAME.names or ()).index("tasks")
+_TASKS, _TOKENS, _ADDS, _X, _Y = (
+    list(sparse_passes.FRAME.names or ()).index(name) for name in ("tasks", "tokens", "adds", "x", "y")
+)
 _VALUES, _OFFSETS = (list(sparse_lists.FRAME.names or ()).index(name) for name in ("values", "offsets"))
 
 
@@ -62,19 +64,16 @@ def lists(weight: Tensor, mask: Tensor) -> Lists:
 def transposed(lists: Lists) -> Lists:
     """The lists of W^T."""
     values, offsets, pointers, rows, columns = lists
-    chunks, its_chunks = chunks_of(columns), chunks_of(rows)
-    # where the blocks of CHUNK x CHUNK begin: the same runs before and after, in another order
-    edges = pointers[:-1].numpy().reshape(chunks, rows)[:, ::CHUNK]
-    sizes = np.diff(np.append(edges.ravel(), pointers[-1].numpy())).reshape(chunks, its_chunks)
-    bases = torch.from_numpy(np.cumsum(sizes.T).astype(np.int32) - sizes.T.ravel())
+    its_chunks = chunks_of(rows)
+    tasks = chunks_of(columns) * its_chunks
     its_values, its_offsets = torch.empty_like(values), torch.empty_like(offsets)
     its_pointers = torch.empty(its_chunks * columns + 1, dtype=torch.int32)
     frame = _making(
-        tasks=len(bases), rows=rows, columns=columns, is_16_bit=values.element_size() == 2,
-        values=values.data_ptr(), offsets=offsets.data_ptr(), pointers=pointers.data_ptr(), bases=bases.data_ptr(),
+        tasks=tasks, rows=rows, columns=columns, is_16_bit=values.element_size() == 2,
+        values=values.data_ptr(), offsets=offsets.data_ptr(), pointers=pointers.data_ptr(),
         its_values=its_values.data_ptr(), its_offsets=its_offsets.data_ptr(), its_pointers=its_pointers.data_ptr(),
     )  # fmt: skip
-    team.run(sparse_lists.transpose, frame, len(bases))
+    team.run(sparse_lists.transpose, frame, tasks)
     return its_values, its_offsets, its_pointers, columns, rows
 
 
@@ -188,20 +187,21 @@ def sampled(gy: Tensor, x: Tensor, lists: Lists, out: Tensor, scratch: Scratch) 
     """
     _, offsets, pointers, rows, columns = lists
     chunks, step = chunks_of(columns), min(len(x), SAMPLED_TOKENS)
-    tiles = -(-step // WIDTH)
+    tiles, group_rows = -(-step // WIDTH), min(rows, SAMPLED_ROWS)
     packed = scratch("sparse panels", (tiles, columns, WIDTH), torch.float32, _CPU)
     packed_y = scratch("sparse gradients", (tiles, rows, WIDTH), torch.float32, _CPU)
-    group_rows = min(rows, SAMPLED_ROWS)
+    frame = _product(
+        group_rows=group_rows, rows=rows, columns=columns, x_stride=x.stride(0), y_stride=gy.stride(0),
+        x_is_bf16=x.dtype is torch.bfloat16, y_is_bf16=gy.dtype is torch.bfloat16, offsets=offsets.data_ptr(),
+        pointers=pointers.data_ptr(), packed=packed.data_ptr(), packed_y=packed_y.data_ptr(), out=out.data_ptr(),
+    )  # fmt: skip
+    x_bytes, y_bytes = x.stride(0) * x.element_size(), gy.stride(0) * gy.element_size()
     for start in range(0, len(x), step):
-        some_x, some_gy = x[start : start + step], gy[start : start + step]
-        frame = _product(
-            group_rows=group_rows, rows=rows, columns=columns, tokens=len(some_x), x_stride=x.stride(0),
-            y_stride=gy.stride(0), x_is_bf16=x.dtype is torch.bfloat16, y_is_bf16=gy.dtype is torch.bfloat16,
-            adds=start > 0, x=some_x.data_ptr(), y=some_gy.data_ptr(), offsets=offsets.data_ptr(),
-            pointers=pointers.data_ptr(), packed=packed.data_ptr(), packed_y=packed_y.data_ptr(), out=out.data_ptr(),
-        )  # fmt: skip
+        tokens = min(step, len(x) - start)
+        frame[_ADDS], frame[_TOKENS] = start > 0, tokens
+        frame[_X], frame[_Y] = x.data_ptr() + start * x_bytes, gy.data_ptr() + start * y_bytes
         for compiled, tasks in (
-            (sparse_passes.pack_both, 2 * -(-len(some_x) // WIDTH)),
+            (sparse_passes.pack_both, 2 * -(-tokens // WIDTH)),
             (sparse_passes.sampled, chunks * -(-rows // group_rows)),
         ):
             frame[0], frame[_TASKS] = 0, tasks

@@ -16,7 +16,7 @@ from .views import bytes_at, halves_at, integers_at, record_of, words_at
 
 WORDS = CHUNK // WORD  # packed words of a chunk of a row
 _NUMBERS = ("next", "tasks", "task_rows", "rows", "columns", "row_stride", "column_stride", "words", "is_16_bit")
-_ADDRESSES = ("packed", "weight", "values", "offsets", "pointers", "bases", "its_values", "its_offsets", "its_pointers")
+_ADDRESSES = ("packed", "weight", "values", "offsets", "pointers", "its_values", "its_offsets", "its_pointers")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
 _frame = record_of("record_of_sparse_lists", FRAME)
 
@@ -104,6 +104,13 @@ def fill(address):
                         entry += 1
 
 
+@part
+def _entries(f, pointers, task, chunks):
+    """How many a task of `transpose` moves."""
+    first, line = task // chunks * CHUNK, task % chunks * f.rows
+    return pointers[line + min(f.rows, first + CHUNK)] - pointers[line + first]
+
+
 @whole_pass
 def transpose(address):
     """The lists of W^T. A task is a block of CHUNK rows and a chunk: one run of the lists, before and after."""
@@ -113,26 +120,30 @@ def transpose(address):
         integers_at(f.pointers, f.rows * chunks + 1),
         integers_at(f.its_pointers, f.columns * its_chunks + 1),
     )
-    kept, bases = np.int64(pointers[f.rows * chunks]), integers_at(f.bases, f.tasks)
+    kept = np.int64(pointers[f.rows * chunks])
     offsets, its_offsets = bytes_at(f.offsets, kept), bytes_at(f.its_offsets, kept)
     values32, its_values32 = words_at(f.values, kept), words_at(f.its_values, kept)
     values16, its_values16 = halves_at(f.values, kept), halves_at(f.its_values, kept)
     cursors = np.empty(CHUNK, np.int32)
+    seen, base = np.int64(0), np.int32(0)
     while True:
         task = take_task(address)
         if task >= f.tasks:
             return
+        for earlier in range(seen, task):  # a thread's tasks come in order
+            base += _entries(f, pointers, earlier, chunks)
+        seen = task
         its_chunk, chunk = task // chunks, task % chunks
         columns = min(CHUNK, f.columns - chunk * CHUNK)
         first, last = its_chunk * CHUNK, min(f.rows, (its_chunk + 1) * CHUNK)
         cursors[:] = 0
         for entry in range(pointers[chunk * f.rows + first], pointers[chunk * f.rows + last]):
             cursors[offsets[entry]] += 1
-        base = bases[task]
+        place = base
         for j in range(columns):
-            its_pointers[its_chunk * f.columns + chunk * CHUNK + j] = base
-            size, cursors[j] = cursors[j], base
-            base += size
+            its_pointers[its_chunk * f.columns + chunk * CHUNK + j] = place
+            size, cursors[j] = cursors[j], place
+            place += size
         for i in range(first, last):
             for entry in range(pointers[chunk * f.rows + i], pointers[chunk * f.rows + i + 1]):
                 column = offsets[entry]

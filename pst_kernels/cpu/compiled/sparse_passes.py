@@ -120,7 +120,7 @@ def _unpack(sums, width, rows, target, stride, is_bf16, tokens):
 
 
 @part
-def _form(width):
+def form_of(width):
     """Of `row_product`, with fp32 values."""
     form = 0
     while WIDTHS[form] < width:
@@ -161,7 +161,7 @@ def multiply(address):
         place = integers_at(f.tiles + 8 * tile, 2)
         token, width = np.int64(place[0]), np.int64(place[1])
         tokens = min(width, f.tokens - token)
-        form = np.int64(HALVES) if f.values_are_bf16 else np.int64(_form(width))
+        form = np.int64(HALVES) if f.values_are_bf16 else np.int64(form_of(width))
         if tile != tile_in_hand:
             size = 2 if f.x_is_bf16 else 4
             _pack(f.x + token * f.x_stride * size, f.x_stride, f.x_is_bf16, tokens, f.columns, width, packed)

@@ -156,23 +156,55 @@ def _row_product(builder: ir.IRBuilder, form: _Form, arguments: list[ir.Value]) 
         _store(builder, total, sums, v * lanes)
 
 
+def _add_scaled(builder: ir.IRBuilder, form: _Form, arguments: list[ir.Value]) -> None:
+    values, offsets, count, line, panel = arguments
+    values, offsets = _pointer(builder, values, _FLOAT), _pointer(builder, offsets, _I8)
+    line, panel = _pointer(builder, line, _FLOAT), _pointer(builder, panel, _FLOAT)
+    held = [_load(builder, line, v * form.lanes, form.lanes) for v in range(form.vectors)]
+    with cgutils.for_range_slice(builder, _constant(0), count, _constant(1)) as (entry, _):
+        value = _splat(builder, builder.load(builder.gep(values, [entry])), form.lanes)
+        offset = builder.zext(builder.load(builder.gep(offsets, [entry])), _I64)
+        place = builder.gep(panel, [builder.mul(offset, _constant(form.width))])
+        for v, vector in enumerate(held):
+            before = _load(builder, place, v * form.lanes, form.lanes)
+            _store(builder, _multiply_add(builder, value, vector, before), place, v * form.lanes)
+
+
+def _by_form(
+    forms: list[_Form], generate: Callable[..., None], builder: ir.IRBuilder, arguments: list[ir.Value]
+) -> None:
+    """What an intrinsic does, in the form that its first argument chooses."""
+    end = builder.append_basic_block("end")
+    blocks = [builder.append_basic_block(f"form{number}") for number in range(len(forms))]
+    choice = builder.switch(arguments[0], blocks[-1])
+    for number, (form, block) in enumerate(zip(forms, blocks, strict=True)):
+        choice.add_case(_constant(number), block)
+        builder.position_at_end(block)
+        generate(builder, form, arguments[1:])
+        builder.branch(end)
+    builder.position_at_end(end)
+
+
 @intrinsic
 def row_product(typing_context, form, values, offsets, count, panel, sums, starts, start):
     """sums (width,) += values (count,) @ panel[offsets], or `start` + that where `starts`; panel (columns, width)."""
 
     def generate(context, builder, signature, arguments):
-        end = builder.append_basic_block("end")
-        blocks = [builder.append_basic_block(f"form{number}") for number in range(len(_FORMS))]
-        choice = builder.switch(arguments[0], blocks[-1])
-        for number, (shape, block) in enumerate(zip(_FORMS, blocks, strict=True)):
-            choice.add_case(_constant(number), block)
-            builder.position_at_end(block)
-            _row_product(builder, shape, arguments[1:])
-            builder.branch(end)
-        builder.position_at_end(end)
+        _by_form(_FORMS, _row_product, builder, arguments)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, types.float32), generate
+
+
+@intrinsic
+def add_scaled(typing_context, form, values, offsets, count, line, panel):
+    """panel[offsets] += values (count,) times line (width,), of fp32 values."""
+
+    def generate(context, builder, signature, arguments):
+        _by_form(_FORMS[:HALVES], _add_scaled, builder, arguments)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6), generate
 
 
 def _lookup(builder: ir.IRBuilder, table: ir.Value) -> Callable[[ir.Value], ir.Value]:
