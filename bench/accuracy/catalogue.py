@@ -138,6 +138,12 @@ FASTER = (
         LR,
     ),
 )
+AT_ONCE: dict[str, Any] = {"initial_sparsity": 0.5, "warmup": 0.0}
+HALVED = (
+    _candidate("accurate, half at once", preset("accurate", **AT_ONCE), LRS[:2]),
+    _candidate("accurate, half at once, scores rest", preset("accurate", **AT_ONCE, score_interval=2), LRS[:2]),
+    _candidate("accurate, half at once, scores rest thrice", preset("accurate", **AT_ONCE, score_interval=4), LRS[:2]),
+)
 FREEZES = (
     PLAIN,
     _candidate("accurate, frozen at 50 %", _plain(freeze=0.5, cooldown=0.5, warmup=0.0), LR),
@@ -171,6 +177,7 @@ CANDIDATES = (
     FOUND_AND_STATES,
     *SCREENED,
     *FASTER,
+    *HALVED,
     *FREEZES,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
@@ -213,6 +220,7 @@ RECIPES: tuple[Method, ...] = (
         "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
     ),
     *_each_way("PST, fast", "fast"),
+    *_each_way("PST, fast, half at once", "fast", **AT_ONCE),  # above 50 % too
     *_each_way("PST, accurate", "accurate"),
 )
 # With magnitudes weighed at 50 % too, where the presets' are plain.

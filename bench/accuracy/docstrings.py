@@ -3,38 +3,23 @@
 from __future__ import annotations
 
 import ast
-import random
 import sysconfig
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from pst_kernels.finetune import data
-from pst_kernels.finetune.copies import drop_copies, near_copies
-from pst_kernels.finetune.split import stratified
+
+from .classes import of_the_largest
 
 PACKAGES = 20  # those with the most docstrings
 MOST_EACH = 220
 LEAST_WORDS = 6
-VALIDATION_SHARE, TEST_SHARE = 0.2, 0.3
 NOT_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
 def load(seed: int) -> data.Dataset:
-    """The three splits; no text of one has a near-copy in another. They depend on the version of Python."""
-    examples, copies = drop_copies(list(_examples(Path(sysconfig.get_paths()["stdlib"]))))
-    by_package: dict[str, list[data.Example]] = defaultdict(list)
-    for example in examples:
-        by_package[example.label].append(example)
-    largest = sorted(by_package, key=lambda name: (-len(by_package[name]), name))[:PACKAGES]
-    chosen: list[data.Example] = []
-    for name in sorted(largest):
-        found = by_package[name]
-        chosen += random.Random(f"{seed}/{name}").sample(found, min(MOST_EACH, len(found)))
-    groups = near_copies(chosen)
-    rest, test, _ = stratified(chosen, TEST_SHARE, seed, groups)
-    train, validation, _ = stratified(rest, VALIDATION_SHARE / (1.0 - TEST_SHARE), seed, groups)
-    return data.Dataset(train, validation, test, sorted(largest), {"copies": copies})
+    """The three splits; they depend on the version of Python."""
+    return of_the_largest(_examples(Path(sysconfig.get_paths()["stdlib"])), PACKAGES, MOST_EACH, seed)
 
 
 def _examples(library: Path) -> Iterator[data.Example]:

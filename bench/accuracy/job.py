@@ -33,11 +33,15 @@ class Study:
     size: Size
     folder: Path
     marker: str  # of its table in a page
+    tasks: tuple[str, ...] = ("topic", "masked words", "package")
 
 
 STUDIES = {
     "short": Study(Size(), results.RESULTS, "accuracy"),
     "long": Study(Size(steps=500, labels_each=0), results.RESULTS / "long", "accuracy_long"),
+    "lines": Study(
+        Size(steps=240, batch=32, length=24, labels_each=0), results.RESULTS / "lines", "accuracy_lines", ("section",)
+    ),
 }
 MASKS = results.ROOT / "runs" / "accuracy" / "masks"
 TEACHERS = MASKS.with_name("teachers")
@@ -48,8 +52,10 @@ GROUPS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--study", choices=list(STUDIES), default="short", help="few steps and labels, or many")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument(
+        "--study", choices=list(STUDIES), default="short", help="few steps and labels, many, or one-line texts"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), metavar="TASK", help="the study's")
     names = "; ".join([*GROUPS, *METHODS]).replace("%", "%%")  # argparse formats its help
     parser.add_argument("--methods", nargs="+", default=["baselines"], metavar="NAME", help=f"of {names}")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="S")
@@ -182,7 +188,7 @@ def grid(options: argparse.Namespace) -> list[Wanted]:
     """
     size = STUDIES[options.study].size
     size = dataclasses.replace(size, steps=options.steps or size.steps)
-    tasks = [TASKS[name](size) for name in options.tasks]
+    tasks = [TASKS[name](size) for name in options.tasks or STUDIES[options.study].tasks]
     found: dict[Cell, Wanted] = {}
     for seed, task, sparsity, method in itertools.product(
         range(options.seeds), tasks, options.sparsities, chosen_methods(options.methods)

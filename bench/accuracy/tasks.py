@@ -1,4 +1,5 @@
-"""The tasks: topics of articles, masked words of articles that were held out, and packages that docstrings are from.
+"""The tasks: topics of articles, masked words of articles that were held out, packages that docstrings are from, and
+sections that packages of Debian are in.
 
 Training and validation texts come from here; test texts only through `final`, which alone calls `test_texts`.
 """
@@ -19,10 +20,10 @@ from pst_kernels.distillation import IGNORED
 from pst_kernels.finetune import data, models
 from pst_kernels.finetune.settings import Settings
 
-from . import docstrings
+from . import docstrings, sections
 
 MINILM = Settings(dropout=0.0)
-DOCSTRINGS = "docstrings"
+SOURCES = {"docstrings": docstrings.load, "sections": sections.load}  # beside the articles
 SPLIT_SEED = 0  # of all runs: a cell's seed draws its labelled texts, its order, its head and its factors
 EVALUATION_BATCH = 64
 MASKED_SHARE, KEPT_SHARE, RANDOM_SHARE = 0.15, 0.1, 0.1  # BERT's: of the masked, 80 % become [MASK]
@@ -55,8 +56,8 @@ class Size:
 
 @functools.cache
 def _split(source: str) -> data.Dataset:
-    if source == DOCSTRINGS:
-        return docstrings.load(SPLIT_SEED)
+    if source in SOURCES:
+        return SOURCES[source](SPLIT_SEED)
     return data.load(None, None, None, MINILM.text_column, MINILM.label_column, SPLIT_SEED)
 
 
@@ -171,7 +172,13 @@ class Topic(Task):
 class Package(Topic):
     """Which of twenty packages of the standard library a docstring is from."""
 
-    name, source = "package", DOCSTRINGS
+    name, source = "package", "docstrings"
+
+
+class Section(Topic):
+    """Which of twenty sections of Debian's archive a package with a one-line description is in."""
+
+    name, source = "section", "sections"
 
 
 class MaskedWords(Task):
@@ -248,7 +255,7 @@ class MaskedHead(nn.Module):
         return self.norm(self.transform(hidden)) @ embeddings.T + self.bias
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Topic, MaskedWords, Package)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Topic, MaskedWords, Package, Section)}
 
 
 def _rows(batch: Batch) -> list[Batch]:

@@ -76,7 +76,7 @@ REPORT = Report(
 )  # fmt: skip
 
 
-PARTS = ("products", "steps", "bf16-steps", "model-step", "model")
+PARTS = ("products", "steps", "least-steps", "bf16-steps", "model-step", "model")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +91,8 @@ def main(options: argparse.Namespace) -> int:
         torch.set_num_threads(1)
     budget = Budget(options.seconds, time.thread_time if options.own_time else time.perf_counter)
     parts = {
-        "products": _product_rows, "steps": sparse_steps.layer_rows, "bf16-steps": sparse_steps.half_rows,
+        "products": _product_rows, "steps": sparse_steps.layer_rows,
+        "least-steps": sparse_steps.least_rows, "bf16-steps": sparse_steps.half_rows,
         "model-step": sparse_steps.model_rows, "model": _model_rows,
     }  # fmt: skip
     REPORT.run(options, lambda: [row for name in options.parts for row in parts[name](budget)])

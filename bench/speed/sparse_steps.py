@@ -6,13 +6,14 @@ A step is forward, backward and AdamW over what trains. Mask and lists are made 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pst_kernels as pst
+from pst_kernels.cpu.lists import LEAST_PRUNED
 
 from ..baselines.lora import LoRA
 from .modes import LEARNING_RATE, minilm, settled
@@ -30,11 +31,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-# Of a layer in bf16, over a dense one in bf16: with lists, and with M * W'
-HALF_SPARSITIES = (0.5, 0.8, 0.9)
-HALF_SETTINGS: dict[str, dict[str, Any]] = {
-    "training step, bf16, lists": {"products": "sparse"}, "training step, bf16, M * W'": {"products": "dense"},
+# Of a layer with lists, and with M * W': where the former begin to pay, and in bf16, over a dense one in bf16
+WAYS: dict[str, dict[str, Any]] = {
+    "training step, lists": {"products": "sparse"}, "training step, M * W'": {"products": "dense"},
 }  # fmt: skip
+HALF_SPARSITIES = (0.5, 0.8, 0.9)
+HALF_WAYS = {name.replace("step,", "step, bf16,"): settings for name, settings in WAYS.items()}
 
 # A round of all contestants takes half a second for a layer and seven for a model: medians of three would be noise.
 LAYER_SHARE, MODEL_SHARE = 2, 12
@@ -50,14 +52,19 @@ def layer_rows(budget: Budget) -> Iterator[Row]:
             yield from rows(case, what | {name: name for name in SETTINGS}, sparsity, runs, budget.times(LAYER_SHARE))
 
 
+def least_rows(budget: Budget) -> Iterator[Row]:
+    yield from _way_rows(WAYS, (LEAST_PRUNED,), torch.float32, budget)
+
+
 def half_rows(budget: Budget) -> Iterator[Row]:
+    yield from _way_rows(HALF_WAYS, HALF_SPARSITIES, torch.bfloat16, budget)
+
+
+def _way_rows(ways: Iterable[str], sparsities: Sequence[float], dtype: torch.dtype, budget: Budget) -> Iterator[Row]:
     for columns, out in SHAPES:
-        for sparsity in HALF_SPARSITIES:
-            runs = {
-                name: _layer_run(name, (out, columns), sparsity, torch.bfloat16) for name in (DENSE, *HALF_SETTINGS)
-            }
-            case = f"{columns} -> {out}, T = {TOKENS}"
-            yield from rows(case, {name: name for name in HALF_SETTINGS}, sparsity, runs, budget)
+        for sparsity in sparsities:
+            runs = {name: _layer_run(name, (out, columns), sparsity, dtype) for name in (DENSE, *ways)}
+            yield from rows(f"{columns} -> {out}, T = {TOKENS}", {name: name for name in ways}, sparsity, runs, budget)
 
 
 def _layer_run(name: str, shape: tuple[int, int], sparsity: float, dtype: torch.dtype = torch.float32) -> Run:
@@ -68,7 +75,7 @@ def _layer_run(name: str, shape: tuple[int, int], sparsity: float, dtype: torch.
     if name == LORA:
         layer = settled(LoRA.from_linear(base))
     elif name != DENSE:
-        settings = (SETTINGS | HALF_SETTINGS)[name]
+        settings = (SETTINGS | WAYS | HALF_WAYS)[name]
         layer = settled(pst.PSTLinear.from_linear(base, pst.PSTConfig(sparsity=sparsity, **settings)))
         if layer.config.freeze:
             layer.freeze_mask()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from statistics import mean
 
@@ -24,11 +24,11 @@ TASKS = {
     "package": ("packages, %", percent, ""),
     "masked words": ("masked words, nats", lambda value: f"{value:.2f}", ", decoder trained"),
 }
-LINES = {  # the names in the study; the first that has a sparsity tells it
-    "dense, the teacher": ("dense",),
-    "magnitude": ("magnitude, distilled",),
-    "PST, accurate": ("PST, accurate, distilled",),
-    "PST, fast": ("PST, fast, distilled", "PST, accurate, distilled"),  # up to 50 % they are the same
+LINES = {  # the names in the study
+    "dense, the teacher": "dense",
+    "magnitude": "magnitude, distilled",
+    "PST, accurate": "PST, accurate, distilled",
+    "PST, fast": "PST, fast, distilled",
 }
 OURS = "PST"
 
@@ -36,23 +36,15 @@ OURS = "PST"
 def table(folder: Path) -> str:
     studied = [row for row in record.read(folder / "long" / "accuracy.csv").values() if row.cell.stage == FINAL]
     heads = ["taught by the dense model", *(head for head, _, _ in TASKS.values())]
-    lines = [[name, *(_cell(studied, methods, task) for task in TASKS)] for name, methods in LINES.items()]
+    lines = [[name, *(_cell(studied, method, task) for task in TASKS)] for name, method in LINES.items()]
     rule = ["---", *["---:"] * len(TASKS)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
 
 
-def _cell(studied: Iterable[Row], methods: Sequence[str], task: str) -> str:
+def _cell(studied: Iterable[Row], method: str, task: str) -> str:
     _, shown, more = TASKS[task]
     of_task = [row for row in studied if row.cell.task == task]
-    return joined(told_first(of_task, [name + more if name.startswith(OURS) else name for name in methods], shown))
-
-
-def told_first(studied: Sequence[Row], methods: Sequence[str], shown: Callable[[float], str]) -> dict[float, str]:
-    """`means` of the first method that has a sparsity."""
-    texts: dict[float, str] = {}
-    for name in reversed(methods):
-        texts |= means(studied, name, shown)
-    return texts
+    return joined(means(of_task, method + more if method.startswith(OURS) else method, shown))
 
 
 def means(studied: Iterable[Row], method: str, shown: Callable[[float], str]) -> dict[float, str]:

@@ -8,9 +8,10 @@ from torch import Tensor
 from .sparse_rows import DTYPES, SparseRows, compiled_passes
 
 # From so many pruned of all weights on, and so many weights, forward, dx and the making of the lists take less time
-# than the dense products and M * W'. `python -m bench sparse` measures them. Dense products in bf16 are quicker than in
-# fp32 where the processor has instructions for them, and many times slower where PyTorch has AVX2 alone.
-LEAST_PRUNED, LEAST_PRUNED_OF_BF16, LEAST_WEIGHTS = 0.5, 0.8, 1 << 16
+# than the dense products and M * W', with AVX2 too. `python -m bench sparse` measures both ways there. Dense products in
+# bf16 are quicker than in fp32 where the processor has instructions for them, and many times slower where PyTorch has
+# AVX2 alone.
+LEAST_PRUNED, LEAST_PRUNED_OF_BF16, LEAST_WEIGHTS = 0.3, 0.8, 1 << 16
 
 
 def serve(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -22,7 +23,7 @@ def pay(weight: Tensor, dtype: torch.dtype, num_pruned: int) -> bool:
     """Whether they are the faster ones."""
     quick = dtype is torch.bfloat16 and torch.backends.cpu.get_cpu_capability() != "AVX2"
     least = LEAST_PRUNED_OF_BF16 if quick else LEAST_PRUNED
-    wanted = weight.numel() >= LEAST_WEIGHTS and num_pruned >= least * weight.numel()
+    wanted = weight.numel() >= LEAST_WEIGHTS and num_pruned >= int(least * weight.numel())
     return wanted and serve(weight, dtype)  # last: it may say that Numba is not there, which matters where it is wanted
 
 

@@ -11,7 +11,20 @@ from tiny_grid import LINEARS, SIZE, cell, row, run, task
 from torch import nn
 
 import bench.accuracy
-from bench.accuracy import catalogue, choose, docstrings, final, methods, overlap, plots, record, table, tasks, train
+from bench.accuracy import (
+    catalogue,
+    choose,
+    docstrings,
+    final,
+    methods,
+    overlap,
+    plots,
+    record,
+    sections,
+    table,
+    tasks,
+    train,
+)
 from bench.accuracy.record import FINAL, SHOW, TUNE
 from pst_kernels import PSTConfig, replace_linear
 from pst_kernels.masks.patterns import num_pruned_at
@@ -81,6 +94,29 @@ def test_docstrings_are_of_twenty_packages_and_no_text_is_in_two_splits(tmp_path
         for name in ("train", "validation", "test")
     )
     assert docstrings.load(0).train == found.train != docstrings.load(1).train
+
+
+def test_sections_are_of_packages_with_a_description_one_of_a_source(tmp_path, monkeypatch):
+    paragraphs = [
+        f"Package: p{n}\nSource: s{n // 2} (1.0)\nDescription: package {n} does {word} and {n * n}\n longer text\n"
+        f"Section: contrib/{chr(97 + n % 22)}{chr(97 + n % 22)}\nPriority: optional\n"
+        for n, word in enumerate(1000 * ["one", "two", "three"])
+    ]
+    paragraphs += ["Package: bare\nSection: aa\n", "Package: terse\nDescription: two words\nSection: aa\n"]
+    program = tmp_path / "apt-cache"
+    (tmp_path / "told").write_text("\n".join(paragraphs))
+    program.write_text(f'#!/bin/sh\ntest "$1" = dumpavail && exec /bin/cat "{tmp_path / "told"}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = sections.load(0)
+    assert len(found.labels) == sections.SECTIONS
+    assert {len(label) for label in found.labels} == {2}
+    texts = [e for name in ("train", "validation", "test") for e in found.split(name)]
+    assert all(e.text.startswith("package ") and "longer" not in e.text for e in texts)
+    assert len({e.text for e in texts}) == len(texts)
+    program.unlink()
+    with pytest.raises(FileNotFoundError, match=r"'section' reads Debian's package lists; there is no apt-cache"):
+        sections.load(0)
 
 
 def test_an_epoch_holds_every_text_once():

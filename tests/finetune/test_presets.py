@@ -97,21 +97,27 @@ def test_accurate_fixes_its_mask_late_in_a_short_run_alone():
         assert (found.freeze, found.cooldown, found.warmup) == expected, given
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.51, 0.8, 0.9, 0.97])
-def test_presets_fix_their_masks_early_and_prune_nothing_at_once(sparsity: float):
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.51, 0.8, 0.9, 0.97])
+def test_presets_fix_their_masks_early(sparsity: float):
     for name in ("accurate", "fast"):
-        found = PSTConfig.preset(name, sparsity=sparsity)
-        assert (found.freeze, found.cooldown, found.initial_sparsity) == (0.7, 0.7, 0.0)
-        assert found.warmup == (0.0 if sparsity > 0.5 else 0.1)
-        assert found.score_interval == (2 if name == "fast" and sparsity > 0.5 else 1)
+        found, at_once = PSTConfig.preset(name, sparsity=sparsity), name == "fast" and sparsity <= 0.5
+        assert (found.freeze, found.cooldown) == (0.7, 0.7)
+        assert found.initial_sparsity == (sparsity if at_once else 0.0)
+        assert found.warmup == (0.0 if at_once or sparsity > 0.5 else 0.1)
+        assert found.score_interval == (2 if name == "fast" else 1)
 
 
-def test_fast_is_accurate_but_for_scores_that_rest():
-    assert PSTConfig.preset("fast", sparsity=0.5) == PSTConfig.preset("accurate", sparsity=0.5)
+def test_fast_is_accurate_but_for_scores_that_rest_and_what_goes_at_once():
+    at_once = {"initial_sparsity": 0.5, "warmup": 0.0}
+    assert PSTConfig.preset("fast", sparsity=0.5) == PSTConfig.preset(
+        "accurate", sparsity=0.5, score_interval=2, **at_once
+    )
     assert PSTConfig.preset("fast") == PSTConfig.preset("accurate", score_interval=2)
     assert PSTConfig.preset("fast", score_interval=1) == PSTConfig.preset("accurate")
     assert PSTConfig.preset("fast", pattern="block:16", train_kept=False).score_interval == 1
-    own = PSTConfig.preset("fast", initial_sparsity=0.2, warmup=0.05)
+    of_pattern = PSTConfig.preset("fast", pattern="2:4")
+    assert (of_pattern.score_interval, of_pattern.initial_sparsity, of_pattern.warmup) == (2, 0.0, 0.1)
+    own = PSTConfig.preset("fast", sparsity=0.5, initial_sparsity=0.2, warmup=0.05)
     assert (own.initial_sparsity, own.warmup) == (0.2, 0.05)
 
 

@@ -89,21 +89,24 @@ def test_a_run_is_that_of_the_dense_way():
     assert max(differ) <= 4  # where scores lie within rounding of the threshold
 
 
-def test_auto_takes_lists_from_half_on(products):
-    layer = layer_of("linear", (260, 300), products="auto", sparsity=0.4)
+def test_auto_takes_lists_from_three_tenths_on(products):
+    layer = layer_of("linear", (260, 300), products="auto", sparsity=0.29)
     x = torch.randn(4, 300)
     layer(x)
     assert products["forward"] == 0
-    layer.sparsity = 0.5
+    layer.sparsity = 0.3
     layer(x)
     layer.eval()
     layer(x)
     assert products["forward"] == 2
+    odd = layer_of("linear", (259, 303), products="auto", sparsity=0.3)  # 30 % of which is no whole number
+    odd(torch.randn(4, 303))
+    assert products["forward"] == 3
     layer_of("linear", (26, 300), products="auto")(x)  # small: M * W' is kept
-    assert products["forward"] == 2
+    assert products["forward"] == 3
 
 
-@pytest.mark.parametrize(("capability", "least"), [("AVX512", 0.8), ("AVX2", 0.5)])
+@pytest.mark.parametrize(("capability", "least"), [("AVX512", 0.8), ("AVX2", 0.3)])
 def test_auto_in_bf16_goes_by_the_processor(products, monkeypatch, capability, least):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     layer = layer_of("linear", (260, 300), products="auto", sparsity=least - 0.1)
