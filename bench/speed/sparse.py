@@ -24,6 +24,7 @@ from pst_kernels.cpu.sparse_rows import SparseRows
 from pst_kernels.layers.sparse_linear import SparseLinear
 from pst_kernels.masks.packing import pack_mask
 
+from ..baselines import onednn
 from ..baselines.sparse_loops import SparseProp, multiply_adds
 from ..tables.report import Report, measured_on
 from . import sparse_steps
@@ -102,8 +103,28 @@ def main(options: argparse.Namespace) -> int:
 def _product_rows(budget: Budget) -> Iterator[Row]:
     peak = _peak_rate(budget.clock)
     for columns, out in SHAPES:
+        if onednn.available():
+            yield from _dense_rows((columns, out), peak, budget)
         for sparsity in SPARSITIES:
             yield from _of_shape((columns, out), sparsity, peak, budget)
+
+
+def _dense_rows(shape: tuple[int, int], peak: float, budget: Budget) -> Iterator[Row]:
+    """What another library's dense products take: the zeros have to pay beside these too."""
+    columns, out = shape
+    generator = torch.Generator().manual_seed(0)
+    weight, x, gy = (
+        torch.randn(*size, generator=generator) for size in ((out, columns), (TOKENS, columns), (TOKENS, out))
+    )
+    runs: dict[str, dict[str, Callable[[], Any]]] = {
+        "y = x W^T": {DENSE: lambda: x @ weight.T, OURS: lambda: onednn.product(x, weight)},
+        "dx = gy W": {DENSE: lambda: gy @ weight, OURS: lambda: onednn.product(gy, weight.T)},
+        "G": {DENSE: lambda: gy.T @ x, OURS: lambda: onednn.product(gy.T, x.T)},
+    }  # fmt: skip
+    for what, contestants in runs.items():
+        _check(what, contestants)
+        work, case = weight.numel() * TOKENS / peak, f"{columns} -> {out}, T = {TOKENS}"
+        yield from rows(case, {OURS: f"{what}, dense by oneDNN"}, 0.0, contestants, budget, work)
 
 
 def _of_shape(shape: tuple[int, int], sparsity: float, peak: float, budget: Budget) -> Iterator[Row]:
@@ -160,9 +181,9 @@ def _in_turn(layers: Sequence[nn.Module], x: Tensor) -> Run:
     return Run(call, len(layers))
 
 
-def _check(what: str, contestants: dict[str, Callable[[], Any]], lists: SparseRows) -> None:
+def _check(what: str, contestants: dict[str, Callable[[], Any]], lists: SparseRows | None = None) -> None:
     expected = contestants[DENSE]().detach().double()
-    if what == "G where kept":
+    if what == "G where kept" and lists is not None:
         expected = expected[lists.places()]
     for name, run in contestants.items():
         if name == DENSE:

@@ -8,9 +8,9 @@ from torch import Tensor
 from .sparse_rows import DTYPES, SparseRows, compiled_passes
 
 # From so many pruned of all weights on, and so many weights, forward, dx and the making of the lists take less time
-# than the dense products and M * W', with AVX2 too. `python -m bench sparse` measures both ways there. Dense products in
-# bf16 are quicker than in fp32 where the processor has instructions for them, and many times slower where PyTorch has
-# AVX2 alone.
+# than the dense products and M * W', with AVX2 alone too. `python -m bench sparse` measures both ways there. Dense
+# products in bf16 are quicker than in fp32 where the processor has instructions for them, and many times slower where
+# PyTorch has AVX2 alone.
 LEAST_PRUNED, LEAST_PRUNED_OF_BF16, LEAST_WEIGHTS = 0.3, 0.8, 1 << 16
 
 

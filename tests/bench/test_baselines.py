@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bench import baselines
-from bench.baselines import hard_concrete
+from bench.baselines import hard_concrete, onednn
 from bench.baselines.sparse import keep_largest
 from pst_kernels import PSTConfig, PSTLinear, reference
 
@@ -191,3 +191,14 @@ def test_progress_prunes_exactly_up_to_the_target(name):
     for progress, count in ((0.0, 0), (0.5, int(0.45 * OUT * COLUMNS)), (1.0, int(0.9 * OUT * COLUMNS))):
         layer.go_to(progress)
         assert int((~layer.mask()).sum()) == count
+
+
+@pytest.mark.skipif(not onednn.available(), reason="PyTorch without oneDNN")
+def test_onednn_multiplies_as_pytorch_does():
+    x, weight, gy = torch.randn(11, 57), torch.randn(33, 57), torch.randn(11, 33)
+    for found, exact in (
+        (onednn.product(x, weight), x.double() @ weight.double().T),
+        (onednn.product(gy, weight.T), gy.double() @ weight.double()),
+        (onednn.product(gy.T, x.T), gy.double().T @ x.double()),
+    ):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
