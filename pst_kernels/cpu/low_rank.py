@@ -39,4 +39,4 @@ def factor_gradients(G: SparseRows, U: Tensor, V: Tensor, beta: float) -> tuple[
 def _passes(values: Tensor) -> ModuleType | None:
     if values.dtype not in DTYPES or not values.is_cpu:
         return None
-    return module("low_rank", "makes W' of kept weights as dense on the CPU")
+    return module("low_rank", "multiplies unstructured zeros as dense on the CPU")
