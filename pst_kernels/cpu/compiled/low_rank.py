@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pst_kernels.masks.chunks import CHUNK
 
@@ -22,7 +21,7 @@ from .vectors import WIDTH, WIDTHS, add_scaled, row_product
 from .views import bytes_at, floats_at, integers_at, numbers_of, record_of
 
 Places = tuple[Tensor, Tensor, int, int]  # offsets, pointers, rows, columns
-TASKS, TASK_ROWS = 16, 64  # of dV: at most so many sums over rows, each of at least so many rows
+TASKS, TASK_ROWS = 8, 64  # of dV: at most so many sums over rows, each of at least so many rows
 _NUMBERS = ("next", "tasks", "task_rows", "rows", "columns", "rank")
 _ADDRESSES = ("U", "V", "base", "added", "values", "offsets", "pointers", "dU", "partial")
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
@@ -105,24 +104,36 @@ def factor_gradients(
     G: Tensor, places: Places, U: Tensor, V: Tensor, beta: float, scratch: Scratch
 ) -> tuple[Tensor, Tensor]:
     """dU = beta G V^T (rows, r) and dV = beta U^T G (r, columns) of fp32 G (kept,), as many ranks at a time as fit."""
-    found = [_some_ranks(G, places, U[:, r : r + WIDTH], V[r : r + WIDTH], scratch) for r in range(0, len(V), WIDTH)]
-    dU, dV = found[0] if len(found) == 1 else (torch.cat([each[n] for each in found], 1 - n) for n in (0, 1))
-    return dU * beta, dV * beta
+    parts = [slice(first, first + WIDTH) for first in range(0, len(V), WIDTH)]
+    found = [_some_ranks(G, places, U[:, part], V[part], beta, scratch) for part in parts]
+    if len(found) == 1:
+        return found[0]
+    return torch.cat([dU for dU, _ in found], 1), torch.cat([dV for _, dV in found])
 
 
-def _some_ranks(G: Tensor, places: Places, U: Tensor, V: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+def _some_ranks(
+    G: Tensor, places: Places, U: Tensor, V: Tensor, beta: float, scratch: Scratch
+) -> tuple[Tensor, Tensor]:
     offsets, pointers, rows, columns = places
-    ranks = len(V)
-    width = min(width for width in WIDTHS if width >= ranks)
-    lines, panel = (pad(factor.to(torch.float32), (0, width - ranks)).contiguous() for factor in (U, V.t()))
+    width = min(width for width in WIDTHS if width >= len(V))
+    lines, panel = (_of_width(factor, width, beta) for factor in (U, V.t()))
     dU = torch.empty(rows, width)
     tasks = max(1, min(TASKS, rows // TASK_ROWS))
-    task_rows = -(-rows // tasks)
     partial = scratch("sums over rows", (tasks, columns, width), torch.float32, _CPU)
     frame = _numbers(
-        tasks=tasks, task_rows=task_rows, rows=rows, columns=columns, rank=width, U=lines.data_ptr(),
+        tasks=tasks, task_rows=-(-rows // tasks), rows=rows, columns=columns, rank=width, U=lines.data_ptr(),
         V=panel.data_ptr(), values=G.data_ptr(), offsets=offsets.data_ptr(), pointers=pointers.data_ptr(),
         dU=dU.data_ptr(), partial=partial.data_ptr(),
     )  # fmt: skip
     team.run(gradients, frame, tasks)
-    return dU[:, :ranks], partial.sum(0)[:, :ranks].t()
+    return dU[:, : len(V)], partial.sum(0)[:, : len(V)].t()
+
+
+def _of_width(factor: Tensor, width: int, scale: float) -> Tensor:
+    """A factor (n, r) times `scale`, in fp32, its rows filled up with zeros."""
+    out = torch.empty(len(factor), width)
+    ranks = factor.shape[1]
+    torch.mul(factor.to(torch.float32), scale, out=out if ranks == width else out[:, :ranks])
+    if ranks < width:
+        out[:, ranks:] = 0
+    return out
