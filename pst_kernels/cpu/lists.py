@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..masks.patterns import num_pruned_at
 from .sparse_rows import DTYPES, SparseRows, compiled_passes
 
 # From so many pruned of all weights on, and so many weights, forward, dx and the making of the lists take less time
@@ -23,7 +24,7 @@ def pay(weight: Tensor, dtype: torch.dtype, num_pruned: int) -> bool:
     """Whether they are the faster ones."""
     quick = dtype is torch.bfloat16 and torch.backends.cpu.get_cpu_capability() != "AVX2"
     least = LEAST_PRUNED_OF_BF16 if quick else LEAST_PRUNED
-    wanted = weight.numel() >= LEAST_WEIGHTS and num_pruned >= int(least * weight.numel())
+    wanted = weight.numel() >= LEAST_WEIGHTS and num_pruned >= num_pruned_at(weight.numel(), least)
     return wanted and serve(weight, dtype)  # last: it may say that Numba is not there, which matters where it is wanted
 
 

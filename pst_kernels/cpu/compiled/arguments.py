@@ -18,12 +18,14 @@ from .row_loops import GROUP, RANKS
 TASK = 1 << 16  # weights of a task: enough to be worth the taking, few enough to keep all threads busy
 
 
-def padded(factor: Tensor, dim: int, scale: float = 1.0) -> Tensor:
-    """A factor in fp32, contiguous, times `scale`, its rank `dim` filled up with zeros to a multiple of RANKS."""
+def padded(factor: Tensor, dim: int, scale: float = 1.0, rank: int = 0) -> Tensor:
+    """A factor in fp32, contiguous, times `scale`, its rank `dim` filled up with zeros to `rank`, or to a multiple of
+    RANKS.
+    """
     factor = factor.to(torch.float32)
     if scale != 1.0:
         factor = factor * scale
-    missing = -factor.shape[dim] % RANKS
+    missing = rank - factor.shape[dim] if rank else -factor.shape[dim] % RANKS
     if missing:
         factor = pad(factor, (0, missing) if dim == 1 else (0, 0, 0, missing))
     return factor.contiguous()

@@ -116,7 +116,7 @@ def _some_ranks(
 ) -> tuple[Tensor, Tensor]:
     offsets, pointers, rows, columns = places
     width = min(width for width in WIDTHS if width >= len(V))
-    lines, panel = (_of_width(factor, width, beta) for factor in (U, V.t()))
+    lines, panel = (padded(factor, 1, beta, width) for factor in (U, V.t()))
     dU = torch.empty(rows, width)
     tasks = max(1, min(TASKS, rows // TASK_ROWS))
     partial = scratch("sums over rows", (tasks, columns, width), torch.float32, _CPU)
@@ -127,13 +127,3 @@ def _some_ranks(
     )  # fmt: skip
     team.run(gradients, frame, tasks)
     return dU[:, : len(V)], partial.sum(0)[:, : len(V)].t()
-
-
-def _of_width(factor: Tensor, width: int, scale: float) -> Tensor:
-    """A factor (n, r) times `scale`, in fp32, its rows filled up with zeros."""
-    out = torch.empty(len(factor), width)
-    ranks = factor.shape[1]
-    torch.mul(factor.to(torch.float32), scale, out=out if ranks == width else out[:, :ranks])
-    if ranks < width:
-        out[:, ranks:] = 0
-    return out

@@ -16,6 +16,7 @@ from torch import Tensor
 from pst_kernels.masks.chunks import CHUNK, chunks_of, fill_pointers
 from pst_kernels.masks.packing import packed_width
 
+from . import low_rank as low_rank  # for callers of this module
 from . import one_token, ready, row_order, sparse_lists, sparse_passes
 from . import threads as team
 from .expansion import SPREADS
