@@ -31,8 +31,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"modules_to_save": ()},
     "recipe": {"beta": 1 / 16, "train_bias": True},
-    "accurate": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher"},
-    "fast": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher"},
+    "accurate": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher", "dropout": 0.0},
+    "fast": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher", "dropout": 0.0},
 }
 
 WEIGHED_ABOVE = 0.5  # up to this sparsity the presets' magnitudes are plain
@@ -103,6 +103,8 @@ class PSTConfig:
             (layers/fisher.py), of which rows and columns are summed up, out + in numbers a layer (one for each weight
             would be 4 bytes a weight). A mask then takes one copy of W at a time, and on a GPU backward makes G in
             plain PyTorch. For "unstructured" and "N:M", in one process or under DDP, not compiled, not for experts.
+        dropout: the highest probability that any dropout of the model has while it is converted, in [0, 1]; None leaves
+            all as they are. `merge_and_unload` gives back what they were.
 
     Raises ValueError or TypeError that names the setting, its value and what is allowed.
     """
@@ -132,6 +134,7 @@ class PSTConfig:
     train_kept: bool = False
     allocation: str = "uniform"
     magnitude: str = "plain"
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -148,6 +151,8 @@ class PSTConfig:
             _check_number(name, getattr(self, name), -math.inf, math.inf, "a finite number")
         for name in ("warmup", "cooldown", "freeze"):
             _check_number(name, getattr(self, name), 0.0, 1.0, "a fraction of the steps in [0, 1]")
+        if self.dropout is not None:
+            _check_number("dropout", self.dropout, 0.0, 1.0, "a probability in [0, 1], or None")
         if self.warmup + self.cooldown > 1.0:
             raise ValueError(
                 f"warmup={self.warmup} and cooldown={self.cooldown} add up to more than 1; lower one of them"
@@ -232,8 +237,8 @@ class PSTConfig:
         "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the
         authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
-        the recipe, with magnitude="fisher" above 50 %, and with kept weights trained once the mask is fixed, in the
-        last 70 % of the steps. "fast": the same, but A, B, R and C learn on every other step until the mask is fixed,
+        the recipe, with magnitude="fisher" above 50 %, without dropout, and with kept weights trained once the mask is
+        fixed, in the last 70 % of the steps. "fast": the same, but A, B, R and C learn on every other step until the mask is fixed,
         and up to 50 % all weights that go, if they go one by one, do so before the first step.
 
         Raises ValueError for another name.

@@ -13,6 +13,7 @@ from torch import nn
 
 from . import env
 from .config import PSTConfig, matches
+from .dropout import give_back_dropout, lower_dropout
 from .export import formats
 from .layers.checks import check_finite, is_conv1d, refuse_meta
 from .layers.experts import ExpertWeights, PSTExperts
@@ -67,6 +68,7 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
             converted[id(module)].full_name = name
         model = _set_submodule(model, name, converted[id(module)])
     _freeze(model, config, saved)
+    lower_dropout(model, config.dropout)
     _keep_buffers_out_of_ddp(model)
     _warn_of_other_weights(model)
     take_over_saving(model)
@@ -313,5 +315,6 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
             module.detach()
         elif isinstance(module, PSTLayer):
             model = _set_submodule(model, name, plain[id(module)])
+    give_back_dropout(model)
     give_back_saving(model)
     return model

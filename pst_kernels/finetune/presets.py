@@ -28,7 +28,7 @@ class ConversionError(ValueError):
 
 def config(settings: Settings, model: nn.Module) -> PSTConfig:
     """ "released" freezes the head as well; "recipe" and those made of it train every normalisation too."""
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"dropout": None}  # --dropout decides, for both methods
     if settings.preset != "released":
         more["modules_to_save"] = [*trained_in_full(model), *(norms(model) if settings.preset in OF_RECIPE else ())]
     if _is_short(settings):
