@@ -238,8 +238,8 @@ class PSTConfig:
         authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
         the recipe, with magnitude="fisher" above 50 %, without dropout, and with kept weights trained once the mask is
-        fixed, in the last 70 % of the steps. "fast": the same, but A, B, R and C learn on every other step until the mask is fixed,
-        and up to 50 % all weights that go, if they go one by one, do so before the first step.
+        fixed, in the last 70 % of the steps. "fast": the same, but A, B, R and C learn on every other step until the
+        mask is fixed, and up to 50 % all weights that go, if they go one by one, do so before the first step.
 
         Raises ValueError for another name.
         """

@@ -1,7 +1,7 @@
 """Less dropout while a model is sparse, and what it had before given back.
 
 A pruned model has less to overfit with, so it wants less dropout (Han et al., "Learning both Weights and Connections",
-NIPS 2015, section 3.2), and drawing its random numbers is a quarter of a step on CPUs.
+NIPS 2015, section 3.2), and once the mask is fixed its random numbers are a quarter of a step on CPUs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GIVEN = "_pst_given_dropout"  # of a module, its probabilities before
 
 
 def lower_dropout(model: nn.Module, probability: float | None) -> None:
-    """No dropout of the model has a higher probability from here on; says so, once, of those that had. None: as it is."""
+    """No dropout of the model has a higher probability from here on; says which had. None: all stay as they are."""
     if probability is None:
         return
     lowered = []
