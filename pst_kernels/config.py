@@ -35,8 +35,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "fast": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher", "dropout": 0.0},
 }
 
-WEIGHED_ABOVE = 0.5  # up to this sparsity the presets' magnitudes are plain
-AT_ONCE = 0.5  # up to this sparsity "fast" prunes all that goes before the first step
+OF_STUDY = ("accurate", "fast")
+WEIGHED_ABOVE = 0.5  # up to this sparsity their magnitudes are plain
+AT_ONCE = 0.5  # up to this sparsity they prune all that goes before the first step
 WITH_KEPT_WEIGHTS = 0.2  # of the steps are frozen where kept weights are trained, if nothing else is said
 
 
@@ -238,8 +239,8 @@ class PSTConfig:
         authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
         LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
         the recipe, with magnitude="fisher" above 50 %, without dropout, and with kept weights trained once the mask is
-        fixed, in the last 70 % of the steps. "fast": the same, but A, B, R and C learn on every other step until the
-        mask is fixed, and up to 50 % all weights that go, if they go one by one, do so before the first step.
+        fixed, in the last 70 % of the steps; up to 50 % all weights that go, if they go one by one, do so before the
+        first step. "fast": the same, but A, B, R and C learn on every other step until the mask is fixed.
 
         Raises ValueError for another name.
         """
@@ -254,11 +255,11 @@ class PSTConfig:
             found["freeze"] = found["cooldown"] = 0.7
             if sparsity > WEIGHED_ABOVE:
                 found.setdefault("warmup", 0.0)  # the weights have few steps to go in
+        if name in OF_STUDY and sparsity <= AT_ONCE and plain.pattern == "unstructured":
+            found.setdefault("initial_sparsity", sparsity)
+            found.setdefault("warmup", 0.0)
         if name == "fast" and not of_blocks:
             found.setdefault("score_interval", 2)
-            if sparsity <= AT_ONCE and plain.pattern == "unstructured":
-                found.setdefault("initial_sparsity", sparsity)
-                found.setdefault("warmup", 0.0)
         return cls(**found)
 
     @classmethod

@@ -14,7 +14,20 @@ from typing import Any
 from pst_kernels import Distillation
 
 from .. import baselines
-from .methods import NORMS, Method, Plan, Setting, dense, lora, preset, pst, trains_all, variant, wanda_lora
+from .methods import (
+    NORMS,
+    Method,
+    Plan,
+    Setting,
+    dense,
+    lora,
+    preset,
+    pst,
+    trains_all,
+    variant,
+    wanda_lora,
+    with_dropout,
+)
 
 WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
 FACTOR_RATES = tuple({"factors": rate} for rate in (5e-4, 2e-3, 8e-3))
@@ -118,32 +131,54 @@ def _fixed_later(decoder: bool = False, **settings: Any) -> Any:
 
     def convert(model: Any, plan: Plan) -> None:
         share = round(min(0.7, max(0.3, 1.2 - plan.sparsity)), 3)
-        preset("accurate", decoder, **({"freeze": share, "cooldown": share, "warmup": 0.1} | settings))(model, plan)
+        given = {"freeze": share, "cooldown": share, "warmup": 0.1} | settings
+        _step_by_step(decoder, **given)(model, plan)
 
     return convert
 
 
-LATER = "mask fixed later"
-FISHER = _candidate("accurate, Fisher", preset("accurate", magnitude="fisher"), LRS)
+def _step_by_step(decoder: bool = False, **settings: Any) -> Any:
+    """The preset as it was up to 50 %, where all that goes does so before the first step now."""
+
+    def convert(model: Any, plan: Plan) -> None:
+        given = {"initial_sparsity": 0.0, "warmup": 0.1 if plan.sparsity <= HALF else 0.0} | settings
+        preset("accurate", decoder, **given)(model, plan)
+
+    return convert
+
+
+HALF, LATER, STEP_BY_STEP = 0.5, "mask fixed later", "step by step"
+FISHER = _candidate("accurate, Fisher", _step_by_step(magnitude="fisher"), LRS)
 FISHER_LATER = _candidate(f"accurate, Fisher, {LATER}", _fixed_later(magnitude="fisher"), LRS)
 PLAIN = _candidate("accurate, frozen at 70 %", _plain(freeze=0.3, cooldown=0.3, warmup=0.1), LRS)
 FIXED_AT_A_FIFTH: dict[str, Any] = {"freeze": 0.8, "cooldown": 0.8, "warmup": 0.0, "magnitude": "fisher"}
 FASTER = (
     FISHER_LATER,
-    _candidate("accurate, Fisher, scores rest", preset("accurate", magnitude="fisher", score_interval=2), LR),
-    _candidate("accurate, Fisher, fixed after a fifth", preset("accurate", **FIXED_AT_A_FIFTH), LR),
+    _candidate("accurate, Fisher, scores rest", _step_by_step(magnitude="fisher", score_interval=2), LR),
+    _candidate("accurate, Fisher, fixed after a fifth", _step_by_step(**FIXED_AT_A_FIFTH), LR),
     _candidate(
         "accurate, Fisher, fixed after a fifth, scores rest",
-        preset("accurate", **FIXED_AT_A_FIFTH, score_interval=2),
+        _step_by_step(**FIXED_AT_A_FIFTH, score_interval=2),
         LR,
     ),
 )
-AT_ONCE: dict[str, Any] = {"initial_sparsity": 0.5, "warmup": 0.0}
+AT_ONCE: dict[str, Any] = {"initial_sparsity": HALF, "warmup": 0.0}
 HALVED = (
     _candidate("accurate, half at once", preset("accurate", **AT_ONCE), LRS[:2]),
     _candidate("accurate, half at once, scores rest", preset("accurate", **AT_ONCE, score_interval=2), LRS[:2]),
     _candidate("accurate, half at once, scores rest thrice", preset("accurate", **AT_ONCE, score_interval=4), LRS[:2]),
 )
+TAUGHT: dict[str, Any] = {"distillation": LOGITS_AND_MORE_STATES}
+AS_THEY_ARE = (
+    _candidate("dense", dense, WEIGHT_RATES[:2]),
+    _candidate("magnitude, distilled", trains_all(baselines.Magnitude), WEIGHT_RATES[1:2], **TAUGHT),
+    _candidate("fast", preset("fast"), LR),
+    _candidate("fast, distilled", preset("fast"), LR, **TAUGHT),
+    _candidate("accurate, distilled", preset("accurate"), LR, **TAUGHT),
+    _candidate(f"accurate, {STEP_BY_STEP}, distilled", _step_by_step(), LR, **TAUGHT),
+    _candidate("accurate, half at once, distilled", preset("accurate", **AT_ONCE), LR, **TAUGHT),
+)
+DROPPED = tuple(replace(it, name=f"{it.name}, with dropout", convert=with_dropout(it.convert)) for it in AS_THEY_ARE)
 FREEZES = (
     PLAIN,
     _candidate("accurate, frozen at 50 %", _plain(freeze=0.5, cooldown=0.5, warmup=0.0), LR),
@@ -178,6 +213,8 @@ CANDIDATES = (
     *SCREENED,
     *FASTER,
     *HALVED,
+    *AS_THEY_ARE,
+    *DROPPED,
     *FREEZES,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
@@ -194,14 +231,13 @@ def _adopted(candidate: Method, name: str) -> Method:
 
 def _taught(name: str, make: Callable[..., Any], candidate: Method) -> Iterator[Method]:
     """A recipe that learns from the dense model, at the rates of a candidate; what makes it is told of a decoder."""
-    more: dict[str, Any] = {"like": candidate.name, "distillation": LOGITS_AND_MORE_STATES}
-    yield Method(f"{name}, distilled", make(), **more)
-    yield Method(f"{name}, distilled, decoder trained", make(decoder=True), **more)
+    like = candidate.name
+    yield Method(f"{name}, distilled", make(), like=like, **TAUGHT)
+    yield Method(f"{name}, distilled, decoder trained", make(decoder=True), like=like, **TAUGHT)
 
 
-def _each_way(name: str, of: str, **settings: Any) -> tuple[Method, ...]:
+def _each_way(name: str, make: Callable[..., Any]) -> tuple[Method, ...]:
     """A preset by itself, and taught, at the rates of "accurate" with weighed magnitudes."""
-    make = partial(preset, of, **settings)
     return Method(name, make(), like=FISHER.name), *_taught(name, make, FISHER)
 
 
@@ -216,17 +252,16 @@ RECIPES: tuple[Method, ...] = (
         distillation=LOGITS_AND_MORE_STATES,
     ),
     # what distillation alone does, at the rates chosen without it
-    Method(
-        "magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", distillation=LOGITS_AND_MORE_STATES
-    ),
-    *_each_way("PST, fast", "fast"),
-    *_each_way("PST, fast, half at once", "fast", **AT_ONCE),  # above 50 % too
-    *_each_way("PST, accurate", "accurate"),
+    Method("magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", **TAUGHT),
+    *_each_way("PST, fast", partial(preset, "fast")),
+    *_each_way("PST, fast, half at once", partial(preset, "fast", **AT_ONCE)),  # above 50 % too
+    *_each_way("PST, accurate", partial(preset, "accurate")),
 )
-# With magnitudes weighed at 50 % too, where the presets' are plain.
-RECIPES += _each_way("PST, accurate, weighed", "accurate", magnitude="fisher")
-# What the presets were: with the mask fixed later, plain magnitudes, and weights pruned before the first step.
+# What the presets were: at 50 % step by step, with weighed magnitudes there too, then with the mask fixed later, plain
+# magnitudes, and weights pruned before the first step.
 RECIPES += (
+    *_each_way(f"PST, accurate, {STEP_BY_STEP}", _step_by_step),
+    *_each_way("PST, accurate, weighed", partial(_step_by_step, magnitude="fisher")),
     Method(f"PST, accurate, {LATER}", _fixed_later(), like=FISHER_LATER.name),
     Method(f"PST, accurate, {LATER}, at 1.5e-4", _fixed_later(), LR),  # validation had chosen the highest
     *_taught(f"PST, accurate, {LATER}", _fixed_later, FISHER_LATER),

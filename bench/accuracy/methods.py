@@ -28,6 +28,7 @@ HEAD_RATE = 1e-3
 RANK = 8
 LORA_RANK = 2 * RANK  # as many numbers as PST's two products of rank 8
 NORMS = ("LayerNorm",)
+BERT_DROPOUT = 0.1
 SCORES = ("mask_scores", "gate_scores", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = ("pst_U", "pst_V", "lora_A", "lora_B")
 
@@ -68,6 +69,22 @@ class Method:
 def targets(model: nn.Module) -> dict[str, nn.Linear]:
     """The layers that every method prunes or adapts: those of `replace_linear`."""
     return find_targets(model, PSTConfig())
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
+def with_dropout(convert: Callable[[Any, Plan], Any]) -> Callable[[Any, Plan], None]:
+    """Trained with BERT's dropout, also under a preset that has none; the models of `tasks` have none either."""
+
+    def converted(model: Any, plan: Plan) -> None:
+        convert(model, plan)
+        set_dropout(model, BERT_DROPOUT)
+
+    return converted
 
 
 def _each_linear(model: nn.Module, make: Callable[[nn.Linear, str], nn.Module]) -> None:

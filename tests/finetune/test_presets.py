@@ -91,7 +91,7 @@ def test_a_short_run_says_how_it_departs_from_its_preset():
 def test_accurate_fixes_its_mask_late_in_a_short_run_alone():
     for given, expected in (
         ({}, (0.3, 0.3, 0.1)), ({"magnitude": "fisher"}, (0.3, 0.3, 0.1)), ({"sparsity": 0.8}, (0.3, 0.3, 0.1)),
-        ({"steps": 300}, (0.7, 0.7, 0.0)), ({"preset": "fast"}, (0.7, 0.7, 0.0)), ({"sparsity": 0.5}, (0.7, 0.7, 0.1)),
+        ({"steps": 300}, (0.7, 0.7, 0.0)), ({"preset": "fast"}, (0.7, 0.7, 0.0)), ({"sparsity": 0.5}, (0.7, 0.7, 0.0)),
     ):  # fmt: skip
         found = get_config(converted(**given))
         assert (found.freeze, found.cooldown, found.warmup) == expected, given
@@ -100,24 +100,26 @@ def test_accurate_fixes_its_mask_late_in_a_short_run_alone():
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.51, 0.8, 0.9, 0.97])
 def test_presets_fix_their_masks_early(sparsity: float):
     for name in ("accurate", "fast"):
-        found, at_once = PSTConfig.preset(name, sparsity=sparsity), name == "fast" and sparsity <= 0.5
-        assert (found.freeze, found.cooldown) == (0.7, 0.7)
-        assert found.initial_sparsity == (sparsity if at_once else 0.0)
-        assert found.warmup == (0.0 if at_once or sparsity > 0.5 else 0.1)
+        found = PSTConfig.preset(name, sparsity=sparsity)
+        assert (found.freeze, found.cooldown, found.warmup) == (0.7, 0.7, 0.0)
+        assert found.initial_sparsity == (sparsity if sparsity <= 0.5 else 0.0)
         assert found.score_interval == (2 if name == "fast" else 1)
 
 
-def test_fast_is_accurate_but_for_scores_that_rest_and_what_goes_at_once():
-    at_once = {"initial_sparsity": 0.5, "warmup": 0.0}
-    assert PSTConfig.preset("fast", sparsity=0.5) == PSTConfig.preset(
-        "accurate", sparsity=0.5, score_interval=2, **at_once
-    )
-    assert PSTConfig.preset("fast") == PSTConfig.preset("accurate", score_interval=2)
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_fast_is_accurate_but_for_scores_that_rest(sparsity: float):
+    fast = PSTConfig.preset("fast", sparsity=sparsity)
+    assert fast == PSTConfig.preset("accurate", sparsity=sparsity, score_interval=2)
     assert PSTConfig.preset("fast", score_interval=1) == PSTConfig.preset("accurate")
     assert PSTConfig.preset("fast", pattern="block:16", train_kept=False).score_interval == 1
-    of_pattern = PSTConfig.preset("fast", pattern="2:4")
-    assert (of_pattern.score_interval, of_pattern.initial_sparsity, of_pattern.warmup) == (2, 0.0, 0.1)
-    own = PSTConfig.preset("fast", sparsity=0.5, initial_sparsity=0.2, warmup=0.05)
+    assert PSTConfig.preset("fast", pattern="2:4").score_interval == 2
+
+
+@pytest.mark.parametrize("name", ["accurate", "fast"])
+def test_only_weights_that_go_one_by_one_go_at_once(name: str):
+    for given in ({"pattern": "2:4"}, {"pattern": "block:16", "train_kept": False, "sparsity": 0.5}):
+        assert PSTConfig.preset(name, **given).initial_sparsity == 0.0
+    own = PSTConfig.preset(name, sparsity=0.5, initial_sparsity=0.2, warmup=0.05)
     assert (own.initial_sparsity, own.warmup) == (0.2, 0.05)
 
 
