@@ -170,7 +170,7 @@ HALVED = (
 )
 TAUGHT: dict[str, Any] = {"distillation": LOGITS_AND_MORE_STATES}
 AS_THEY_ARE = (
-    _candidate("dense", dense, WEIGHT_RATES[:2]),
+    _candidate("dense", dense, WEIGHT_RATES[:2], sparse=False),
     _candidate("magnitude, distilled", trains_all(baselines.Magnitude), WEIGHT_RATES[1:2], **TAUGHT),
     _candidate("fast", preset("fast"), LR),
     _candidate("fast, distilled", preset("fast"), LR, **TAUGHT),

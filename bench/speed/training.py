@@ -1,8 +1,9 @@
 """`python -m bench training`: whole runs of MiniLM by methods of the study, beside dense fine-tuning: time and memory.
 
-A run has few steps, and its schedule goes as fast: what a step takes depends on how far the schedule is, not on how
-long it took to come there. Contestants take turns step by step; a run's time is that of all its steps. Memory is the
-most that tensors hold at one time in a run of its own, from the copy of the model on.
+Once without dropout, as the study trains every method, and once with the dropout that BERT comes with, which the
+presets "fast" and "accurate" take away. A run has few steps, and its schedule goes as fast: what a step takes depends
+on how far the schedule is, not on how long it took to come there. Contestants take turns step by step; a run's time is
+that of all its steps. Memory is the most that tensors hold at one time in a run of its own, from the model's copy on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .sparse_steps import BATCH, LENGTH, minilm_and_loss
 
 PRUNING = ("magnitude", "PST", "PST, accurate", "PST, fast")
 SPARSITIES = (0.5, 0.8, 0.9)
+DROPOUTS = (0.0, methods.BERT_DROPOUT)  # of the model that is given
 STEPS = 20  # enough for a schedule's parts to have their share
 WATCHED_STEPS = 4  # of a run whose memory is followed: each takes several times as long
 
@@ -43,18 +45,20 @@ class Row:
     memory: int
     dense_memory: int
     trainable: int
+    dropout: float
     instructions: str = INSTRUCTIONS
 
 
 def _cells(row: Row) -> list[str]:
     pruned = f"{100 * row.sparsity:g} %" if row.sparsity else "-"
     times = [f"{row.ms:.0f}", f"{row.dense_ms:.0f}", f"{row.ratio:.2f}"]
-    return [row.method, pruned, *times, f"{row.memory / row.dense_memory:.2f}", f"{row.trainable:,}"]
+    memory = f"{row.memory / row.dense_memory:.2f}"
+    return [row.method, pruned, f"{row.dropout:g}", *times, memory, f"{row.trainable:,}"]
 
 
 REPORT = Report(
     "training", Row, "whole runs of MiniLM: ratios to dense fine-tuning, step by step in turn",
-    ("method", "pruned", "ms a step", "dense, ms", "ratio", "memory over dense", "trained numbers"),
+    ("method", "pruned", "dropout given", "ms a step", "dense, ms", "ratio", "memory over dense", "trained numbers"),
     _cells,
     lambda under: (
         f"{measured_on(under)} fp32, {INSTRUCTIONS}, {BATCH} x {LENGTH} tokens; {STEPS} steps from the first sparsity"
@@ -97,7 +101,13 @@ def main(options: argparse.Namespace) -> int:
 
 
 def rows(clock: Clock) -> Iterator[Row]:
-    base, loss = minilm_and_loss()
+    for dropout in DROPOUTS:
+        base, loss = minilm_and_loss()
+        methods.set_dropout(base, dropout)
+        yield from _rows_of(base, loss, dropout, clock)
+
+
+def _rows_of(base: Any, loss: Callable[[Any], Tensor], dropout: float, clock: Clock) -> Iterator[Row]:
     dense_memory = _memory(DENSE, base, loss, 0.0)
     for sparsity in SPARSITIES:
         # LoRA has no zeros: one row of it is enough
@@ -110,7 +120,7 @@ def rows(clock: Clock) -> Iterator[Row]:
             own, dense, name = seconds[contestant.name], seconds[DENSE], contestant.name
             yield Row(
                 name, 0.0 if name == LORA else sparsity, 1e3 * own / STEPS, 1e3 * dense / STEPS, own / dense,
-                memory[name], dense_memory, contestant.trainable(),
+                memory[name], dense_memory, contestant.trainable(), dropout,
             )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from toys import differences
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -251,10 +252,16 @@ def test_a_run_is_timed_over_its_whole_schedule(monkeypatch):
     monkeypatch.setattr(training, "_in_turn", noted)
     rows = list(training.rows(lambda: 0.0))
     expected = [("LoRA", 0.0), *((name, 0.5) for name in training.PRUNING), *((name, 0.9) for name in training.PRUNING)]
-    assert [(row.method, row.sparsity) for row in rows] == expected
+    half = len(expected)
+    assert [(row.method, row.sparsity) for row in rows] == expected * 2
+    assert [row.dropout for row in rows] == [0.0] * half + [0.1] * half
     assert {(row.ms, row.dense_ms, row.ratio) for row in rows} == {(500.0, 1000.0, 0.5)}
-    assert taken == {"dense": 8, "LoRA": 4, **dict.fromkeys(training.PRUNING, 8)}
-    for contestants, sparsity in zip(ended, (0.5, 0.9), strict=True):  # to the schedule's end
+    assert taken == {"dense": 16, "LoRA": 8, **dict.fromkeys(training.PRUNING, 16)}
+    for contestants, sparsity, dropout in zip(ended, (0.5, 0.9) * 2, (0.0, 0.0, 0.1, 0.1), strict=True):
+        for contestant in contestants:
+            expects = 0.0 if contestant.name in ("PST, accurate", "PST, fast") else dropout
+            assert {m.p for m in contestant.model.modules() if isinstance(m, nn.Dropout)} == {expects}
+        # to the schedule's end
         for contestant in contestants[-3:]:
             contestant.go_to(contestant.done)
             layers = [layer for layer in contestant.model.modules() if isinstance(layer, pst.PSTLinear)]
