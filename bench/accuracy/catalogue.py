@@ -177,6 +177,7 @@ AS_THEY_ARE = (
     _candidate("accurate, distilled", preset("accurate"), LR, **TAUGHT),
     _candidate(f"accurate, {STEP_BY_STEP}, distilled", _step_by_step(), LR, **TAUGHT),
     _candidate("accurate, half at once, distilled", preset("accurate", **AT_ONCE), LR, **TAUGHT),
+    _candidate(f"accurate, {LATER}, plain magnitudes, distilled", _plain(), LR, **TAUGHT),  # as in very short jobs
 )
 DROPPED = tuple(replace(it, name=f"{it.name}, with dropout", convert=with_dropout(it.convert)) for it in AS_THEY_ARE)
 FREEZES = (
