@@ -134,7 +134,7 @@ HELP = {
     "preset": "of PST: paper, released (the head stays random) or recipe (that of the accuracy study), or accurate"
     " or fast, which add trained kept weights to it",
     "magnitude": "plain, or fisher: the importance weighs |W'| by its gradient; sums of squares differ between one"
-    " process and several (default: plain below 300 steps, else the preset's)",
+    " process and several (default: plain below 200 steps, else the preset's)",
     "sparsity": "share of every linear weight inside the blocks that PST prunes",
     "steps": "optimizer steps of each method",
     "epochs": "passes over the training texts, in place of --steps",

@@ -67,10 +67,10 @@ def test_magnitudes_are_weighed_by_their_gradients_but_where_they_are_wanted_pla
         assert PSTConfig.preset(preset, sparsity=0.51).magnitude == magnitude
         assert PSTConfig.preset(preset, pattern="block:16", train_kept=False).magnitude == "plain"
         assert PSTConfig.preset(preset).magnitude == magnitude
-        assert get_config(converted(preset=preset, steps=300)).magnitude == magnitude
-        assert get_config(converted(preset=preset, steps=299)).magnitude == "plain"
-        assert get_config(converted(preset=preset, steps=300, magnitude="plain")).magnitude == "plain"
-        assert get_config(converted(preset=preset, steps=299, magnitude="fisher")).magnitude == "fisher"
+        assert get_config(converted(preset=preset, steps=200)).magnitude == magnitude
+        assert get_config(converted(preset=preset, steps=199)).magnitude == "plain"
+        assert get_config(converted(preset=preset, steps=200, magnitude="plain")).magnitude == "plain"
+        assert get_config(converted(preset=preset, steps=199, magnitude="fisher")).magnitude == "fisher"
     with pytest.raises(ValueError, match=r"--magnitude 'large' is not known; give plain or fisher"):
         Settings(magnitude="large")
 
@@ -79,19 +79,19 @@ def test_a_short_run_says_how_it_departs_from_its_preset():
     plain, late = "magnitudes are plain", "the mask is fixed in the last 30%"
     for given, told in (
         ({}, (plain, late)), ({"magnitude": "fisher"}, (late,)), ({"preset": "fast"}, (plain,)),
-        ({"steps": 300}, ()), ({"sparsity": 0.5}, ()), ({"preset": "recipe"}, ()), ({"method": "dense"}, ()),
+        ({"steps": 200}, ()), ({"sparsity": 0.5}, ()), ({"preset": "recipe"}, ()), ({"method": "dense"}, ()),
         ({"preset": "fast", "magnitude": "fisher"}, ()),
     ):  # fmt: skip
         note = presets.note(Settings(**given))
         assert bool(note) == bool(told)
-        assert not told or (note or "").startswith("150 steps are fewer than 300: ")
+        assert not told or (note or "").startswith("150 steps are fewer than 200: ")
         assert [text in (note or "") for text in (plain, late)] == [text in told for text in (plain, late)]
 
 
 def test_accurate_fixes_its_mask_late_in_a_short_run_alone():
     for given, expected in (
         ({}, (0.3, 0.3, 0.1)), ({"magnitude": "fisher"}, (0.3, 0.3, 0.1)), ({"sparsity": 0.8}, (0.3, 0.3, 0.1)),
-        ({"steps": 300}, (0.7, 0.7, 0.0)), ({"preset": "fast"}, (0.7, 0.7, 0.0)), ({"sparsity": 0.5}, (0.7, 0.7, 0.0)),
+        ({"steps": 200}, (0.7, 0.7, 0.0)), ({"preset": "fast"}, (0.7, 0.7, 0.0)), ({"sparsity": 0.5}, (0.7, 0.7, 0.0)),
     ):  # fmt: skip
         found = get_config(converted(**given))
         assert (found.freeze, found.cooldown, found.warmup) == expected, given
