@@ -179,6 +179,7 @@ AS_THEY_ARE = (
     _candidate("accurate, half at once, distilled", preset("accurate", **AT_ONCE), LR, **TAUGHT),
     _candidate(f"accurate, {LATER}, plain magnitudes, distilled", _plain(), LR, **TAUGHT),  # as in very short jobs
 )
+SLOWER_KEPT = (LR[0] | {"kept": 2.5e-4},)
 DROPPED = tuple(replace(it, name=f"{it.name}, with dropout", convert=with_dropout(it.convert)) for it in AS_THEY_ARE)
 FREEZES = (
     PLAIN,
@@ -216,6 +217,7 @@ CANDIDATES = (
     *HALVED,
     *AS_THEY_ARE,
     *DROPPED,
+    _candidate("accurate, distilled, rate of kept weights", preset("accurate"), SLOWER_KEPT, **TAUGHT),
     *FREEZES,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),
