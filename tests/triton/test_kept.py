@@ -49,8 +49,9 @@ def doubled() -> torch.Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where nothing is kept yet."""
+    """Where nothing is kept yet; what is asked for here is not for `make record`, under which this may run."""
     monkeypatch.setattr(kept, "FOLDER", tmp_path / "programs")
+    monkeypatch.delenv(kept.ASKED_FOR, raising=False)
     kept.kept.cache_clear()
     yield tmp_path
     kept.kept.cache_clear()
