@@ -27,17 +27,17 @@ CHOICES = {
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
+_STUDIED = {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher", "dropout": 0.0}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "released": {"modules_to_save": ()},
     "recipe": {"beta": 1 / 16, "train_bias": True},
-    "accurate": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher", "dropout": 0.0},
-    "fast": {"beta": 1 / 16, "train_bias": True, "train_kept": True, "magnitude": "fisher", "dropout": 0.0},
+    "accurate": _STUDIED,
+    "fast": _STUDIED,  # and more, by pattern
 }
 
-OF_STUDY = ("accurate", "fast")
-WEIGHED_ABOVE = 0.5  # up to this sparsity their magnitudes are plain
-AT_ONCE = 0.5  # up to this sparsity they prune all that goes before the first step
+WEIGHED_ABOVE = 0.5  # up to this sparsity the magnitudes of the last two are plain
+AT_ONCE = 0.5  # and up to this one they prune all that goes before the first step
 WITH_KEPT_WEIGHTS = 0.2  # of the steps are frozen where kept weights are trained, if nothing else is said
 
 
@@ -104,8 +104,9 @@ class PSTConfig:
             (layers/fisher.py), of which rows and columns are summed up, out + in numbers a layer (one for each weight
             would be 4 bytes a weight). A mask then takes one copy of W at a time, and on a GPU backward makes G in
             plain PyTorch. For "unstructured" and "N:M", in one process or under DDP, not compiled, not for experts.
-        dropout: the highest probability that any dropout of the model has while it is converted, in [0, 1]; None leaves
-            all as they are. `merge_and_unload` gives back what they were.
+        dropout: the highest probability of dropout, in [0, 1], that a module of the model holds while it is converted;
+            None leaves all as they are. `merge_and_unload` gives back what they were. What a module reads from the
+            model's own config at each forward (Falcon's attention) stays as it is.
 
     Raises ValueError or TypeError that names the setting, its value and what is allowed.
     """
@@ -255,7 +256,7 @@ class PSTConfig:
             found["freeze"] = found["cooldown"] = 0.7
             if sparsity > WEIGHED_ABOVE:
                 found.setdefault("warmup", 0.0)  # the weights have few steps to go in
-        if name in OF_STUDY and sparsity <= AT_ONCE and plain.pattern == "unstructured":
+        if PRESETS[name] is _STUDIED and sparsity <= AT_ONCE and plain.pattern == "unstructured":
             found.setdefault("initial_sparsity", sparsity)
             found.setdefault("warmup", 0.0)
         if name == "fast" and not of_blocks:

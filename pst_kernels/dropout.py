@@ -7,7 +7,6 @@ NIPS 2015, section 3.2), and once the mask is fixed its random numbers are a qua
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
@@ -19,16 +18,17 @@ GIVEN = "_pst_given_dropout"  # of a module, its probabilities before
 
 
 def lower_dropout(model: nn.Module, probability: float | None) -> None:
-    """No dropout of the model has a higher probability from here on; says which had. None: all stay as they are."""
+    """No module holds a higher probability from here on; says which did. None: all stay as they are."""
     if probability is None:
         return
     lowered = []
-    for name, module, attribute in list(_probabilities(model)):
-        given = getattr(module, attribute)
-        if given > probability:
-            vars(module).setdefault(GIVEN, {}).setdefault(attribute, given)
-            setattr(module, attribute, probability)
-            lowered.append(name if attribute == "p" else f"{name}.{attribute}".removeprefix("."))
+    for name, module in model.named_modules():
+        for attribute in _probabilities(module):
+            given = getattr(module, attribute)
+            if given > probability:
+                vars(module).setdefault(GIVEN, {}).setdefault(attribute, given)
+                setattr(module, attribute, probability)
+                lowered.append(name if attribute == "p" else f"{name}.{attribute}".removeprefix("."))
     if lowered:
         logger.warning(
             "dropout=%g of the PSTConfig lowers %s; dropout=None leaves them", probability, shortened(lowered)
@@ -41,12 +41,8 @@ def give_back_dropout(model: nn.Module) -> None:
             setattr(module, attribute, given)
 
 
-def _probabilities(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(name, module, attribute) of each: of dropout modules, and what other modules hand to a function."""
-    for name, module in model.named_modules():
-        if isinstance(module, _DropoutNd):
-            yield name, module, "p"
-            continue
-        for attribute, value in vars(module).items():
-            if isinstance(value, float) and "dropout" in attribute:
-                yield name, module, attribute
+def _probabilities(module: nn.Module) -> list[str]:
+    """The attributes that hold one: that of a dropout module, and what other modules hand to a function."""
+    if isinstance(module, _DropoutNd):
+        return ["p"]
+    return [name for name, value in vars(module).items() if isinstance(value, float) and "dropout" in name]

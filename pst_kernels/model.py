@@ -68,7 +68,8 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
             converted[id(module)].full_name = name
         model = _set_submodule(model, name, converted[id(module)])
     _freeze(model, config, saved)
-    lower_dropout(model, config.dropout)
+    if converted:  # else the settings of an earlier call stand
+        lower_dropout(model, config.dropout)
     _keep_buffers_out_of_ddp(model)
     _warn_of_other_weights(model)
     take_over_saving(model)

@@ -169,18 +169,22 @@ HALVED = (
     _candidate("accurate, half at once, scores rest thrice", preset("accurate", **AT_ONCE, score_interval=4), LRS[:2]),
 )
 TAUGHT: dict[str, Any] = {"distillation": LOGITS_AND_MORE_STATES}
-AS_THEY_ARE = (
-    _candidate("dense", dense, WEIGHT_RATES[:2], sparse=False),
+WITHOUT_DROPOUT = (
     _candidate("magnitude, distilled", trains_all(baselines.Magnitude), WEIGHT_RATES[1:2], **TAUGHT),
     _candidate("fast", preset("fast"), LR),
-    _candidate("fast, distilled", preset("fast"), LR, **TAUGHT),
     _candidate("accurate, distilled", preset("accurate"), LR, **TAUGHT),
     _candidate(f"accurate, {STEP_BY_STEP}, distilled", _step_by_step(), LR, **TAUGHT),
+)
+WITH_DROPOUT = tuple(
+    replace(one, name=f"{one.name}, with dropout", convert=with_dropout(one.convert))
+    for one in (_candidate("dense", dense, WEIGHT_RATES[:2], sparse=False), *WITHOUT_DROPOUT)
+)
+TAUGHT_TOO = (
+    _candidate("fast, distilled", preset("fast"), LR, **TAUGHT),
     _candidate("accurate, half at once, distilled", preset("accurate", **AT_ONCE), LR, **TAUGHT),
     _candidate(f"accurate, {LATER}, plain magnitudes, distilled", _plain(), LR, **TAUGHT),  # as in very short jobs
+    _candidate("accurate, distilled, rate of kept weights", preset("accurate"), (LR[0] | {"kept": 2.5e-4},), **TAUGHT),
 )
-SLOWER_KEPT = (LR[0] | {"kept": 2.5e-4},)
-DROPPED = tuple(replace(it, name=f"{it.name}, with dropout", convert=with_dropout(it.convert)) for it in AS_THEY_ARE)
 FREEZES = (
     PLAIN,
     _candidate("accurate, frozen at 50 %", _plain(freeze=0.5, cooldown=0.5, warmup=0.0), LR),
@@ -215,9 +219,9 @@ CANDIDATES = (
     *SCREENED,
     *FASTER,
     *HALVED,
-    *AS_THEY_ARE,
-    *DROPPED,
-    _candidate("accurate, distilled, rate of kept weights", preset("accurate"), SLOWER_KEPT, **TAUGHT),
+    *WITHOUT_DROPOUT,
+    *WITH_DROPOUT,
+    *TAUGHT_TOO,
     *FREEZES,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),

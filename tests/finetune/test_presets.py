@@ -118,7 +118,8 @@ def test_fast_is_accurate_but_for_scores_that_rest(sparsity: float):
 @pytest.mark.parametrize("name", ["accurate", "fast"])
 def test_only_weights_that_go_one_by_one_go_at_once(name: str):
     for given in ({"pattern": "2:4"}, {"pattern": "block:16", "train_kept": False, "sparsity": 0.5}):
-        assert PSTConfig.preset(name, **given).initial_sparsity == 0.0
+        found = PSTConfig.preset(name, **given)
+        assert (found.initial_sparsity, found.warmup) == (0.0, 0.1)
     own = PSTConfig.preset(name, sparsity=0.5, initial_sparsity=0.2, warmup=0.05)
     assert (own.initial_sparsity, own.warmup) == (0.2, 0.05)
 

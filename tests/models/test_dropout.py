@@ -13,7 +13,10 @@ from torch import nn
 import pst_kernels as pst
 
 GIVEN = 0.25
-OFF = {"bert": {"hidden_dropout_prob": GIVEN, "attention_probs_dropout_prob": GIVEN}, "t5": {"dropout_rate": GIVEN}}
+SETTINGS = {
+    "bert": {"hidden_dropout_prob": GIVEN, "attention_probs_dropout_prob": GIVEN},
+    "t5": {"dropout_rate": GIVEN},
+}
 
 
 def probabilities(model: nn.Module) -> list[float]:
@@ -24,10 +27,10 @@ def probabilities(model: nn.Module) -> list[float]:
 
 def model_of(family: str) -> nn.Module:
     torch.manual_seed(0)
-    return toys.FAMILIES[family](**OFF[family])
+    return toys.FAMILIES[family](**SETTINGS[family])
 
 
-@pytest.mark.parametrize("family", OFF)
+@pytest.mark.parametrize("family", SETTINGS)
 @pytest.mark.parametrize(("settings", "expected"), [({}, GIVEN), ({"dropout": 0.1}, 0.1), ({"dropout": 0.5}, GIVEN)])
 def test_it_is_lowered_and_never_raised(family, settings, expected):
     model = model_of(family)
@@ -59,6 +62,12 @@ def test_what_it_was_outlives_a_second_call_and_a_copy():
     pst.replace_linear(model, pst.PSTConfig(dropout=0.0))
     assert set(probabilities(pst.merge_and_unload(copy.deepcopy(model)))) == {GIVEN}
     assert set(probabilities(model)) == {0.0}
+
+
+def test_settings_of_a_second_call_are_ignored():
+    model = pst.replace_linear(model_of("bert"), pst.PSTConfig(dropout=0.125))
+    pst.replace_linear(model, pst.PSTConfig(dropout=0.0))
+    assert set(probabilities(model)) == {0.125}
 
 
 def test_without_dropout_training_is_evaluation():
