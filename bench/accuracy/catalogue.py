@@ -16,6 +16,7 @@ from pst_kernels import Distillation
 from .. import baselines
 from .methods import (
     NORMS,
+    WORDS,
     Method,
     Plan,
     Setting,
@@ -185,6 +186,19 @@ TAUGHT_TOO = (
     _candidate(f"accurate, {LATER}, plain magnitudes, distilled", _plain(), LR, **TAUGHT),  # as in very short jobs
     _candidate("accurate, distilled, rate of kept weights", preset("accurate"), (LR[0] | {"kept": 2.5e-4},), **TAUGHT),
 )
+# Beside "accurate, distilled": what else might bring it ahead of magnitude pruning, which trains all there is.
+AHEAD = (
+    _candidate(
+        "accurate, words trained, distilled",
+        preset("accurate", also=(WORDS,)),
+        tuple(LR[0] | {"embeddings": rate} for rate in (1.5e-4, 7.5e-4)),
+        **TAUGHT,
+    ),
+    _candidate("accurate, higher rate, distilled", preset("accurate"), ({"lr": 2.5e-4},), **TAUGHT),
+    _candidate("accurate, slower head, distilled", preset("accurate"), (LR[0] | {"others": 5e-4},), **TAUGHT),
+    _candidate("accurate, small update, distilled", preset("accurate"), (LR[0] | {"update": 3e-4},), **TAUGHT),
+    _candidate("accurate, rank 32, distilled", preset("accurate", weight_rank=32), LR, **TAUGHT),
+)
 FREEZES = (
     PLAIN,
     _candidate("accurate, frozen at 50 %", _plain(freeze=0.5, cooldown=0.5, warmup=0.0), LR),
@@ -222,6 +236,7 @@ CANDIDATES = (
     *WITHOUT_DROPOUT,
     *WITH_DROPOUT,
     *TAUGHT_TOO,
+    *AHEAD,
     *FREEZES,
     _candidate("one rate", pst(**FREE, **SMALL, alpha1=1 / 4, alpha2=1 / 4), ONE_RATE),
     _candidate("norms", pst(**FREE), _rates((3e-5, 5e-4), (1.25e-4, 5e-4), (5e-4, 5e-4))),

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from torch import nn
 
 from ..console import console
 from ..tables import rows as results
-from . import choose, overlap, plots, record, rerun, table, teachers, train
+from . import choose, overlap, plots, record, rerun, table, tasks, teachers, train
 from .catalogue import ABLATIONS, BASELINES, CANDIDATES, DENSE, METHODS, PATTERNS, RECIPES, tuned_as
+from .claims import claim
 from .methods import Method
 from .record import FINAL, SHOW, TUNE, Cell, Row
 from .tasks import TASKS, Size, Task
@@ -44,7 +45,9 @@ STUDIES = {
     ),
 }
 MASKS = results.ROOT / "runs" / "accuracy" / "masks"
-TEACHERS = MASKS.with_name("teachers")
+TEACHERS, CLAIMS = MASKS.with_name("teachers"), MASKS.with_name("claims")
+SECONDS_BETWEEN_LOOKS = 1.0  # where other processes are at all that is left
+Todo = tuple[Cell, Task, Method]
 GROUPS = {
     "baselines": BASELINES, "ablations": ABLATIONS, "patterns": PATTERNS, "recipes": RECIPES, "candidates": CANDIDATES,
     "all": (*BASELINES, *RECIPES, *ABLATIONS, *PATTERNS),
@@ -61,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), metavar="S")
     parser.add_argument("--seeds", type=int, default=3, help="reported seeds: 0, 1, ... (tuning has one of its own)")
     parser.add_argument("--steps", type=int, help="instead of the study's")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--texts", type=Path, metavar="FOLDER", help="keep the texts there, and read them: to go on elsewhere"
+    )
     parser.add_argument("--minutes", type=float, help="start no cell after that; the next call goes on from there")
     parser.add_argument("--output", type=Path, help="folder of the CSV, the table, the plots, instead of the study's")
     parser.add_argument("--show", action="store_true", help="train nothing: table and plots of the CSV as it is")
@@ -75,6 +82,7 @@ def main(options: argparse.Namespace) -> int:
     out = console()
     options.output = options.output or STUDIES[options.study].folder
     path = options.output / record.CSV_NAME
+    tasks.texts_folder = options.texts
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if options.rerun:
@@ -97,20 +105,38 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace, path: Path, progress: Progress) -> None:
+    """Several processes of the same command share the work."""
     start, wanted, finished = time.perf_counter(), grid(options), record.read(path)
     bar = progress.add_task("", total=len(known_cells(wanted, finished)) + unknown(wanted, finished))
-    while (todo := next_cell(wanted, finished)) is not None:
+    while left := list(unfinished(wanted, finished)):
         if options.minutes and time.perf_counter() - start > 60 * options.minutes:
             progress.console.print("time is up; the same command goes on from here")
             return
-        cell, task, method = todo
         done = len(known_cells(wanted, finished) & finished.keys())
-        progress.update(bar, description=str(cell), completed=done)
-        row = train.run(cell, task, method, MASKS, _teacher(cell, task, method, finished))
-        record.add(path, row)
+        progress.update(bar, description=str(left[0][0]), completed=done)
+        row = _first_free(left, path)
         finished = record.read(path)  # with what another process has finished meanwhile
-        progress.console.print(_line(row), highlight=False, soft_wrap=True)
+        if row is None:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        else:
+            progress.console.print(_line(row), highlight=False, soft_wrap=True)
     progress.update(bar, description="done", completed=len(known_cells(wanted, finished)))
+
+
+def _first_free(left: Sequence[Todo], path: Path) -> Row | None:
+    """Run the first that no other process is at; None where others are at all of them."""
+    for cell, task, method in left:
+        with claim(CLAIMS, cell) as mine:
+            finished = record.read(path) if mine else {}
+            if not mine or cell in finished:
+                continue
+            known = dense_cell(cell, task, finished) if method.distillation else None
+            if known is not None and teachers.in_work(TEACHERS, known):
+                continue
+            row = train.run(cell, task, method, MASKS, _teacher(cell, task, method, finished))
+            record.add(path, row)
+            return row
+    return None
 
 
 def _rerun(options: argparse.Namespace, path: Path, out: Console) -> int:
@@ -188,10 +214,10 @@ def grid(options: argparse.Namespace) -> list[Wanted]:
     """
     size = STUDIES[options.study].size
     size = dataclasses.replace(size, steps=options.steps or size.steps)
-    tasks = [TASKS[name](size) for name in options.tasks or STUDIES[options.study].tasks]
+    chosen = [TASKS[name](size, options.device) for name in options.tasks or STUDIES[options.study].tasks]
     found: dict[Cell, Wanted] = {}
     for seed, task, sparsity, method in itertools.product(
-        range(options.seeds), tasks, options.sparsities, chosen_methods(options.methods)
+        range(options.seeds), chosen, options.sparsities, chosen_methods(options.methods)
     ):
         if method.only not in (None, sparsity):
             continue
@@ -206,17 +232,20 @@ def grid(options: argparse.Namespace) -> list[Wanted]:
     return list(found.values())
 
 
-def next_cell(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> tuple[Cell, Task, Method] | None:
-    """The first unfinished cell; the tuning that a cell needs comes before it. None when all is done."""
+def unfinished(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> Iterator[Todo]:
+    """The cells that can run now, each once; the tuning that a cell needs comes before it."""
+    found = set()
     for one in wanted:
-        for cells, method in ((one.teaching, METHODS[DENSE]), (one.tuning, one.tuned)):
-            for candidate in cells:
-                if candidate not in finished:
-                    return candidate, one.task, method
-        cell = one.with_setting(finished)
-        if cell is not None and cell not in finished:
-            return cell, one.task, one.method
-    return None
+        todo: list[Todo] = [(cell, one.task, METHODS[DENSE]) for cell in one.teaching if cell not in finished]
+        if not todo:  # what learns from the dense model waits for its setting
+            todo = [(cell, one.task, one.tuned) for cell in one.tuning if cell not in finished]
+        if not todo:
+            cell = one.with_setting(finished)
+            todo = [(cell, one.task, one.method)] if cell is not None and cell not in finished else []
+        for cell, task, method in todo:
+            if cell not in found:
+                found.add(cell)
+                yield cell, task, method
 
 
 def known_cells(wanted: Sequence[Wanted], finished: Mapping[Cell, Row]) -> set[Cell]:

@@ -28,6 +28,7 @@ HEAD_RATE = 1e-3
 RANK = 8
 LORA_RANK = 2 * RANK  # as many numbers as PST's two products of rank 8
 NORMS = ("LayerNorm",)
+WORDS = "word_embeddings"
 BERT_DROPOUT = 0.1
 SCORES = ("mask_scores", "gate_scores", "pst_A", "pst_B", "pst_R", "pst_C")
 FACTORS = ("pst_U", "pst_V", "lora_A", "lora_B")
@@ -141,15 +142,19 @@ def pst(
     return convert
 
 
-def preset(name: str, decoder: bool = False, **config: Any) -> Callable[[nn.Module, Plan], None]:
-    """A preset of the package, as its user takes it. `decoder`: as for `pst`. `config`: settings other than its own."""
+def preset(
+    name: str, decoder: bool = False, also: tuple[str, ...] = (), **config: Any
+) -> Callable[[nn.Module, Plan], None]:
+    """A preset of the package, as its user takes it. `decoder`, `also`: as for `pst`. `config`: settings other than its
+    own.
+    """
 
     def convert(model: nn.Module, plan: Plan) -> None:
         settings = dict(config)
         if "initial_sparsity" in config:  # a candidate's own is that for every sparsity above it
             settings["initial_sparsity"] = min(config["initial_sparsity"], plan.sparsity)
         decoders = plan.task.decoder if decoder else ()
-        saved = [*plan.task.head, *(NORMS if name != "paper" else ()), *decoders]
+        saved = [*plan.task.head, *(NORMS if name != "paper" else ()), *also, *decoders]
         replace_linear(model, PSTConfig.preset(name, sparsity=plan.sparsity, modules_to_save=saved, **settings))
 
     return convert
@@ -190,12 +195,15 @@ def role(name: str, head: tuple[str, ...]) -> str:
 
 
 def groups(model: nn.Module, task: Task, setting: Setting) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: those of the package where the setting has "lr"; other names in it set a group's rate.
+    """AdamW's parameter groups: those of the package where the setting has "lr"; other names in it set a group's rate,
+    "embeddings" that of words, where they train.
 
     Raises ValueError for a parameter whose role has no rate in the setting.
     """
     if "lr" in setting:
         ours = parameter_groups(model, setting["lr"])
+        if "embeddings" in setting:
+            ours = list(_words_apart(ours, model))
         return [group | {"lr": setting.get(group["name"], group["lr"])} for group in ours]
     by_role: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -208,6 +216,14 @@ def groups(model: nn.Module, task: Task, setting: Setting) -> list[dict[str, Any
         if wanted not in rates:
             raise ValueError(f"setting {setting} has no learning rate for {wanted}; give one of {sorted(by_role)}")
     return [{"params": parameters, "lr": rates[name]} for name, parameters in by_role.items()]
+
+
+def _words_apart(groups: list[dict[str, Any]], model: nn.Module) -> Iterator[dict[str, Any]]:
+    words = [p for name, p in model.named_parameters() if WORDS in name and p.requires_grad]
+    ids = {id(p) for p in words}
+    for group in groups:
+        yield group | {"params": [p for p in group["params"] if id(p) not in ids]}
+    yield groups[0] | {"params": words, "name": "embeddings"}
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Any]:
@@ -253,7 +269,7 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 @torch.no_grad()
 def _input_norms(model: nn.Module, layers: dict[str, nn.Linear], batches: Iterator[Batch]) -> dict[str, Tensor]:
-    squares = {name: torch.zeros(layer.in_features) for name, layer in layers.items()}
+    squares = {name: torch.zeros(layer.in_features, device=layer.weight.device) for name, layer in layers.items()}
     real = torch.empty(0, dtype=torch.bool)
 
     def watch(name: str) -> Any:

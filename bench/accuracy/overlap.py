@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from pst_kernels.files import replacing
 
+from .claims import name_of
 from .record import Cell
 
 CSV_NAME = "accuracy_overlap.csv"
@@ -20,13 +20,13 @@ COLUMNS = ["task", "sparsity", "seed", "method", "other", "kept", "kept_by_both"
 
 def save(folder: Path, cell: Cell, masks: dict[str, Tensor]) -> None:
     """One bit a weight, all layers in a row, under the name of the cell."""
-    bits = np.concatenate([mask.numpy().ravel() for mask in masks.values()])
-    with replacing(folder / f"{_name(cell)}.npz") as temporary, temporary.open("wb") as file:
+    bits = np.concatenate([mask.cpu().numpy().ravel() for mask in masks.values()])
+    with replacing(folder / f"{name_of(cell)}.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, packed=np.packbits(bits), size=bits.size, cell=[repr(cell)])
 
 
 def load(folder: Path, cell: Cell) -> np.ndarray | None:
-    path = folder / f"{_name(cell)}.npz"
+    path = folder / f"{name_of(cell)}.npz"
     if not path.is_file():
         return None
     with np.load(path) as file:
@@ -62,7 +62,3 @@ def read(path: Path) -> list[list[str]]:
 
 def _place(cell: Cell) -> tuple[str, float, int]:
     return cell.task, cell.sparsity, cell.seed
-
-
-def _name(cell: Cell) -> str:
-    return hashlib.sha256(repr(cell).encode()).hexdigest()[:24]

@@ -10,6 +10,7 @@ import functools
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from pst_kernels.distillation import IGNORED
 from pst_kernels.finetune import data, models
 from pst_kernels.finetune.settings import Settings
 
-from . import docstrings, sections
+from . import docstrings, kept_texts, sections
 
 MINILM = Settings(dropout=0.0)
 SOURCES = {"docstrings": docstrings.load, "sections": sections.load}  # beside the articles
@@ -28,6 +29,7 @@ SPLIT_SEED = 0  # of all runs: a cell's seed draws its labelled texts, its order
 EVALUATION_BATCH = 64
 MASKED_SHARE, KEPT_SHARE, RANDOM_SHARE = 0.15, 0.1, 0.1  # BERT's: of the masked, 80 % become [MASK]
 
+texts_folder: Path | None = None  # where the texts are kept; None: made anew
 Batch = dict[str, Tensor]
 Texts = Sequence[data.Example]
 
@@ -56,6 +58,12 @@ class Size:
 
 @functools.cache
 def _split(source: str) -> data.Dataset:
+    if texts_folder is None:
+        return _made(source)
+    return kept_texts.load(texts_folder, source, functools.partial(_made, source))
+
+
+def _made(source: str) -> data.Dataset:
     if source in SOURCES:
         return SOURCES[source](SPLIT_SEED)
     return data.load(None, None, None, MINILM.text_column, MINILM.label_column, SPLIT_SEED)
@@ -81,10 +89,14 @@ class Task:
     decoder: tuple[str, ...] = ()  # pretrained modules that the logits are made with
     source: str = "articles"
 
-    def __init__(self, size: Size):
-        self.size = size
+    def __init__(self, size: Size, device: str = "cpu"):
+        self.size, self.device = size, device
 
     def model(self) -> nn.Module:
+        """On the task's device; what is random in it is drawn on the CPU, and the same on every device."""
+        return self._model().to(self.device)
+
+    def _model(self) -> nn.Module:
         raise NotImplementedError
 
     def training_texts(self, seed: int) -> Texts:
@@ -119,11 +131,18 @@ class Task:
                 encoded = self.encode(texts, seed + 1000 * epoch)
                 epoch += 1
             chosen, order = order[: self.size.batch], order[self.size.batch :]
-            yield _stack([encoded[i] for i in chosen])
+            yield self._stack([encoded[i] for i in chosen])
 
     def calibration(self, seed: int) -> Iterator[Batch]:
         """Training texts as the task reads them, for activation norms: 64 texts, or all if there are fewer."""
-        yield from _in_batches(self.encode(self.training_texts(seed)[:EVALUATION_BATCH], seed))
+        yield from self._in_batches(self.encode(self.training_texts(seed)[:EVALUATION_BATCH], seed))
+
+    def _in_batches(self, rows: Sequence[Batch]) -> Iterator[Batch]:
+        for first in range(0, len(rows), EVALUATION_BATCH):
+            yield self._stack(rows[first : first + EVALUATION_BATCH])
+
+    def _stack(self, rows: Sequence[Batch]) -> Batch:
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def _tokens(self, texts: Texts) -> Batch:
         encoded = _tokenizer()(
@@ -139,7 +158,7 @@ class Topic(Task):
     name, metric, higher_is_better = "topic", "accuracy", True
     head = ("classifier", "bert.pooler")
 
-    def model(self) -> nn.Module:
+    def _model(self) -> nn.Module:
         return models.load_model(MINILM, _split(self.source).labels)
 
     def training_texts(self, seed: int) -> Texts:
@@ -164,7 +183,7 @@ class Topic(Task):
     def judge(self, model: Any, texts: Texts) -> float:
         model.eval()
         right = 0
-        for batch in _in_batches(self.encode(texts, 0)):
+        for batch in self._in_batches(self.encode(texts, 0)):
             right += int((model(**batch).logits.argmax(1) == batch["labels"]).sum())
         return right / len(texts)
 
@@ -188,7 +207,7 @@ class MaskedWords(Task):
     head = ("head",)
     decoder = ("bert.embeddings.word_embeddings",)
 
-    def model(self) -> nn.Module:
+    def _model(self) -> nn.Module:
         return MaskedLanguageModel(models.load_model(MINILM, _split(self.source).labels).bert)
 
     def training_texts(self, seed: int) -> Texts:
@@ -214,7 +233,7 @@ class MaskedWords(Task):
     def judge(self, model: Any, texts: Texts) -> float:
         model.eval()
         total, words = 0.0, 0
-        for batch in _in_batches(self.encode(texts, 0)):
+        for batch in self._in_batches(self.encode(texts, 0)):
             masked = int((batch["labels"] != IGNORED).sum())
             total += float(self.loss(model, batch)) * masked
             words += masked
@@ -260,12 +279,3 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Topic, MaskedWords,
 
 def _rows(batch: Batch) -> list[Batch]:
     return [{name: values[i] for name, values in batch.items()} for i in range(len(batch["labels"]))]
-
-
-def _stack(rows: Sequence[Batch]) -> Batch:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _in_batches(rows: Sequence[Batch]) -> Iterator[Batch]:
-    for first in range(0, len(rows), EVALUATION_BATCH):
-        yield _stack(rows[first : first + EVALUATION_BATCH])

@@ -58,6 +58,10 @@ def keep_largest(scores: Tensor, num_pruned: int) -> Tensor:
     if scores.dtype == torch.float32:  # selection is some twenty times faster than a sort
         value, index = functional.kth_value(flat, num_pruned)
         keep = flat > value
+        if flat.is_cuda:  # without waiting for the device to say how many are equal
+            return (keep | (flat == value) & (torch.arange(flat.numel(), device=flat.device) > index)).view(
+                scores.shape
+            )
         ties = (flat == value).nonzero().squeeze(1)
         keep[ties[ties > index]] = True
     else:
