@@ -28,6 +28,7 @@ from .methods import (
     variant,
     wanda_lora,
     with_dropout,
+    words_of_rank,
 )
 
 WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
@@ -193,6 +194,21 @@ AHEAD = (
         preset("accurate", also=(WORDS,)),
         tuple(LR[0] | {"embeddings": rate} for rate in (1.5e-4, 7.5e-4)),
         **TAUGHT,
+    ),
+    _candidate(
+        "accurate, words trained faster, distilled",
+        preset("accurate", also=(WORDS,)),
+        tuple(LR[0] | {"embeddings": rate} for rate in (1.5e-3, 3e-3)),
+        **TAUGHT,
+    ),
+    *(
+        _candidate(
+            f"accurate, words of rank {rank}, distilled",
+            words_of_rank(rank, preset("accurate")),
+            tuple(LR[0] | {"embeddings": rate} for rate in rates),
+            **TAUGHT,
+        )
+        for rank, rates in ((8, (1e-2,)), (16, (3e-3, 1e-2)), (32, (3e-3, 1e-2)))
     ),
     _candidate("accurate, higher rate, distilled", preset("accurate"), ({"lr": 2.5e-4},), **TAUGHT),
     _candidate("accurate, slower head, distilled", preset("accurate"), (LR[0] | {"others": 5e-4},), **TAUGHT),
