@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .files import replacing
+from .layers import embedding
 from .layers.averages import fits
 from .layers.checks import is_conv1d, refuse_meta, whole
 from .layers.experts import ExpertWeights, PSTExperts
@@ -32,6 +33,7 @@ from .masks.patterns import Pattern, parse
 from .model import get_config, modules_to_save, pst_layers, replace_linear
 from .operands import factor_shapes
 from .targets import find_targets
+from .words import find_words
 
 logger = logging.getLogger("pst_kernels")
 ADAPTER_NAME = "pst_adapter.safetensors"
@@ -54,7 +56,8 @@ def save_pretrained(model: nn.Module, directory: str | Path) -> None:
 
     config = _saved_config(model)
     layers = dict(pst_layers(model))
-    names = _factor_shapes(layers, config).keys() | _trained_beside(model, layers, config)
+    names = _factor_shapes(layers, config).keys() | _word_shapes(model, config).keys()
+    names |= _trained_beside(model, layers, config)
     names |= {name for name, p in model.named_parameters() if p.requires_grad}
     state = model.state_dict()
     for name in names:
@@ -226,7 +229,7 @@ def _check_fit(
 ) -> None:
     """Names, shapes, dtypes and mask counts, all before the model is touched."""
     state = _tensors(model)
-    factors = _factor_shapes(layers, config)
+    factors = _factor_shapes(layers, config) | _word_shapes(model, config)
     missing = sorted((factors.keys() | _trained_beside(model, layers, config)) - tensors.keys())
     unexpected = sorted(tensors.keys() - factors.keys() - state.keys())
     if missing or unexpected:
@@ -299,6 +302,16 @@ def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple
             entries[KEPT] = (parse(own.pattern).weights_kept_at((out, columns), own.sparsity),)
         shapes |= {f"{name}.{entry}" if name else entry: shape for entry, shape in entries.items()}
     return shapes
+
+
+def _word_shapes(model: nn.Module, config: PSTConfig) -> dict[str, tuple[int, ...]]:
+    """The same of the word embeddings, where they learn."""
+    found = find_words(model) if config.embedding_rank else None
+    if found is None:
+        return {}
+    name, module = found
+    shapes = embedding.factor_shapes(module, config.embedding_rank)
+    return {f"{name}.{entry}" if name else entry: shape for entry, shape in shapes.items()}
 
 
 def _some(what: str, names: list[str]) -> str:

@@ -38,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 WEIGHED_ABOVE = 0.5  # up to this sparsity the magnitudes of the last two are plain
 AT_ONCE = 0.5  # and up to this one they prune all that goes before the first step
+WORDS_RANK = 32  # of the update of the word embeddings, above WEIGHED_ABOVE
 WITH_KEPT_WEIGHTS = 0.2  # of the steps are frozen where kept weights are trained, if nothing else is said
 
 
@@ -137,6 +138,7 @@ class PSTConfig:
     allocation: str = "uniform"
     magnitude: str = "plain"
     dropout: float | None = None
+    embedding_rank: int = 0
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -149,6 +151,7 @@ class PSTConfig:
             )
         for name in ("weight_rank", "score_rank", "mask_interval", "score_interval"):
             check_count(name, getattr(self, name), 1)
+        check_count("embedding_rank", self.embedding_rank, 0)
         for name in ("beta", "alpha1", "alpha2"):
             _check_number(name, getattr(self, name), -math.inf, math.inf, "a finite number")
         for name in ("warmup", "cooldown", "freeze"):
@@ -222,6 +225,11 @@ class PSTConfig:
                 f"sparsity={given} does not fit pattern={self.pattern!r}, which prunes {only:.6g}; leave sparsity out"
             )
 
+    @property
+    def embedding_rank_is_the_presets(self) -> bool:
+        """Whether nobody asked for it by itself, so that a model whose embeddings cannot have it goes without."""
+        return isinstance(self.embedding_rank, _DefaultCount)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Raises TypeError when a setting is a callable, which no file can hold."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -237,11 +245,12 @@ class PSTConfig:
         """Settings by name, and those given on top of them.
 
         "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the
-        authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the
-        LayerNorms among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate":
-        the recipe, with magnitude="fisher" above 50 %, without dropout, and with kept weights trained once the mask is
-        fixed, in the last 70 % of the steps; up to 50 % all weights that go, if they go one by one, do so before the
-        first step. "fast": the same, but A, B, R and C learn on every other step until the mask is fixed.
+        authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it
+        wants the LayerNorms among `modules_to_save` beside the head, and the learning rates of
+        `parameter_groups`. "accurate": the recipe, with magnitude="fisher" and embedding_rank=32 above 50 %,
+        without dropout, and with kept weights trained once the mask is fixed, in the last 70 % of the steps; up
+        to 50 % all weights that go, if they go one by one, do so before the first step. "fast": the same, but
+        A, B, R and C learn on every other step until the mask is fixed.
 
         Raises ValueError for another name.
         """
@@ -259,6 +268,8 @@ class PSTConfig:
         if PRESETS[name] is _STUDIED and sparsity <= AT_ONCE and plain.pattern == "unstructured":
             found.setdefault("initial_sparsity", sparsity)
             found.setdefault("warmup", 0.0)
+        if PRESETS[name] is _STUDIED and sparsity > WEIGHED_ABOVE:
+            found.setdefault("embedding_rank", _DefaultCount(WORDS_RANK))
         if name == "fast" and not of_blocks:
             found.setdefault("score_interval", 2)
         return cls(**found)

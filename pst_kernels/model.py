@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ from . import env
 from .config import PSTConfig, matches
 from .dropout import give_back_dropout, lower_dropout
 from .export import formats
+from .layers import embedding
 from .layers.checks import check_finite, is_conv1d, refuse_meta
+from .layers.embedding import PSTEmbedding
 from .layers.experts import ExpertWeights, PSTExperts
 from .layers.linear import PSTConv1D, PSTLinear
 from .layers.pst_layer import PSTLayer
@@ -24,6 +26,7 @@ from .layers.together import refresh_layers
 from .refusals import shortened
 from .targets import block_weights, find_targets, head_modules, parameter_uses, weight_key
 from .whole_model import give_back_saving, take_over_saving
+from .words import find_words, settled
 
 logger = logging.getLogger("pst_kernels")
 LITTLE = 0.02  # share of the blocks' weights left dense that goes without saying
@@ -54,6 +57,7 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
     targets = find_targets(model, config)
     saved = modules_to_save(model, config)
     _check_trainable(model, saved)
+    config = settled(model, config, saved)
     _warn_of_other_settings(model, config)
     converted: dict[int, PSTLayer] = {}  # by identity: a layer used in two places stays one layer
     for name, module in targets.items():
@@ -67,9 +71,10 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
             converted[id(module)] = cls.from_linear(module, config)
             converted[id(module)].full_name = name
         model = _set_submodule(model, name, converted[id(module)])
-    _freeze(model, config, saved)
     if converted:  # else the settings of an earlier call stand
         lower_dropout(model, config.dropout)
+        _let_words_learn(model, config)
+    _freeze(model, config, saved)
     _keep_buffers_out_of_ddp(model)
     _warn_of_other_weights(model)
     take_over_saving(model)
@@ -129,10 +134,19 @@ def _set_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     return model
 
 
+def _let_words_learn(model: nn.Module, config: PSTConfig) -> None:
+    found = find_words(model) if config.embedding_rank else None
+    if found is not None and not isinstance(found[1], PSTEmbedding):
+        embedding.attach(found[1], config.embedding_rank, config.adapter_dtype)
+
+
 def _freeze(model: nn.Module, config: PSTConfig, saved: list[str]) -> None:
     model.requires_grad_(False)
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
+    for module in embeddings_of(model):
+        for name in embedding.ENTRIES:
+            getattr(module, name).requires_grad_(True)
     for _, layer in pst_layers(model):
         layer.weight.requires_grad_(False)  # a module to save may hold converted layers
         if layer.bias is not None:
@@ -154,6 +168,10 @@ def _keep_buffers_out_of_ddp(model: nn.Module) -> None:
 def pst_layers(model: nn.Module) -> Iterator[tuple[str, PSTLayer]]:
     """(name, layer) of every converted layer."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, PSTLayer))
+
+
+def embeddings_of(model: nn.Module) -> list[PSTEmbedding]:
+    return [module for module in model.modules() if isinstance(module, PSTEmbedding)]
 
 
 def _layers_of(model: nn.Module) -> list[PSTLayer]:
@@ -277,7 +295,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str = "dense") -> nn.Module:
-    """Turn every PST layer into a plain one that holds M * W'.
+    """Turn every PST layer into a plain one that holds M * W', and embeddings that learned into plain ones.
 
     In place; returns the model (a new module if the model itself is a PST layer). Layers that were merged are taken as
     they are. By `format` the layers become
@@ -309,6 +327,9 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
         if safe_merge:
             remedy = "lower the learning rate, or merge an earlier checkpoint"
             check_finite(layer.masked_weight(), f"the merged weight of {name}", remedy)
+    for name, module in model.named_modules():
+        if isinstance(module, PSTEmbedding):
+            _check_words(name, module, uses, safe_merge)
     # all of them first: what fails in between leaves the model as it was
     plain = {id(layer): formats.plain(format, layer) for _, layer in pst_layers(model)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -316,6 +337,20 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
             module.detach()
         elif isinstance(module, PSTLayer):
             model = _set_submodule(model, name, plain[id(module)])
+    for words in embeddings_of(model):
+        embedding.detach(words)
     give_back_dropout(model)
     give_back_saving(model)
     return model
+
+
+def _check_words(name: str, words: PSTEmbedding, uses: Mapping[tuple[int, ...], int], safe_merge: bool) -> None:
+    if uses[weight_key(words.weight)] > 1:
+        raise RuntimeError(
+            f"the weight of {name} is shared with another module, which merging would change;"
+            " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
+        )
+    refuse_meta(f"the weight of {name}", words.weight)
+    if safe_merge:
+        remedy = "lower the learning rate, or merge an earlier checkpoint"
+        check_finite(words.updated_weight(), f"the merged weight of {name}", remedy)

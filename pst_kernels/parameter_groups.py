@@ -8,12 +8,14 @@ from typing import Any
 from torch import nn
 
 from .config import check_positive
+from .layers.embedding import ENTRIES
 from .model import get_config
 
 # Over the rate of dense fine-tuning, as validation chose them in the accuracy study (topics; README).
 SCORES = 5.0
 UPDATE = 5.0  # of U and V at beta = 1; a step of theirs moves W' by beta times as much
 KEPT = 5.0  # magnitude pruning, which trains its kept weights, wanted as much
+WORDS = 20.0  # of the two factors of the word embeddings
 OTHERS = 10.0  # the task head, and what else is trained in full: normalisations, biases
 
 
@@ -24,14 +26,16 @@ def parameter_groups(model: nn.Module, lr: float = 1e-4) -> list[dict[str, Any]]
         model: converted by `replace_linear`.
         lr: the learning rate with which one would fine-tune the dense model.
 
-    A group has `name` too: "update" (U and V), "scores" (A, B, R and C), "kept" (trained kept weights), "others".
+    A group has `name` too: "update" (U and V), "scores" (A, B, R and C), "kept" (trained kept weights), "words" (the
+    factors of the word embeddings), "others".
 
     Example:
         optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-4), weight_decay=0.0)
     """
     check_positive("lr", lr)
     beta = abs(get_config(model).beta)
-    factors = {"update": UPDATE / math.sqrt(beta) if beta else UPDATE, "scores": SCORES, "kept": KEPT, "others": OTHERS}
+    update = UPDATE / math.sqrt(beta) if beta else UPDATE
+    factors = {"update": update, "scores": SCORES, "kept": KEPT, "words": WORDS, "others": OTHERS}
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in factors}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -48,4 +52,6 @@ def group_of(name: str) -> str:
         return "update"
     if entry == "pst_kept":
         return "kept"
+    if entry in ENTRIES:
+        return "words"
     return "scores" if entry.startswith("pst_") else "others"

@@ -1,7 +1,8 @@
 """What `save_pretrained` of a transformers model under PST writes: a checkpoint that stock transformers loads right.
 
 Under each converted layer's `weight` lies M * W', so that `from_pretrained` makes the pruned model, and beside it the
-frozen W as `pst_weight`, which a PST layer prefers when it loads: `Trainer` resumes bit for bit.
+frozen W as `pst_weight`, which a PST layer prefers when it loads: `Trainer` resumes bit for bit. So it is for word
+embeddings that learn.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers.checks import whole
+from .layers.embedding import ENTRIES, PSTEmbedding, updated
 from .layers.pst_layer import FACTORS, FROZEN, PSTLayer
 from .layers.rested import masked_with
 from .layers.resting import KEPT
@@ -56,6 +58,8 @@ def with_pruned_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
     uses = parameter_uses(model)
     for name, layer in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
+        if isinstance(layer, PSTEmbedding):
+            _with_updated_words(found, prefix, layer)
         if not isinstance(layer, PSTLayer):
             continue
         needed = [layer.entry(name, "weight"), *(f"{prefix}{entry}" for entry in (*FACTORS, "pst_mask"))]
@@ -71,3 +75,12 @@ def with_pruned_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
         found[needed[0]] = layer.oriented(pruned).contiguous()  # which turned twice lies as before
         found[f"{prefix}{FROZEN}"] = weight
     return found
+
+
+def _with_updated_words(found: dict[str, Tensor], prefix: str, words: PSTEmbedding) -> None:
+    entries = [f"{prefix}{entry}" for entry in ("weight", *ENTRIES)]
+    if all(entry in found for entry in entries):
+        weight, U, V = (found[entry] for entry in entries)
+        with torch.no_grad():
+            found[entries[0]] = updated(weight, U, V, words.padding_idx)
+        found[f"{prefix}{FROZEN}"] = whole(weight)

@@ -28,7 +28,6 @@ from .methods import (
     variant,
     wanda_lora,
     with_dropout,
-    words_of_rank,
 )
 
 WEIGHT_RATES = tuple({"weights": rate} for rate in (5e-5, 2e-4, 8e-4))
@@ -123,6 +122,18 @@ RESTED_HALF: dict[str, Any] = {**RESTED, "freeze": 0.5, "cooldown": 0.5}
 FIXED_EARLY: dict[str, Any] = {"freeze": 0.7, "cooldown": 0.7, "warmup": 0.0}
 
 
+FROZEN_WORDS: dict[str, Any] = {"embedding_rank": 0}
+
+
+def _accurate(decoder: bool = False, also: tuple[str, ...] = (), **settings: Any) -> Any:
+    """The preset as it was before its word embeddings learned."""
+    return preset("accurate", decoder, also, **FROZEN_WORDS, **settings)
+
+
+def _fast(decoder: bool = False, **settings: Any) -> Any:
+    return preset("fast", decoder, **FROZEN_WORDS, **settings)
+
+
 def _plain(**settings: Any) -> Any:
     """The preset as it was: with plain magnitudes, and the mask fixed later."""
     return _fixed_later(magnitude="plain", **settings)
@@ -144,7 +155,7 @@ def _step_by_step(decoder: bool = False, **settings: Any) -> Any:
 
     def convert(model: Any, plan: Plan) -> None:
         given = {"initial_sparsity": 0.0, "warmup": 0.1 if plan.sparsity <= HALF else 0.0} | settings
-        preset("accurate", decoder, **given)(model, plan)
+        _accurate(decoder, **given)(model, plan)
 
     return convert
 
@@ -166,15 +177,15 @@ FASTER = (
 )
 AT_ONCE: dict[str, Any] = {"initial_sparsity": HALF, "warmup": 0.0}
 HALVED = (
-    _candidate("accurate, half at once", preset("accurate", **AT_ONCE), LRS[:2]),
-    _candidate("accurate, half at once, scores rest", preset("accurate", **AT_ONCE, score_interval=2), LRS[:2]),
-    _candidate("accurate, half at once, scores rest thrice", preset("accurate", **AT_ONCE, score_interval=4), LRS[:2]),
+    _candidate("accurate, half at once", _accurate(**AT_ONCE), LRS[:2]),
+    _candidate("accurate, half at once, scores rest", _accurate(**AT_ONCE, score_interval=2), LRS[:2]),
+    _candidate("accurate, half at once, scores rest thrice", _accurate(**AT_ONCE, score_interval=4), LRS[:2]),
 )
 TAUGHT: dict[str, Any] = {"distillation": LOGITS_AND_MORE_STATES}
 WITHOUT_DROPOUT = (
     _candidate("magnitude, distilled", trains_all(baselines.Magnitude), WEIGHT_RATES[1:2], **TAUGHT),
-    _candidate("fast", preset("fast"), LR),
-    _candidate("accurate, distilled", preset("accurate"), LR, **TAUGHT),
+    _candidate("fast", _fast(), LR),
+    _candidate("accurate, distilled", _accurate(), LR, **TAUGHT),
     _candidate(f"accurate, {STEP_BY_STEP}, distilled", _step_by_step(), LR, **TAUGHT),
 )
 WITH_DROPOUT = tuple(
@@ -182,38 +193,38 @@ WITH_DROPOUT = tuple(
     for one in (_candidate("dense", dense, WEIGHT_RATES[:2], sparse=False), *WITHOUT_DROPOUT)
 )
 TAUGHT_TOO = (
-    _candidate("fast, distilled", preset("fast"), LR, **TAUGHT),
-    _candidate("accurate, half at once, distilled", preset("accurate", **AT_ONCE), LR, **TAUGHT),
+    _candidate("fast, distilled", _fast(), LR, **TAUGHT),
+    _candidate("accurate, half at once, distilled", _accurate(**AT_ONCE), LR, **TAUGHT),
     _candidate(f"accurate, {LATER}, plain magnitudes, distilled", _plain(), LR, **TAUGHT),  # as in very short jobs
-    _candidate("accurate, distilled, rate of kept weights", preset("accurate"), (LR[0] | {"kept": 2.5e-4},), **TAUGHT),
+    _candidate("accurate, distilled, rate of kept weights", _accurate(), (LR[0] | {"kept": 2.5e-4},), **TAUGHT),
 )
 # Beside "accurate, distilled": what else might bring it ahead of magnitude pruning, which trains all there is.
 AHEAD = (
     _candidate(
         "accurate, words trained, distilled",
-        preset("accurate", also=(WORDS,)),
+        _accurate(also=(WORDS,)),
         tuple(LR[0] | {"embeddings": rate} for rate in (1.5e-4, 7.5e-4)),
         **TAUGHT,
     ),
     _candidate(
         "accurate, words trained faster, distilled",
-        preset("accurate", also=(WORDS,)),
+        _accurate(also=(WORDS,)),
         tuple(LR[0] | {"embeddings": rate} for rate in (1.5e-3, 3e-3)),
         **TAUGHT,
     ),
     *(
         _candidate(
             f"accurate, words of rank {rank}, distilled",
-            words_of_rank(rank, preset("accurate")),
+            preset("accurate", embedding_rank=rank),
             tuple(LR[0] | {"embeddings": rate} for rate in rates),
             **TAUGHT,
         )
         for rank, rates in ((8, (1e-2,)), (16, (3e-3, 1e-2)), (32, (3e-3, 1e-2)))
     ),
-    _candidate("accurate, higher rate, distilled", preset("accurate"), ({"lr": 2.5e-4},), **TAUGHT),
-    _candidate("accurate, slower head, distilled", preset("accurate"), (LR[0] | {"others": 5e-4},), **TAUGHT),
-    _candidate("accurate, small update, distilled", preset("accurate"), (LR[0] | {"update": 3e-4},), **TAUGHT),
-    _candidate("accurate, rank 32, distilled", preset("accurate", weight_rank=32), LR, **TAUGHT),
+    _candidate("accurate, higher rate, distilled", _accurate(), ({"lr": 2.5e-4},), **TAUGHT),
+    _candidate("accurate, slower head, distilled", _accurate(), (LR[0] | {"others": 5e-4},), **TAUGHT),
+    _candidate("accurate, small update, distilled", _accurate(), (LR[0] | {"update": 3e-4},), **TAUGHT),
+    _candidate("accurate, rank 32, distilled", _accurate(weight_rank=32), LR, **TAUGHT),
 )
 FREEZES = (
     PLAIN,
@@ -292,18 +303,20 @@ RECIPES: tuple[Method, ...] = (
     # what distillation alone does, at the rates chosen without it
     Method("magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", **TAUGHT),
     *_each_way("PST, fast", partial(preset, "fast")),
-    *_each_way("PST, fast, half at once", partial(preset, "fast", **AT_ONCE)),  # above 50 % too
     *_each_way("PST, accurate", partial(preset, "accurate")),
 )
-# What the presets were: at 50 % step by step, with weighed magnitudes there too, then with the mask fixed later, plain
-# magnitudes, and weights pruned before the first step.
+# What the presets were: above 50 % with frozen word embeddings, at 50 % step by step, with weighed magnitudes there,
+# then with the mask fixed later, plain magnitudes, and weights pruned before the first step.
 RECIPES += (
+    *_each_way("PST, fast, words frozen", _fast),
+    *_each_way("PST, fast, half at once", partial(_fast, **AT_ONCE)),  # above 50 % too
+    *_each_way("PST, accurate, words frozen", _accurate),
     *_each_way(f"PST, accurate, {STEP_BY_STEP}", _step_by_step),
     *_each_way("PST, accurate, weighed", partial(_step_by_step, magnitude="fisher")),
     Method(f"PST, accurate, {LATER}", _fixed_later(), like=FISHER_LATER.name),
     Method(f"PST, accurate, {LATER}, at 1.5e-4", _fixed_later(), LR),  # validation had chosen the highest
     *_taught(f"PST, accurate, {LATER}", _fixed_later, FISHER_LATER),
-    Method("PST, accurate, plain magnitudes", preset("accurate", magnitude="plain"), like=PLAIN.name),
+    Method("PST, accurate, plain magnitudes", _accurate(magnitude="plain"), like=PLAIN.name),
     Method(f"PST, accurate, {LATER}, plain magnitudes", _plain(), like=PLAIN.name),
     *_taught(f"PST, accurate, {LATER}, plain magnitudes", _plain, PLAIN),
     Method("PST, accurate, mask fixed after half", _plain(freeze=0.5, cooldown=0.5), like=PLAIN.name),

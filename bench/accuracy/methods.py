@@ -20,7 +20,6 @@ from pst_kernels.schedule import sparsity_at
 from pst_kernels.targets import find_targets
 
 from .. import baselines
-from ..baselines.low_rank_embedding import LowRankEmbedding
 from ..baselines.pst_variant import PARTS
 from .tasks import Batch, Task
 
@@ -85,17 +84,6 @@ def with_dropout(convert: Callable[[Any, Plan], Any]) -> Callable[[Any, Plan], N
     def converted(model: Any, plan: Plan) -> None:
         convert(model, plan)
         set_dropout(model, BERT_DROPOUT)
-
-    return converted
-
-
-def words_of_rank(rank: int, convert: Callable[[Any, Plan], Any]) -> Callable[[Any, Plan], None]:
-    """Word embeddings learn too, by two factors."""
-
-    def converted(model: Any, plan: Plan) -> None:
-        convert(model, plan)
-        embeddings = model.bert.embeddings
-        embeddings.word_embeddings = LowRankEmbedding(embeddings.word_embeddings, rank)
 
     return converted
 

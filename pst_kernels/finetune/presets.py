@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config import WEIGHED_ABOVE, PSTConfig
-from ..parameter_groups import group_of
+from ..parameter_groups import WORDS, group_of
 from ..targets import head_modules
 from .settings import OF_RECIPE, Settings
 
@@ -86,6 +86,7 @@ def groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, 
     rates = {
         "body": settings.learning_rate, "update": settings.update_rate, "scores": settings.pst_learning_rate,
         "others": settings.head_learning_rate, "kept": settings.kept_rate,
+        "words": WORDS * settings.learning_rate,
     }  # fmt: skip
     return [{"params": parameters, "lr": rates[role]} for role, parameters in by_rate.items()]
 
