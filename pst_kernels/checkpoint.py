@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from .config import PSTConfig
 from .files import replacing
-from .layers import embedding
 from .layers.averages import fits
 from .layers.checks import is_conv1d, refuse_meta, whole
+from .layers.embedding import PSTEmbedding, word_shapes
 from .layers.experts import ExpertWeights, PSTExperts
 from .layers.fisher import MOMENTS
 from .layers.pst_layer import FACTORS, PSTLayer
@@ -305,12 +305,16 @@ def _factor_shapes(layers: dict[str, Any], config: PSTConfig) -> dict[str, tuple
 
 
 def _word_shapes(model: nn.Module, config: PSTConfig) -> dict[str, tuple[int, ...]]:
-    """The same of the word embeddings, where they learn."""
-    found = find_words(model) if config.embedding_rank else None
+    """The same of the word embeddings where they learn, or will in a model that is not converted yet."""
+    found = find_words(model)
     if found is None:
         return {}
     name, module = found
-    shapes = embedding.factor_shapes(module, config.embedding_rank)
+    if isinstance(module, PSTEmbedding):
+        rank = module.pst_embedding_U.shape[1]
+    else:
+        rank = 0 if any(pst_layers(model)) else config.embedding_rank
+    shapes = word_shapes(module, rank) if rank else {}
     return {f"{name}.{entry}" if name else entry: shape for entry, shape in shapes.items()}
 
 

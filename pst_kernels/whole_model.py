@@ -59,7 +59,7 @@ def with_pruned_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
     for name, layer in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         if isinstance(layer, PSTEmbedding):
-            _with_updated_words(found, prefix, layer)
+            _with_updated_words(found, prefix)
         if not isinstance(layer, PSTLayer):
             continue
         needed = [layer.entry(name, "weight"), *(f"{prefix}{entry}" for entry in (*FACTORS, "pst_mask"))]
@@ -77,10 +77,10 @@ def with_pruned_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[s
     return found
 
 
-def _with_updated_words(found: dict[str, Tensor], prefix: str, words: PSTEmbedding) -> None:
+def _with_updated_words(found: dict[str, Tensor], prefix: str) -> None:
     entries = [f"{prefix}{entry}" for entry in ("weight", *ENTRIES)]
     if all(entry in found for entry in entries):
         weight, U, V = (found[entry] for entry in entries)
         with torch.no_grad():
-            found[entries[0]] = updated(weight, U, V, words.padding_idx)
+            found[entries[0]] = updated(weight, U, V)
         found[f"{prefix}{FROZEN}"] = whole(weight)

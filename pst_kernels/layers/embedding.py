@@ -20,6 +20,7 @@ class PSTEmbedding(nn.Embedding):
     """An `nn.Embedding` that `attach` made one of these in place: the same object, with the same weight and hooks.
 
     U starts at zero and V at N(0, 1 / rank), so that a step of Adam moves an entry of a row by about its learning rate.
+    The row of padding does not learn.
     """
 
     pst_embedding_U: nn.Parameter
@@ -36,7 +37,7 @@ class PSTEmbedding(nn.Embedding):
     @torch.no_grad()
     def updated_weight(self) -> Tensor:
         """E + U V, in the dtype of E; `forward` gives its rows."""
-        return updated(self.weight, self.pst_embedding_U, self.pst_embedding_V, self.padding_idx)
+        return updated(self.weight, self.pst_embedding_U, self.pst_embedding_V)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if f"{prefix}{FROZEN}" in state_dict:  # where `weight` is the updated one (whole_model.py)
@@ -44,16 +45,13 @@ class PSTEmbedding(nn.Embedding):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def updated(weight: Tensor, U: Tensor, V: Tensor, padding: int | None = None) -> Tensor:
-    """E + U V of tensors; the row of padding does not move."""
-    moved = whole(U) @ whole(V)
-    if padding is not None:
-        moved[padding] = 0.0
-    return whole(weight) + moved.to(weight.dtype)
+def updated(weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """E + U V of tensors, in the dtype of E."""
+    return whole(weight) + (whole(U) @ whole(V)).to(weight.dtype)
 
 
 def attach(module: nn.Embedding, rank: int, dtype: torch.dtype) -> None:
-    shapes = factor_shapes(module, rank)
+    shapes = word_shapes(module, rank)
     U, V = (module.weight.new_zeros(shapes[name], dtype=dtype) for name in ENTRIES)
     V.normal_(std=rank**-0.5)
     module.__class__ = PSTEmbedding
@@ -70,5 +68,5 @@ def detach(module: PSTEmbedding) -> None:
     module.__class__ = nn.Embedding  # type: ignore[assignment]
 
 
-def factor_shapes(module: nn.Embedding, rank: int) -> dict[str, tuple[int, int]]:
+def word_shapes(module: nn.Embedding, rank: int) -> dict[str, tuple[int, int]]:
     return dict(zip(ENTRIES, ((module.num_embeddings, rank), (rank, module.embedding_dim)), strict=True))

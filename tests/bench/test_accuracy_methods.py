@@ -17,7 +17,7 @@ from pst_kernels.parameter_groups import group_of
 from pst_kernels.schedule import SparsitySchedule, sparsity_at
 
 pytest_plugins = ["tiny_grid"]
-FACTORS = {"update": 5.0, "scores": 5.0, "kept": 5.0, "others": 10.0}  # over the rate of dense fine-tuning
+FACTORS = {"update": 5.0, "scores": 5.0, "kept": 5.0, "words": 20.0, "others": 10.0}  # over the rate of dense fine-tuning
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
@@ -91,6 +91,7 @@ def test_every_parameter_has_one_rate(method):
                 group = group_of(name)
                 smaller = 4 if group == "update" and "paper" not in method else 1  # beta is 1 / 16
                 expected = setting.get(group, setting["lr"] * FACTORS[group] * smaller)
+                expected = setting.get("embeddings", expected) if methods.WORDS in name else expected
             assert rates[id(parameter)] == pytest.approx(expected)
     head_rate = 10 * setting["lr"] if "lr" in setting else methods.HEAD_RATE
     assert rates.get(id(model.classifier.weight), head_rate) == head_rate
