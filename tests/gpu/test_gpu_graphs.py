@@ -17,6 +17,8 @@ SETTINGS = {
     "unstructured": {"sparsity": 0.7},
     "unstructured, M * W' made for each product": {"sparsity": 0.7, "masked_weight": "remake"},
     "2:4": {"pattern": "2:4", "sparsity": 0.5},
+    "scores at rest": {"sparsity": 0.7, "score_interval": 1000},
+    "mask fixed": {"sparsity": 0.7, "freeze": 0.2},
     "blocks at rest": {"pattern": "block:16", "sparsity": 0.5, "mask_interval": 1000},
 }
 
@@ -29,6 +31,9 @@ class Training:
         layers = [nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 33), nn.Tanh(), nn.Linear(33, 4)]
         config = pst.PSTConfig(**settings, weight_rank=4, score_rank=4)
         self.model = pst.replace_linear(nn.Sequential(*layers).to(gpu.device, dtype), config)
+        if config.freeze:
+            for _, layer in pst_layers(self.model):
+                layer.freeze_mask()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         on_cuda = gpu.kind == CUDA
         self.optimizer = torch.optim.AdamW(trained, lr=1e-2, capturable=on_cuda, foreach=on_cuda)
@@ -68,6 +73,27 @@ def test_a_replayed_step_equals_an_eager_one(gpu: Place, dtype: torch.dtype, tok
             eager.step()
             replay()
         assert same_bits(eager.state(), graphed.state())
+
+
+def test_scores_learn_on_every_other_step_of_a_graph_of_two(gpu: Place) -> None:
+    """As many steps to a graph as there are from one gradient of the scores to the next."""
+    eager, graphed = (Training(gpu, torch.float32, 24, {"sparsity": 0.7, "score_interval": 2}) for _ in range(2))
+    before = [layer.pst_A.detach().clone() for _, layer in pst_layers(graphed.model)]
+
+    def two(training: Training) -> None:
+        training.step()
+        training.step()
+
+    replay = gpu.captured(lambda: two(graphed))
+    for _ in range(WARM_UP):
+        two(eager)
+    for _ in range(REPLAYS):
+        with gpu.without_waiting():
+            two(eager)
+            replay()
+        assert same_bits(eager.state(), graphed.state())
+    for A, (_, layer) in zip(before, pst_layers(graphed.model), strict=True):
+        assert not torch.equal(A, layer.pst_A)
 
 
 def test_an_unstructured_mask_moves_in_the_graph(gpu: Place) -> None:

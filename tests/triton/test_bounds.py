@@ -85,6 +85,8 @@ def run_linear(rows: int, columns: int, tokens: int = 3, transposed: bool = Fals
     gy, x, operands = given["gy"], given["x"], operands_of(given, given["kept"])
     matmul.linear_forward(x, operands, given["bias"])
     gradients.linear_backward(gy, x, operands, True, Needs(True, True))
+    for through in (True, False):
+        gradients.rested_backward(gy, x, operands, through, Needs(False, True))
 
 
 def run_blocks(rows: int, columns: int, size: int, tokens: int = 3, transposed: bool = False) -> None:
