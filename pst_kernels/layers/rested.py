@@ -9,7 +9,6 @@ score has a say any more, and A, B, R and C get no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from .. import ops
 from ..cpu import low_rank
 from ..cpu.sparse_rows import SparseRows
 from ..functional import Made, bias_gradient, in_dimensions_of, without_autocast
-from ..operands import Factors, MaskedWeight, Needs, compute_dtype
+from ..operands import Factors, MaskedWeight, Needs, compute_dtype, zeros_at_once
 from .fixed import add_at
 
 
@@ -103,7 +102,7 @@ class _RestedLinear(torch.autograd.Function):
                 d_added = dU  # of none
         of_added = None
         dbias = bias_gradient(gy, ctx.bias_dtype) if needs_bias else None
-        zeros = [None] * 4 if rest.frozen else zeros_like(operands.factors[2:])
+        zeros = [None] * 4 if rest.frozen else zeros_at_once(operands.factors[2:])
         pairs = zip((dU, dV, *zeros), operands.factors, needs_factors, strict=True)
         of_factors = [None if d is None or not need else d.to(factor.dtype) for d, factor, need in pairs]
         if added.weights is not None and ctx.needs_input_grad[15]:
@@ -159,13 +158,6 @@ class _Gradient(NamedTuple):
         else:
             dx, dU, dV = ops.rested_backward(self.gy, self.x, *self.operands.flat, self.through, by_op, learns)
         return dx if by_op or masked is None or not needs_input else self.gy @ masked, dU, dV
-
-
-def zeros_like(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Zeros of the shapes of factors, filled at once: on a GPU launches are the whole cost of so few numbers."""
-    sizes = [factor.numel() for factor in factors]
-    parts = factors[0].new_zeros(sum(sizes)).split(sizes)
-    return [part.view(factor.shape) for part, factor in zip(parts, factors, strict=True)]
 
 
 def masked_with(operands: MaskedWeight, added: Added, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ SETTINGS = {
     "scores at rest": {"sparsity": 0.7, "score_interval": 1000},
     "mask fixed": {"sparsity": 0.7, "freeze": 0.2},
     "blocks at rest": {"pattern": "block:16", "sparsity": 0.5, "mask_interval": 1000},
+    "blocks": {"pattern": "block:16", "sparsity": 0.5, "mask_interval": 1},
 }
 
 
@@ -107,3 +108,62 @@ def test_an_unstructured_mask_moves_in_the_graph(gpu: Place) -> None:
     replay()
     for mask, (_, layer) in zip(before, pst_layers(training.model), strict=True):
         assert not torch.equal(mask, layer.pst_mask)
+
+
+@pytest.mark.parametrize("written", ["by an eager step", "by a checkpoint", "by hand"])
+def test_a_graph_follows_a_mask_of_blocks_that_was_written_after_it(gpu: Place, written: str) -> None:
+    """It holds no launch that lists the kept blocks, and reads the lists of the mask as it is."""
+    settings = {"pattern": "block:16", "sparsity": 0.5, "mask_interval": 1000}
+    training = Training(gpu, torch.float32, 24, settings)
+    layers = [layer for _, layer in pst_layers(training.model)]
+
+    def gradients() -> list[Tensor]:
+        training.optimizer.zero_grad(set_to_none=True)
+        y = training.model(training.x)
+        y.float().square().sum().backward()
+        training.loss.copy_(y.detach().float().square().sum())
+        return [layer.pst_V.grad for layer in layers]
+
+    made = gradients()
+    replay = gpu.captured(lambda: made.__setitem__(slice(None), gradients()))
+    replay()
+    before, masks = training.loss.clone(), [layer.pst_mask.clone() for layer in layers]
+    if written == "by an eager step":
+        with torch.no_grad():
+            for layer in layers:
+                layer.pst_C.copy_(10.0 * (torch.arange(layer.pst_C.numel(), device=gpu.device) // 16 % 3))
+        for layer in layers:
+            layer.refresh_mask(force=True)
+    else:
+        rolled = {
+            name: mask.roll(16, 0) for name, mask in training.model.state_dict().items() if name.endswith("pst_mask")
+        }
+        rolled = {name: mask for name, mask in rolled.items() if len(mask) % 16 == 0}
+        if written == "by a checkpoint":
+            training.model.load_state_dict(training.model.state_dict() | rolled)
+        else:
+            layers[0].pst_mask.copy_(rolled["0.pst_mask"])
+            training.model(training.x)  # a graph looks at nothing
+    replay()
+    found = [training.loss.clone(), *[gradient.clone() for gradient in made]]
+    assert not torch.equal(layers[0].pst_mask, masks[0])
+    assert not torch.equal(found[0], before)
+    eager = gradients()
+    assert same_bits(found, [training.loss, *eager])
+
+
+def test_an_eager_forward_follows_a_mask_of_blocks_that_a_replay_has_written(gpu: Place) -> None:
+    """A replay moves no version, by which lists of a mask are told from older ones."""
+    training = Training(gpu, torch.float32, 24, {"pattern": "block:16", "sparsity": 0.5, "mask_interval": 1})
+    layer = next(layer for _, layer in pst_layers(training.model))
+    replay, x = gpu.captured(training.step), torch.randn(7, 48, device=gpu.device)
+    for turn in range(3):
+        with torch.no_grad():
+            layer(x)  # lists that are made here belong to the mask before the next replay
+        mask = layer.pst_mask.clone()
+        layer.pst_C.data.copy_(10.0 * ((torch.arange(48, device=gpu.device) // 16 + turn) % 3))  # leaves no trace
+        replay()
+        with torch.no_grad():
+            y, expected = layer(x), nn.functional.linear(x, layer.masked_weight(), layer.bias)
+        assert not torch.equal(mask, layer.pst_mask)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

@@ -39,7 +39,8 @@ LINEAR = {
     "add_partials_kernel": ("rows", "columns", "row_partials", "column_partials"),
 }
 BLOCKS = {
-    "list_blocks_kernel": ("capacity",),
+    "list_blocks_kernel": ("across",),
+    "order_lists_kernel": ("across",),
     "block_matmul_kernel": ("tokens", "rows", "depth"),
     "block_gradients_kernel": ("tokens", "rows", "columns"),
     "add_block_partials_kernel": ("rows", "columns", "split_k"),
