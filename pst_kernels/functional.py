@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from . import ops
+from .masks import due
 from .masks.packing import packed_width, unpack_mask
-from .operands import Factors, MaskedWeight, Needs, Scales, compute_dtype
+from .operands import Factors, MaskedWeight, Needs, Scales, compute_dtype, zeros_at_once
 from .ops import autocast_enabled, without_autocast
 
 __all__ = ["kth_value", "prune_mask", "pst_linear", "scores", "unpack_mask"]
@@ -226,20 +227,24 @@ class _PSTLinear(torch.autograd.Function):
         ctx: Any, x, bias, weight, U, V, A, B, R, C, mask, masked, values, offsets, pointers, waiting,
         moments, tally, scales, options, producer,
     ) -> Tensor:  # fmt: skip
-        split = None, None
+        split, found = (None, None), None
         if values is not None:
             y = ops.sparse_forward(x, values, offsets, pointers, bias, weight.shape[0])
         elif masked is not None:
             y = linear(x, masked, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype))
-        elif options.block_size is not None:
-            y = ops.block_forward(x.contiguous(), weight, U, V, A, B, R, C, mask, *scales, bias, options.block_size)
         elif options.kernels is not None and ops.goes_direct(x):
             x, operands = x.contiguous(), MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, scales)
-            found = options.kernels.split_for(x, operands)
-            y = options.kernels.linear_forward(x, operands, bias, found)
-            split = split if found is None else found
+            if options.block_size is None:
+                found = options.kernels.split_for(x, operands)
+                y = options.kernels.linear_forward(x, operands, bias, found)
+            else:
+                found = options.kernels.block_split(x, operands)
+                y = options.kernels.block_forward(x, operands, bias, options.block_size, found)
+        elif options.block_size is not None:
+            y = ops.block_forward(x.contiguous(), weight, U, V, A, B, R, C, mask, *scales, bias, options.block_size)
         else:
             y = ops.linear_forward(x.contiguous(), weight, U, V, A, B, R, C, mask, *scales, bias)
+        split = split if found is None else found
         if ctx is not None:
             ctx.scales, ctx.options, ctx.bias_dtype = scales, options, None if bias is None else bias.dtype
             ctx.make, taken = (None, (x,)) if producer is None else producer
@@ -261,7 +266,11 @@ class _PSTLinear(torch.autograd.Function):
             x = taken[0] if ctx.make is None else ctx.make(*taken).to(gy.dtype).reshape(-1, weight.shape[1])
             gy_, x = gy.contiguous(), x.contiguous()
             flat = weight, *factors, mask, *ctx.scales
-            if options.block_size is not None:
+            split = None if left is None else (left, right)
+            if options.block_size is not None and options.kernels is not None and ops.goes_direct(gy):
+                operands = MaskedWeight(weight, Factors(*factors), mask, ctx.scales)
+                dx, *found = _of_blocks(gy_, x, operands, options, Needs(needs_input, learns), split)
+            elif options.block_size is not None:
                 dx, *found = ops.block_backward(
                     gy_, x, *flat, options.block_size, options.interval, options.through_magnitude, needs_input, learns
                 )  # fmt: skip
@@ -269,7 +278,6 @@ class _PSTLinear(torch.autograd.Function):
                 needs = Needs(needs_input and masked is None and values is None, learns)
                 if options.kernels is not None and (options.weighed or ops.goes_direct(gy)):
                     operands = MaskedWeight(weight, Factors(*factors), mask, ctx.scales)
-                    split = None if left is None else (left, right)
                     dx, *found = options.kernels.linear_backward(
                         gy_, x, operands, options.through_magnitude, needs, split
                     )  # fmt: skip
@@ -287,6 +295,21 @@ class _PSTLinear(torch.autograd.Function):
             for gradient, factor, need in zip(found, factors, needs_factors, strict=True)
         ]
         return dx if needs_input else None, dbias, None, *gradients, *[None] * 7, sums, *[None] * 3
+
+
+def _of_blocks(
+    gy: Tensor, x: Tensor, operands: MaskedWeight, options: Options, needs: Needs, split: Any
+) -> tuple[Tensor, ...]:
+    """`ops.block_backward` past PyTorch's dispatch: with the split of the forward, and zeros that are parts of one
+    tensor, as what an op returns may not be.
+    """
+    factors, size, through = operands.factors, options.block_size, options.through_magnitude
+    found = options.kernels.kept_block_gradients(gy, x, operands, size, through, needs, split)
+    if not needs.factors:
+        return *found, *factors[2:]  # which nobody asks for
+    if due.watch_of(factors.U).is_last_before_refresh(options.interval):
+        return *found, *options.kernels.linear_backward(gy, x, operands, through, Needs(False, True))[3:]
+    return *found, *zeros_at_once(factors[2:])
 
 
 def masked_stack(

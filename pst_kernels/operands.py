@@ -22,6 +22,15 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def zeros_at_once(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Zeros of the shapes of these and of the first one's dtype, parts of one: on a GPU a launch is all that so few
+    numbers cost.
+    """
+    sizes = [tensor.numel() for tensor in tensors]
+    parts = tensors[0].new_zeros(sum(sizes)).split(sizes)
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
 def integers_on(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """int64 on a device, from pinned memory where it is a GPU, so that the host does not wait for it."""
     there = device.type == "cuda"

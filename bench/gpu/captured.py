@@ -3,6 +3,10 @@
 The quick grid times calls from Python, as people make them, and where the host is slower than the device its time is
 the host's. A captured step is launched as one: its time is the kernels'. For each step the profiler also tells what its
 kernels take. Dense, LoRA and ours take turns, with emptied caches, as in the grid.
+
+A graph holds STEPS steps of every contestant, so that all are as far in their training when they are timed: the search
+for a mask takes longer where the threshold moves faster, and with a gradient that never changes it moves faster for the
+first hundred steps.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from .conditions import write_rows
 from .graphs import captured
 
 PROFILED = 5  # replays
-INTERVAL = 4  # steps of the one whose scores rest
+INTERVAL = 4  # of the contestant whose scores rest
+STEPS = INTERVAL  # of a graph: one gradient of the scores and what lies between
 BF16, FP32 = torch.bfloat16, torch.float32
 CASES = [
     Case("step", BY_NAME[name], tokens, dtype)
@@ -76,21 +81,18 @@ def kernels_of(replay: Callable[[], Any]) -> dict[str, tuple[float, float]]:
 
 
 def rows_of(case: Case, seconds: float) -> Iterator[Row]:
-    replays, steps = {}, {}
+    replays = {}
     for name in (DENSE, "LoRA", *SETTINGS):
         try:
             step = _model_step(name) if case.mode == "model" else _layer_step(name, case)
-            steps[name] = INTERVAL if "score_interval" in name else 1
-            replays[name] = captured(partial(_several, step, steps[name]))
+            replays[name] = captured(partial(_several, step, STEPS))
         except Exception as error:  # one that cannot be captured loses the others nothing
             print(f"{name} is left out of {case}: {type(error).__name__}: {error}", flush=True)
-    timers = {n: measure.timer(replay, None, "cuda", steps[n]) for n, replay in replays.items()}
+    timers = {n: measure.timer(replay, None, "cuda", STEPS) for n, replay in replays.items()}
     timings = measure.interleaved(timers, seconds, reference=DENSE, min_rounds=5, max_rounds=40)
     for name, timing in timings.items():
         times, ratio = timing.quantiles, timing.ratio_to(timings[DENSE]).median if DENSE in timings else float("nan")
-        kernels = {
-            key: (count / steps[name], micro / steps[name]) for key, (count, micro) in kernels_of(replays[name]).items()
-        }
+        kernels = {key: (count / STEPS, micro / STEPS) for key, (count, micro) in kernels_of(replays[name]).items()}
         median, p20, p80 = (round(1e6 * value, 2) for value in (times.median, times.p20, times.p80))
         yield Row(str(case), name, median, p20, p80, timing.rounds, round(ratio, 4), kernels)
 

@@ -1,7 +1,7 @@
 """The ops of ops.py for CPUs, and in plain PyTorch for any device that has no Triton."""
 
 from . import lists
-from .block_matmul import block_forward
+from .block_matmul import block_forward, block_split, kept_block_gradients
 from .ops import (
     block_backward,
     forward_scratch,
@@ -21,8 +21,10 @@ from .small_layer import bound_to
 __all__ = [
     "block_backward",
     "block_forward",
+    "block_split",
     "bound_to",
     "forward_scratch",
+    "kept_block_gradients",
     "kth_value",
     "linear_backward",
     "linear_forward",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..masks.packing import WORD
 from ..operands import MaskedWeight, Needs, compute_dtype
@@ -41,7 +42,24 @@ class BlockRows(NamedTuple):
 
 
 def block_rows(mask: Tensor, shape: tuple[int, int], size: int) -> BlockRows:
-    """Where the kept blocks of a packed mask lie; the mask must consist of blocks of this size."""
+    """Where the kept blocks of a packed mask lie; the mask must consist of blocks of this size.
+
+    Listed once for as long as nothing writes the mask: its loop over blocks costs as much as small products.
+    """
+    if mask.is_inference():  # which has no version
+        return _block_rows(mask, shape, size)
+    key = mask.data_ptr(), mask._version, shape, size
+    made_of, found = _listed.get(mask, (None, None))
+    if made_of != key:
+        with torch.inference_mode(False):  # they outlive this call
+            made_of, found = _listed[mask] = key, _block_rows(mask, shape, size)
+    return found
+
+
+_listed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of a mask: what its last lists were made of, and these
+
+
+def _block_rows(mask: Tensor, shape: tuple[int, int], size: int) -> BlockRows:
     out, columns = shape
     first = torch.arange(0, columns, size, device=mask.device)
     flags = (mask[::size].index_select(1, first // WORD) >> (first % WORD // 2).to(torch.int32)) & 1
@@ -108,7 +126,11 @@ def side_by_side(matrix: Tensor, columns: Sequence[slice]) -> Tensor:
     return torch.cat([matrix[:, one] for one in columns], 1)
 
 
-def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: int) -> Tensor:
+def block_split(x: Tensor, operands: MaskedWeight) -> None:
+    """What both products of a step take, made once: nothing here."""
+
+
+def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: int, split: None = None) -> Tensor:
     """y = x (M * W')^T + bias for a mask of blocks."""
     weight = operands.weight
     weights = BlockRowWeights(operands, size)
@@ -129,8 +151,9 @@ def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: 
 
 
 def kept_block_gradients(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, through_magnitude: bool, needs: Needs
-) -> tuple[Tensor, Tensor, Tensor]:
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, through_magnitude: bool, needs: Needs,
+    split: None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dU and dV, with Q = G * M * (1 + |W'|), or G * M without `through_magnitude`, from kept blocks of G."""
     U, V, beta = operands.factors.U, operands.factors.V, operands.scales.beta
     weights = BlockRowWeights(operands, size)

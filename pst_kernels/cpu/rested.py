@@ -13,7 +13,7 @@ from .row_blocks import UpdatedRows, multiply_into
 
 
 def rested_backward(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs
+    gy: Tensor, x: Tensor, operands: MaskedWeight, through_magnitude: bool, needs: Needs, split: None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     by_rows = UpdatedRows(operands.weight, operands.factors, operands.scales)
     U, V = by_rows.U, by_rows.V

@@ -157,6 +157,9 @@ class Forward(Resting):
 
         with torch.no_grad(), ops.without_autocast(weight.device.type):
             masked = refresh(kernels, Weights(weight, factors, self._scales), state, self.watch, room)
+            size = ready.options.block_size
+            if size is not None and hasattr(kernels, "keep_lists") and dtype is not torch.float64:  # which they refuse
+                kernels.keep_lists(self.pst_mask, weight.shape, size)
             if self.frozen and by_lists:
                 made = self._fixed_lists(factors, dtype)
             else:

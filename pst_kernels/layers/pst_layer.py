@@ -309,9 +309,16 @@ class PSTLayer(Forward, Weighs, nn.Module):
             return
         self.has_learned_mask = True
         self._ready = None
+        self._renew_lists()
         self.watch.note(self.pst_num_pruned, (self.oriented_weight, *self.factors), made=True, mask=self.pst_mask)
         if plain and type(self.weight) in PLAIN and not self.weight.is_meta:
             self.loaded = (self.watch.looks, *averages.sums(self._weights()))
+
+    def _renew_lists(self) -> None:
+        """A captured graph may read lists of the mask that was there before a checkpoint's."""
+        kernels: Any = ops.kernels_for(self.pst_mask.device.type)
+        if self.pattern.block_size is not None and hasattr(kernels, "renew_lists"):
+            kernels.renew_lists(self.pst_mask, self.oriented_weight.shape, self.pattern.block_size)
 
     def masked_weight(self) -> Tensor:
         """M * W' as (out, in) in the weight's dtype: what the layer multiplies by."""

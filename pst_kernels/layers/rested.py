@@ -20,7 +20,7 @@ from .. import ops
 from ..cpu import low_rank
 from ..cpu.sparse_rows import SparseRows
 from ..functional import Made, bias_gradient, in_dimensions_of, without_autocast
-from ..operands import MaskedWeight, compute_dtype
+from ..operands import Factors, MaskedWeight, Needs, compute_dtype, zeros_at_once
 from .fixed import add_at
 
 
@@ -30,6 +30,7 @@ class Rest(NamedTuple):
     frozen: bool
     through_magnitude: bool  # of steps before the freeze
     kept: bool  # whether M * W', if it is made already, stays as it is until the backward
+    kernels: Any = None  # the room of plain tensors, called past PyTorch's dispatch of ops
 
 
 class Added(NamedTuple):
@@ -64,19 +65,27 @@ class _RestedLinear(torch.autograd.Function):
         scales, rest = constants
         ctx.constants, ctx.bias_dtype = constants, None if bias is None else bias.dtype
         ctx.make, taken = (None, (x,)) if producer is None else producer
-        stays = masked if rest.kept else None
-        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, stays, values, offsets, pointers, added, places, *taken)
+        stays, split = masked if rest.kept else None, (None, None)
         if values is not None:
-            return ops.sparse_forward(x, values, offsets, pointers, bias, weight.shape[0])
-        if masked is not None:
-            return linear(x, masked, None if bias is None else bias.to(x.dtype))
-        return ops.linear_forward(x.contiguous(), weight, U, V, A, B, R, C, mask, *scales, bias)
+            y = ops.sparse_forward(x, values, offsets, pointers, bias, weight.shape[0])
+        elif masked is not None:
+            y = linear(x, masked, None if bias is None else bias.to(x.dtype))
+        elif rest.kernels is not None and ops.goes_direct(x):
+            operands, of_rows = MaskedWeight(weight, Factors(U, V, A, B, R, C), mask, scales), x.contiguous()
+            found = rest.kernels.split_for(of_rows, operands)
+            y = rest.kernels.linear_forward(of_rows, operands, bias, found)
+            split = split if found is None else found
+        else:
+            y = ops.linear_forward(x.contiguous(), weight, U, V, A, B, R, C, mask, *scales, bias)
+        made = stays, values, offsets, pointers
+        ctx.save_for_backward(weight, U, V, A, B, R, C, mask, *made, added, places, *split, *taken)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: hooks on saved tensors may unpack each only once
-        flat, made, added, taken = saved[:8], Made(*saved[8:12]), Added(*saved[12:14]), saved[14:]
+        flat, made, added, split, taken = saved[:8], Made(*saved[8:12]), Added(*saved[12:14]), saved[14:16], saved[16:]
         scales, rest = ctx.constants
         operands = MaskedWeight.of(*flat, *scales)
         needs_input, needs_bias, _, *needs_factors = ctx.needs_input_grad[:9]
@@ -89,11 +98,11 @@ class _RestedLinear(torch.autograd.Function):
             elif added.weights is not None:
                 dx, dU, dV, d_added = gradient.with_kept_weights(made.masked, added)
             else:
-                dx, dU, dV = gradient.dense(made.masked)
+                dx, dU, dV = gradient.dense(made.masked, None if split[0] is None else split)
                 d_added = dU  # of none
         of_added = None
         dbias = bias_gradient(gy, ctx.bias_dtype) if needs_bias else None
-        zeros = [None if rest.frozen else torch.zeros_like(factor) for factor in operands.factors[2:]]
+        zeros = [None] * 4 if rest.frozen else zeros_at_once(operands.factors[2:])
         pairs = zip((dU, dV, *zeros), operands.factors, needs_factors, strict=True)
         of_factors = [None if d is None or not need else d.to(factor.dtype) for d, factor, need in pairs]
         if added.weights is not None and ctx.needs_input_grad[15]:
@@ -140,10 +149,14 @@ class _Gradient(NamedTuple):
         U, V = U.to(G.dtype), V.to(G.dtype)
         return dx, (Q @ V.t()) * scales.beta, (U.t() @ Q) * scales.beta, G
 
-    def dense(self, masked: Tensor | None) -> tuple[Tensor, ...]:
+    def dense(self, masked: Tensor | None, split: Any) -> tuple[Tensor, ...]:
         needs_input, learns = self.needs
-        by_op = needs_input and masked is None
-        dx, dU, dV = ops.rested_backward(self.gy, self.x, *self.operands.flat, self.through, by_op, learns)
+        by_op, kernels = needs_input and masked is None, self.rest.kernels
+        if kernels is not None and ops.goes_direct(self.gy):
+            needs = Needs(by_op, learns)
+            dx, dU, dV = kernels.rested_backward(self.gy, self.x, self.operands, self.through, needs, split)
+        else:
+            dx, dU, dV = ops.rested_backward(self.gy, self.x, *self.operands.flat, self.through, by_op, learns)
         return dx if by_op or masked is None or not needs_input else self.gy @ masked, dU, dV
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import PSTConfig
 from ..functional import Made
 from ..masks import due
@@ -172,7 +173,9 @@ class Resting:
             self._ready = None
         # of a weighed |W'| its part of Q is left out too: lists of kept weights hold no weighing
         through = options.through_magnitude and not options.weighed
-        rest = Rest(self.frozen, through, options.kept)
+        # the layer's own room knows no step in which the scores rest
+        kernels = None if options.kernels is None else ops.kernels_for(x.device.type)
+        rest = Rest(self.frozen, through, options.kept, kernels)
         producer = producer_of(x) if self.config.recompute_input else None
         x = x if x.dtype == ready.dtype else x.to(ready.dtype)
         made = ready.made

@@ -60,6 +60,8 @@ def refresh(
         masked = room() if room is not None and pattern.with_masked_weight else None
         for part in _single(weights, state, masked):
             part.mask.copy_(pattern.prune(kernels, *part.weights, state.num_pruned, part.guess, part.masked))
+        if pattern.block_size is not None and weight.dim() == 2 and hasattr(kernels, "keep_lists"):
+            kernels.keep_lists(state.mask, weight.shape, pattern.block_size, written=True)
         watch.note_look(count, total, tuple(watched), made=True, mask=state.mask)
         watch.looks += 1
         return masked

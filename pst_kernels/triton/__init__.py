@@ -4,12 +4,13 @@ from .tiles import versions  # noqa: F401 (first: where Triton is too old it say
 
 # isort: split
 
-from .block_gradients import block_backward
-from .block_matmul import block_forward
+from .block_gradients import block_backward, kept_block_gradients
+from .block_matmul import block_forward, block_split
 from .gradients import linear_backward, rested_backward
 from .group_layer import LayerTensors
 from .group_mask import prune_masks
 from .group_table import MaskTable
+from .kept_lists import keep_lists, renew_lists
 from .mask import masked_weight, prune_mask
 from .matmul import forward_scratch, linear_forward, split_for
 from .score import scores
@@ -23,13 +24,17 @@ __all__ = [
     "MaskTable",
     "block_backward",
     "block_forward",
+    "block_split",
     "forward_scratch",
+    "keep_lists",
+    "kept_block_gradients",
     "kth_value",
     "linear_backward",
     "linear_forward",
     "masked_weight",
     "prune_mask",
     "prune_masks",
+    "renew_lists",
     "rested_backward",
     "scores",
     "sparse_forward",

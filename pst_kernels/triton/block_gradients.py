@@ -19,11 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight, Needs
-from .block_lists import BlockLists, grid_of, lists_of, strip
-from .block_matmul import COLUMNS, ROWS, block_input_gradient
+from .block_lists import KeptBlocks, grid_of, strip
+from .block_matmul import block_input_gradient
 from .gradient_products import product, product_over_tokens, splitting
 from .gradients import linear_backward
-from .matmul import one_stride
+from .kept_lists import lists_of
+from .matmul import Split, one_stride
 from .ptx import split
 from .score import checked_operands
 from .tiles import choice, targets
@@ -177,9 +178,8 @@ def add_block_partials_kernel(
 
 
 def block_factor_gradients(
-    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, through_magnitude: bool, by_rows: BlockLists,
-    by_columns: BlockLists,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, through_magnitude: bool, kept: KeptBlocks
+) -> tuple[Tensor, Tensor]:
     """dU and dV in fp32; operands as of `checked_operands`."""
     weight, (U, V, *_), _, (beta, _, _) = operands
     (rows, columns), rank, tokens = weight.shape, V.shape[0], x.shape[0]
@@ -199,7 +199,7 @@ def block_factor_gradients(
     row_sums = torch.empty((split_k, parts, rows, rank), dtype=torch.float32, device=x.device)
     column_sums = torch.empty((split_k, down, rank, columns), dtype=torch.float32, device=x.device)
     block_gradients_kernel[parts, down, split_k](
-        gy, x, weight, U, V, row_sums, column_sums, *by_rows,
+        gy, x, weight, U, V, row_sums, column_sums, *kept.rows,
         tokens, tokens_per_split, rows, columns, stride, across, beta,
         RANK=rank, WEIGHT_ALONG_ROWS=not along_columns, THROUGH=through_magnitude,
         **splitting(x.dtype, platform), UPCAST=platform.interpreted, EVEN=not ragged,
@@ -208,10 +208,23 @@ def block_factor_gradients(
     )  # fmt: skip
     block = 256
     add_block_partials_kernel[down + across, cdiv(size * rank, block)](
-        row_sums, column_sums, dU, dV, by_rows.counts, by_columns.indices, by_columns.counts,
+        row_sums, column_sums, dU, dV, kept.rows.counts, kept.columns.indices, kept.columns.counts,
         split_k, parts, tile.columns, rows, columns, down, size, rank, beta, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return dU, dV
+
+
+def kept_block_gradients(
+    gy: Tensor, x: Tensor, operands: MaskedWeight, size: int, through_magnitude: bool, needs: Needs,
+    split: Split | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx, dU and dV from kept blocks of G. `split` is that of the forward, if it made one."""
+    operands = checked_operands(operands)
+    kept = lists_of(operands.mask, operands.weight.shape, size)
+    dx = block_input_gradient(gy, operands, kept.columns, size, split) if needs.input else gy.new_empty(0)
+    if not needs.factors:
+        return dx, gy.new_empty(0, dtype=torch.float32), gy.new_empty(0, dtype=torch.float32)
+    return dx, *block_factor_gradients(gy, x, operands, size, through_magnitude, kept)
 
 
 def block_backward(
@@ -219,14 +232,10 @@ def block_backward(
     needs: Needs,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dx, dU and dV from kept blocks of G; the scores' gradients from all of G, or zeros."""
-    operands = checked_operands(operands)
-    factors, mask, shape = operands.factors, operands.mask, operands.weight.shape
-    by_columns = lists_of(mask, shape, size, COLUMNS)
-    dx = block_input_gradient(gy, operands, by_columns, size) if needs.input else gy.new_empty(0)
+    found = kept_block_gradients(gy, x, operands, size, through_magnitude, needs)
+    of_scores = operands.factors[2:]
     if not needs.factors:
-        return dx, *(gy.new_empty(0, dtype=torch.float32) for _ in factors)
-    by_rows = lists_of(mask, shape, size, ROWS)
-    dU, dV = block_factor_gradients(gy, x, operands, size, through_magnitude, by_rows, by_columns)
+        return *found, *(gy.new_empty(0, dtype=torch.float32) for _ in of_scores)
     if learn_scores:
-        return dx, dU, dV, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
-    return dx, dU, dV, *(torch.zeros_like(factor, dtype=torch.float32) for factor in factors[2:])
+        return *found, *linear_backward(gy, x, operands, through_magnitude, Needs(False, True))[3:]
+    return *found, *(torch.zeros_like(factor, dtype=torch.float32) for factor in of_scores)

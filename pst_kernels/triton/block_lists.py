@@ -9,7 +9,9 @@ Balance. A learned mask keeps many blocks in some rows and few in others, and a 
 count. Programs start in the order of their number, so they take the longest list first, and what runs last is short:
 work that was the counts alone would take at most 4/3 of the shortest time there is (Graham, 1969). Long lists cut in
 parts would even that out, but the parts' sums of y would have to be written and added again, in fp32, more bytes than y
-itself.
+itself. The order is counted, not sorted: a list's place is the number of those that come before it, and there are few.
+
+kept_lists.py says when they are made.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..masks.packing import WORD
 from .tiles.targets import cdiv
 
 BITS = tl.constexpr(WORD)
-CHUNK = 128  # blocks looked at together, one a thread
+CHUNK = 128  # blocks, or lists, looked at together, one a thread
+PLACED = 32  # lists of a program that finds their places
 
 
 class BlockLists(NamedTuple):
@@ -37,12 +39,16 @@ class BlockLists(NamedTuple):
     order: Tensor  # int64 (lists,): numbers of the lists, longest first, equal ones in ascending order
 
 
-@triton.jit(do_not_specialize=["words", "capacity", "size"])
-def list_blocks_kernel(
-    p_mask, p_indices, p_counts, words, capacity, size, OF_COLUMNS: tl.constexpr, CHUNK: tl.constexpr
-):  # fmt: skip
-    """One list to a program. The first weight of a block speaks for all of it."""
-    i_list = tl.program_id(0)
+class KeptBlocks(NamedTuple):
+    """Of one mask."""
+
+    rows: BlockLists
+    columns: BlockLists
+
+
+@triton.jit
+def list_of(p_mask, p_indices, p_counts, i_list, words, capacity, size, OF_COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """Makes one list. The first weight of a block speaks for all of it."""
     p_indices += i_list.to(tl.int64) * capacity
     count = 0
     for first in range(0, capacity, CHUNK):
@@ -55,6 +61,47 @@ def list_blocks_kernel(
         tl.store(p_indices + place, across, mask=b_kept != 0)
         count += tl.sum(b_kept, 0)
     tl.store(p_counts + i_list, count)
+
+
+@triton.jit(do_not_specialize=["words", "down", "across", "size"])
+def list_blocks_kernel(
+    p_mask, p_row_indices, p_row_counts, p_column_indices, p_column_counts, words, down, across, size,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One list to a program: of `down` rows of blocks, then of `across` columns of blocks."""
+    program = tl.program_id(0)
+    if program < down:
+        list_of(p_mask, p_row_indices, p_row_counts, program, words, across, size, False, CHUNK)
+    else:
+        list_of(p_mask, p_column_indices, p_column_counts, program - down, words, down, size, True, CHUNK)
+
+
+@triton.jit
+def place_lists(p_counts, p_order, program, lists, PLACED: tl.constexpr, CHUNK: tl.constexpr):
+    """The numbers of PLACED lists to their places: behind the longer ones, and the equal ones before them."""
+    i = program * PLACED + tl.arange(0, PLACED)
+    b_count = tl.load(p_counts + i, mask=i < lists, other=0)
+    place = tl.zeros((PLACED,), tl.int32)
+    for first in range(0, lists, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        b_other = tl.load(p_counts + j, mask=j < lists, other=-1)
+        equal = (b_other[None, :] == b_count[:, None]) & (j[None, :] < i[:, None])
+        place += tl.sum(((b_other[None, :] > b_count[:, None]) | equal).to(tl.int32), 1)
+    tl.store(p_order + place, i.to(tl.int64), mask=i < lists)
+
+
+@triton.jit(do_not_specialize=["down", "across"])
+def order_lists_kernel(
+    p_row_counts, p_row_order, p_column_counts, p_column_order, down, across,
+    PLACED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The order of both kinds of lists."""
+    program = tl.program_id(0)
+    of_rows = tl.cdiv(down, PLACED)
+    if program < of_rows:
+        place_lists(p_row_counts, p_row_order, program, down, PLACED, CHUNK)
+    else:
+        place_lists(p_column_counts, p_column_order, program - of_rows, across, PLACED, CHUNK)
 
 
 @triton.jit
@@ -79,36 +126,32 @@ def grid_of(shape: torch.Size, size: int) -> tuple[int, int]:
     return cdiv(shape[0], size), cdiv(shape[1], size)
 
 
-def lists_of(mask: Tensor, shape: torch.Size, size: int, of_columns: bool) -> BlockLists:
-    """`list_blocks`, made once on a stream for as long as nothing writes the mask: most of the launches of a step.
-
-    Not while a CUDA graph is captured: a replay follows a mask that was written after the capture.
-    """
-    capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or mask.is_inference():  # which has no version
-        return list_blocks(mask, shape, size, of_columns)
-    now = mask.data_ptr(), mask._version
-    state, lists = _made.get(mask, (None, {}))
-    if state != now:
-        state, lists = _made[mask] = now, {}
-    stream = torch.cuda.current_stream(mask.device).cuda_stream if mask.is_cuda else 0
-    key = tuple(shape), size, of_columns, stream
-    if key not in lists:
-        with torch.inference_mode(False):  # they outlive this call
-            lists[key] = list_blocks(mask, shape, size, of_columns)
-    return lists[key]
+def room_for_lists(shape: torch.Size, size: int, device: torch.device) -> KeptBlocks:
+    """Unfilled lists of the blocks of a weight of this shape."""
+    down, across = grid_of(shape, size)
+    return KeptBlocks(
+        *[
+            BlockLists(
+                torch.empty((lists, capacity), dtype=torch.int32, device=device),
+                torch.empty((lists,), dtype=torch.int32, device=device),
+                torch.empty((lists,), dtype=torch.int64, device=device),
+            )
+            for lists, capacity in ((down, across), (across, down))
+        ]
+    )  # fmt: skip
 
 
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of a mask: where and of which version it was, and lists
-
-
-def list_blocks(mask: Tensor, shape: torch.Size, size: int, of_columns: bool) -> BlockLists:
-    """The kept blocks of a packed mask of a weight of this shape, by rows of blocks or by columns of blocks."""
-    number, capacity = grid_of(shape, size)[:: -1 if of_columns else 1]
-    indices = torch.empty((number, capacity), dtype=torch.int32, device=mask.device)
-    counts = torch.empty((number,), dtype=torch.int32, device=mask.device)
-    if number:
-        list_blocks_kernel[(number,)](
-            mask, indices, counts, mask.shape[1], capacity, size, OF_COLUMNS=of_columns, CHUNK=CHUNK, num_warps=4
+def list_blocks(mask: Tensor, shape: torch.Size, size: int, into: KeptBlocks | None = None) -> KeptBlocks:
+    """The kept blocks of a packed mask of a weight of this shape; in the tensors of `into`, if given."""
+    found = room_for_lists(shape, size, mask.device) if into is None else into
+    (down, across), (rows, columns) = grid_of(shape, size), found
+    if down and across:
+        list_blocks_kernel[(down + across,)](
+            mask, rows.indices, rows.counts, columns.indices, columns.counts, mask.shape[1], down, across, size,
+            CHUNK=CHUNK, num_warps=4,
         )  # fmt: skip
-    return BlockLists(indices, counts, torch.argsort(counts, descending=True, stable=True))
+        order_lists_kernel[(cdiv(down, PLACED) + cdiv(across, PLACED),)](
+            rows.counts, rows.order, columns.counts, columns.order, down, across,
+            PLACED=PLACED, CHUNK=CHUNK, num_warps=4,
+        )  # fmt: skip
+    return found

@@ -17,14 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import MaskedWeight
-from .block_lists import BlockLists, lists_of, strip
-from .matmul import one_stride, split_factors, store_result
+from .block_lists import BlockLists, strip
+from .kept_lists import lists_of
+from .matmul import Split, one_stride, split_factors, store_result
 from .ptx import ROUNDING, rounded, used
 from .score import checked_operands
 from .tiles import choice, tables, targets
 from .tiles.targets import cdiv
-
-ROWS, COLUMNS = False, True  # what a list of blocks is of
 
 
 @triton.jit
@@ -121,12 +120,22 @@ def block_matmul_kernel(
     store_result(b_y, p_y, p_bias, has_bias, i_tokens, i_rows, tokens, rows, BLOCK_ROWS, BLOCK_COLUMNS)
 
 
+def block_split(x: Tensor, operands: MaskedWeight) -> Split | None:
+    """What both products of a step take, made once."""
+    factors, beta = checked_operands(operands).factors, operands.scales.beta
+    if not x.shape[0] or not operands.weight.numel():
+        return None
+    return split_factors(factors.U, factors.V, beta, targets.platform(x.device).pairs(x.dtype))
+
+
 def block_matmul(
-    x: Tensor, operands: MaskedWeight, bias: Tensor | None, kept: BlockLists, size: int, transposed: bool
-) -> Tensor:
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, kept: BlockLists, size: int, transposed: bool,
+    split: Split | None = None,
+) -> Tensor:  # fmt: skip
     """x (T, depth) times the transpose of M * W', or with `transposed` times M * W' itself.
 
-    Operands as of `checked_operands`; `kept` are lists by rows of blocks, with `transposed` by columns.
+    Operands as of `checked_operands`; `kept` are lists by rows of blocks, with `transposed` by columns. `split` is of
+    `block_split`, if it is made already.
     """
     weight, factors, _, scales = operands
     rows, depth = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
@@ -135,7 +144,7 @@ def block_matmul(
     if not y.numel():
         return y
     platform = targets.platform(x.device)
-    left, right = split_factors(factors.U, factors.V, scales.beta, platform.pairs(x.dtype))
+    left, right = split or split_factors(factors.U, factors.V, scales.beta, platform.pairs(x.dtype))
     if transposed:
         left, right = right, left
     weight, stride, along_columns = one_stride(weight)
@@ -156,14 +165,18 @@ def block_matmul(
     return y
 
 
-def block_forward(x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: int) -> Tensor:
+def block_forward(
+    x: Tensor, operands: MaskedWeight, bias: Tensor | None, size: int, split: Split | None = None
+) -> Tensor:
     """y = x (M * W')^T + bias for a mask of blocks."""
     operands = checked_operands(operands)
     bias = None if bias is None else bias.to(x.dtype)
-    kept = lists_of(operands.mask, operands.weight.shape, size, ROWS)
-    return block_matmul(x, operands, bias, kept, size, transposed=False)
+    kept = lists_of(operands.mask, operands.weight.shape, size).rows
+    return block_matmul(x, operands, bias, kept, size, False, split)
 
 
-def block_input_gradient(gy: Tensor, operands: MaskedWeight, kept: BlockLists, size: int) -> Tensor:
+def block_input_gradient(
+    gy: Tensor, operands: MaskedWeight, kept: BlockLists, size: int, split: Split | None = None
+) -> Tensor:
     """dx = gy (M * W'); operands as of `checked_operands`, `kept` are lists by columns of blocks."""
-    return block_matmul(gy, operands, None, kept, size, transposed=True)
+    return block_matmul(gy, operands, None, kept, size, True, split)

@@ -15,10 +15,16 @@ from .tiles.targets import Platform
 
 
 @triton.jit
-def product_of_pairs(b_high, b_low, b_right_high, b_right_low, b_sum, FAST: tl.constexpr, EXACT: tl.constexpr = False):
-    """`product` with a right operand that is split already; EXACT: whose low part is zero, for it was bf16."""
+def product_of_pairs(
+    b_high, b_low, b_right_high, b_right_low, b_sum, FAST: tl.constexpr, EXACT: tl.constexpr = False,
+    WHOLE: tl.constexpr = False,
+):  # fmt: skip
+    """`product` with a right operand that is split already. EXACT: its low part is zero, for it was bf16; WHOLE: so is
+    that of the left one.
+    """
     if FAST:
-        b_sum = tl.dot(b_low, b_right_high, b_sum)
+        if not WHOLE:
+            b_sum = tl.dot(b_low, b_right_high, b_sum)
         if not EXACT:
             b_sum = tl.dot(b_high, b_right_low, b_sum)
         return tl.dot(b_high, b_right_high, b_sum)

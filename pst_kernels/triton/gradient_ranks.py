@@ -72,13 +72,16 @@ def many_ranks_kernel(
     RANK_W: tl.constexpr, RANK_S: tl.constexpr, WEIGHT_ALONG_ROWS: tl.constexpr, THROUGH: tl.constexpr,
     G_STORED: tl.constexpr, FAST: tl.constexpr, SPLIT: tl.constexpr, UPCAST: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    SCORES: tl.constexpr,
 ):  # fmt: skip
     """The partial sums of one tile; the grid is (column tiles, row tiles, split_k).
 
     row_sums is fp32 (split_k * column tiles, rows, RANKS): Q V^T, D B^T and D.sum(1); column_sums (split_k * row tiles,
     RANKS, columns): (beta U)^T Q, A^T D and D.sum(0). G_STORED: G is read from p_g, and p_gy and p_x are not.
+
+    Without SCORES nothing is made of D, RANKS is RANK_W, and where the gate needs no W' none is read.
     """
-    RANKS: tl.constexpr = RANK_W + RANK_S + 1
+    RANKS: tl.constexpr = RANK_W + RANK_S + 1 if SCORES else RANK_W
     i_columns = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS
     i_rows = tl.program_id(1).to(tl.int64) * BLOCK_ROWS
     b_g = product_tile(
@@ -104,37 +107,40 @@ def many_ranks_kernel(
     if not EVEN:
         c_in = tl.minimum(c, (columns - 1 - i_columns).to(tl.int32))
         w_in = tl.minimum(w, (words - 1 - i_columns // 32).to(tl.int32))
-    if WEIGHT_ALONG_ROWS:
-        p_weight += i_rows + i_columns * stride
-        b_weight = tl.load(p_weight + (r_in[:, None] + c_in[None, :] * stride)).to(tl.float32)
-    else:
-        p_weight += i_rows * stride + i_columns
-        b_weight = tl.load(p_weight + (r_in[:, None] * stride + c_in[None, :])).to(tl.float32)
-    MANY: tl.constexpr = RANK_W > WIDTH or RANK_S >= WIDTH
-    b_updated = b_weight
-    for first in tl.range(0, RANK_W, WIDTH, num_stages=1):
-        k = first + tl.arange(0, WIDTH)
-        m_v = (k < RANK_W)[:, None] & m_columns[None, :]
-        b_v = tl.load(p_v + i_columns + (k[:, None] * columns + c[None, :]), mask=m_v, other=0.0).to(tl.float32)
-        m_u = m_rows[:, None] & (k < RANK_W)[None, :]
-        b_u = tl.load(p_u + (r[:, None] * RANK_W + k[None, :]), mask=m_u, other=0.0).to(tl.float32) * beta
-        b_u_high, b_u_low = split(b_u, FAST, SPLIT)
-        b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
+    MANY: tl.constexpr = RANK_W > WIDTH or (SCORES and RANK_S >= WIDTH)
+    b_updated = b_g
+    if SCORES or THROUGH:
+        if WEIGHT_ALONG_ROWS:
+            p_weight += i_rows + i_columns * stride
+            b_weight = tl.load(p_weight + (r_in[:, None] + c_in[None, :] * stride)).to(tl.float32)
+        else:
+            p_weight += i_rows * stride + i_columns
+            b_weight = tl.load(p_weight + (r_in[:, None] * stride + c_in[None, :])).to(tl.float32)
+        b_updated = b_weight
+        for first in tl.range(0, RANK_W, WIDTH, num_stages=1):
+            k = first + tl.arange(0, WIDTH)
+            m_v = (k < RANK_W)[:, None] & m_columns[None, :]
+            b_v = tl.load(p_v + i_columns + (k[:, None] * columns + c[None, :]), mask=m_v, other=0.0).to(tl.float32)
+            m_u = m_rows[:, None] & (k < RANK_W)[None, :]
+            b_u = tl.load(p_u + (r[:, None] * RANK_W + k[None, :]), mask=m_u, other=0.0).to(tl.float32) * beta
+            b_u_high, b_u_low = split(b_u, FAST, SPLIT)
+            b_updated = product(b_u_high, b_u_low, b_v, b_updated, FAST, SPLIT)
 
     b_da = tl.zeros((BLOCK_ROWS, WIDTH), tl.float32)
-    if rows > 0:  # always true: a branch keeps the compiler from holding the operands of D's and Q's products at once
-        b_high, b_low = split(b_g * b_updated, FAST, SPLIT)
-        p_sums = p_column_sums + tl.full([], RANK_W, tl.int64) * columns
-        if MANY:
-            reduce_tile(
-                b_high, b_low, p_a, p_b + i_columns, p_row_sums + RANK_W, p_sums, 1.0, m_rows, m_columns, columns,
-                RANK_S, True, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-            )  # fmt: skip
-        else:
-            b_da = reduce_ranks(
-                0, b_high, b_low, p_a, p_b + i_columns, p_sums, 1.0, m_rows, m_columns, columns,
-                RANK_S, True, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
-            )  # fmt: skip
+    if SCORES:  # noqa: SIM102 (of constants)
+        if rows > 0:  # always true: a branch keeps the compiler from holding D's and Q's operands at once
+            b_high, b_low = split(b_g * b_updated, FAST, SPLIT)
+            p_sums = p_column_sums + tl.full([], RANK_W, tl.int64) * columns
+            if MANY:
+                reduce_tile(
+                    b_high, b_low, p_a, p_b + i_columns, p_row_sums + RANK_W, p_sums, 1.0, m_rows, m_columns, columns,
+                    RANK_S, True, RANKS, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+                )  # fmt: skip
+            else:
+                b_da = reduce_ranks(
+                    0, b_high, b_low, p_a, p_b + i_columns, p_sums, 1.0, m_rows, m_columns, columns,
+                    RANK_S, True, FAST, SPLIT, BLOCK_ROWS, BLOCK_COLUMNS, WIDTH,
+                )  # fmt: skip
     b_words = tl.load(p_mask + i_columns // 32 + (r_in[:, None] * words + w_in[None, :]))
     b_gate = gate(b_updated, b_words, THROUGH, BLOCK_ROWS, BLOCK_COLUMNS)
     b_high, b_low = split(b_g * b_gate, FAST, SPLIT)
@@ -151,4 +157,5 @@ def many_ranks_kernel(
         i = tl.arange(0, WIDTH)
         o_rows = r[:, None] * RANKS + i[None, :]
         tl.store(p_row_sums + o_rows, b_du, mask=m_rows[:, None] & (i < RANK_W)[None, :])
-        tl.store(p_row_sums + RANK_W + o_rows, b_da, mask=m_rows[:, None] & (i <= RANK_S)[None, :])
+        if SCORES:
+            tl.store(p_row_sums + RANK_W + o_rows, b_da, mask=m_rows[:, None] & (i <= RANK_S)[None, :])

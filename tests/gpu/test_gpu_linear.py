@@ -61,8 +61,13 @@ def allowed(gpu: Place, problem: Problem, output: str) -> float:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("through", [True, False])
-def test_gradients_while_the_scores_rest(gpu: Place, dtype: str, through: bool) -> None:
-    problem = Problem(129, 65, 20, 8, dtype)
+@pytest.mark.parametrize(
+    "shape", [(129, 65, 20, 8), (128, 128, 20, 16), pytest.param((512, 1024, 600, 8), marks=pytest.mark.large)], ids=str
+)
+def test_gradients_while_the_scores_rest(
+    gpu: Place, dtype: str, through: bool, shape: tuple[int, int, int, int]
+) -> None:
+    problem = Problem(*shape, dtype)
     given = problem.tensors(gpu.device)
     operands = operands_of(given, given["kept"]).flat
 

@@ -11,6 +11,7 @@ import toys
 from oracle import make_problem, relative_error
 from resumed import whole_and_resumed
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pst_kernels as pst
 from pst_kernels import ops
@@ -95,6 +96,32 @@ def test_values_and_gradients(way, kind, tokens, state):
     for name in OF_SCORES:
         gradient = getattr(layer, name).grad
         assert gradient is None if layer.frozen else torch.equal(gradient, torch.zeros_like(getattr(layer, name)))
+
+
+class Fills(TorchDispatchMode):
+    """Counts the tensors of zeros that are made; on a GPU each is a launch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket in (torch.ops.aten.zeros_like, torch.ops.aten.new_zeros)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_zeros_are_filled_at_once_and_nobody_elses(adapter_dtype):
+    layer = layer_of(score_interval=3, adapter_dtype=adapter_dtype, **WAYS["keep"])
+    loss = layer(torch.randn(7, 300)).sum()
+    with Fills() as fills:
+        loss.backward()
+    assert fills.count == 1
+    gradients = [getattr(layer, name).grad for name in OF_SCORES]
+    for number, gradient in enumerate(gradients):
+        assert gradient.dtype == adapter_dtype
+        gradient.fill_(number + 1)
+    assert [gradient.unique().tolist() for gradient in gradients] == [[1.0], [2.0], [3.0], [4.0]]
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -15,6 +15,7 @@ from pst_kernels import functional, ops, reference
 from pst_kernels.cpu import block_matmul
 from pst_kernels.layers.pst_layer import PSTLayer
 from pst_kernels.masks import patterns
+from pst_kernels.masks.packing import pack_mask
 from pst_kernels.operands import Factors, MaskedWeight, Needs, Scales
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -295,6 +296,48 @@ def test_block_rows_list_the_kept_blocks():
         assert [c for one in row.columns for c in range(one.start, one.stop)] == index[row.span].tolist()
     assert torch.equal(again, mask)
     assert patterns.parse("block:16").fits(mask, 5)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_zeros_of_a_step_between_masks_are_parts_of_one_tensor(adapter_dtype):
+    torch.manual_seed(0)
+    config = pst.PSTConfig(pattern="block:16", sparsity=0.5, mask_interval=9, adapter_dtype=adapter_dtype)
+    layer = pst.PSTLinear(70, 40, config=config)
+    layer(torch.randn(5, 70)).sum().backward()
+    gradients = [factor.grad for factor in layer.factors[2:]]
+    assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == 1
+    assert not any(bool(gradient.any()) for gradient in gradients)
+    for number, gradient in enumerate(gradients):
+        assert gradient.dtype == adapter_dtype
+        gradient.fill_(number + 1)
+    assert [gradient.unique().tolist() for gradient in gradients] == [[1.0], [2.0], [3.0], [4.0]]
+
+
+def test_kept_blocks_are_listed_once_a_mask(monkeypatch):
+    """By forward and backward of all steps until the mask is written; a copy's are its own."""
+    listed, made = [], block_matmul._block_rows
+    monkeypatch.setattr(block_matmul, "_block_rows", lambda *args: listed.append(1) or made(*args))
+    layer = layer_of("block:16", (128, 192), sparsity=0.5)
+    x = torch.randn(5, 192, dtype=torch.float64, requires_grad=True)
+    for _ in range(3):
+        layer(x).sum().backward()
+    assert len(listed) == 1
+    with torch.inference_mode():  # of a layer that has made its mask outside
+        layer(x)
+    assert len(listed) == 1
+    mask = layer.mask.roll(16, 0)
+    layer.pst_mask.copy_(pack_mask(mask))
+    for one in (layer, copy.deepcopy(layer)):
+        y, updated = one(x), one.weight + SCALES["beta"] * one.pst_U @ one.pst_V
+        torch.testing.assert_close(y, nn.functional.linear(x, mask * updated, one.bias), **TIGHT)
+    assert len(listed) == 3
+    packed = pack_mask(mask)
+    with torch.inference_mode():
+        inference = packed.clone()
+        for kept in (mask, ~mask):
+            inference.copy_(pack_mask(kept))
+            rows, _ = block_matmul.block_rows(inference, tuple(mask.shape), 16)
+            assert [len(row.columns) for row in rows] == kept[::16, ::16].sum(1).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

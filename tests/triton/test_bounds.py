@@ -39,7 +39,8 @@ LINEAR = {
     "add_partials_kernel": ("rows", "columns", "row_partials", "column_partials"),
 }
 BLOCKS = {
-    "list_blocks_kernel": ("capacity",),
+    "list_blocks_kernel": ("across",),
+    "order_lists_kernel": ("across",),
     "block_matmul_kernel": ("tokens", "rows", "depth"),
     "block_gradients_kernel": ("tokens", "rows", "columns"),
     "add_block_partials_kernel": ("rows", "columns", "split_k"),
@@ -85,6 +86,8 @@ def run_linear(rows: int, columns: int, tokens: int = 3, transposed: bool = Fals
     gy, x, operands = given["gy"], given["x"], operands_of(given, given["kept"])
     matmul.linear_forward(x, operands, given["bias"])
     gradients.linear_backward(gy, x, operands, True, Needs(True, True))
+    for through in (True, False):
+        gradients.rested_backward(gy, x, operands, through, Needs(False, True))
 
 
 def run_blocks(rows: int, columns: int, size: int, tokens: int = 3, transposed: bool = False) -> None:

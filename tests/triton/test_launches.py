@@ -96,6 +96,23 @@ def test_a_layer_whose_mask_is_fresh_only_multiplies(sm_90, way):
         assert sum(launches.values()) == 4 * (0 if way == "keep" else 2)
 
 
+@pytest.mark.parametrize("way", OF_A_STEP)
+@pytest.mark.parametrize("state", ["rested", "fixed"])
+def test_a_layer_at_rest_launches_no_more_than_one_that_learns(sm_90, way, state):
+    """And M * W' that an exact step keeps is kept."""
+    with silent(90) as launches:
+        model = model_of(4, masked_weight=way, **({"score_interval": 9} if state == "rested" else {"freeze": 0.2}))
+        if state == "fixed":
+            for layer in model:
+                layer.freeze_mask()
+        x = torch.randn(16, 192, requires_grad=True)
+        model(x).sum().backward()
+        launches.clear()
+        model(x).sum().backward()
+        assert model[0].scores_rest
+        assert sum(launches.values()) == 4 * OF_A_STEP[way], launches
+
+
 def test_a_model_takes_its_tables_with_it(sm_90):
     with silent(90):
         together.release_groups()

@@ -41,6 +41,43 @@ def test_gradients_while_the_scores_rest(emulator, arch: int, problem: Problem, 
         assert relative_error(value, exact) <= problem.allowed(name), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("through", [True, False])
+def test_gradients_while_the_scores_rest_from_a_stored_g(
+    emulator, arch: int, monkeypatch: pytest.MonkeyPatch, dtype: str, through: bool
+) -> None:
+    """G * M of a G in bf16 is bf16 itself, and multiplied as it is."""
+    monkeypatch.setattr(tables, "G_STORED_TOKENS", dict.fromkeys(tables.G_STORED_TOKENS, 1))
+    problem = Problem(128, 192, 12, 8, dtype)
+    given = problem.tensors()
+    stored = (given["gy"].T @ given["x"]).double()
+    with emulator.emulate(arch) as session:
+        operands = operands_of(given, given["kept"])
+        found = gradients.rested_backward(given["gy"], given["x"], operands, through, Needs(False, True))[1:]
+    updated = given["weight"].double() + SCALES["beta"] * given["U"].double() @ given["V"].double()
+    Q = stored * given["kept"] * (1.0 + updated.abs() if through else 1.0)
+    exact = SCALES["beta"] * Q @ given["V"].double().T, SCALES["beta"] * given["U"].double().T @ Q
+    assert max(map(relative_error, found, exact)) < 2e-5
+    assert session.stats["factor_gradients_kernel"].launches == 1
+
+
+def test_traffic_while_the_scores_rest(emulator, touched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of A and B is read, of the sums those of U and V alone are made, and W is read where |W'| counts."""
+    monkeypatch.setenv("PST_KERNELS_ARCH", "sm_90")
+    problem = Problem(128, 256, 64, 8, "bfloat16")
+    given, weights = problem.tensors(), 128 * 256
+    operands = operands_of(given, given["kept"])
+    for through in (True, False):
+        touched.clear()
+        with emulator.emulate(90):
+            gradients.rested_backward(given["gy"], given["x"], operands, through, Needs(False, True))
+        different = {key: int(marks.sum()) for key, marks in touched.items()}
+        once = 0.125 * weights + (2 * 64 + 4 * 8) * (128 + 256)
+        assert different["factor_gradients_kernel", "loaded"] == once + (2 * weights if through else 0)
+        assert different["add_partials_kernel", "stored"] == 4 * 8 * (128 + 256)
+        assert different["add_partials_kernel", "loaded"] == different["factor_gradients_kernel", "stored"]
+
+
 def test_block_order_changes_no_bit(emulator, arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The widest tile, more than one block of tokens and of rows, and the tokens shared among programs."""
     monkeypatch.setattr(choice, "sweep_length", lambda *_: 3)  # of four tiles

@@ -180,13 +180,17 @@ class GradientPlan(NamedTuple):
 
 
 def gradient_plan(
-    architecture: str, x: torch.dtype, weight: torch.dtype, shape: tuple[int, int], tokens: int, ranks: tuple[int, int]
-) -> GradientPlan:
-    """For a weight of this shape and ranks (of W', of S)."""
+    architecture: str, x: torch.dtype, weight: torch.dtype, shape: tuple[int, int], tokens: int,
+    ranks: tuple[int, int], scores: bool = True,
+) -> GradientPlan:  # fmt: skip
+    """For a weight of this shape and ranks (of W', of S); without `scores` U and V alone get a gradient."""
     (rows, columns), (rank_w, rank_s) = shape, ranks
+    sums_w, sums_s = rank_w, rank_s + 1
+    if not scores:
+        rank_s = sums_s = 0
     few = few_ranks(architecture, rank_w + rank_s)
     g_stored = tokens >= tables.G_STORED_TOKENS[dtype_key(x, weight)]
-    tile = gradients(architecture, x, weight, rows, columns, max(rank_w, rank_s + 1), few, g_stored)
+    tile = gradients(architecture, x, weight, rows, columns, max(sums_w, sums_s), few, g_stored)
     if g_stored:
         most = versions.G_STORED_COLUMNS_OF.get(architecture, versions.G_STORED_COLUMNS)
         tile = tile._replace(columns=min(tile.columns, most))
@@ -195,7 +199,7 @@ def gradient_plan(
     split_k = cdiv(tokens, a_split)
     length, multiplied = 1, 0 if g_stored else a_split
     if few:
-        length = sweep_length(architecture, tile, across, down * split_k, multiplied, rank_w + rank_s + 1)
+        length = sweep_length(architecture, tile, across, down * split_k, multiplied, sums_w + sums_s)
     return GradientPlan(
         tile, few, g_stored, length, cdiv(across, length), down, a_split, split_k,
         gradient_parts(architecture, tile.columns, g_stored), mask_at_once(architecture, rank_w + rank_s),

@@ -18,9 +18,7 @@ RAGGED = Layout(rows=1003, columns=1001)
 
 def of_lists() -> Iterator[Case]:
     bits = empty(1024, packed_width(1024), dtype=torch.int32)
-    for of_columns in (False, True):
-        name = "columns of blocks" if of_columns else "rows of blocks"
-        yield Case(name, partial(block_lists.list_blocks, bits, torch.Size((1024, 1024)), 64, of_columns))
+    yield Case("lists of blocks", partial(block_lists.list_blocks, bits, torch.Size((1024, 1024)), 64))
 
 
 def of_matmul() -> Iterator[Case]:
@@ -41,7 +39,7 @@ def _matmul(layout: Layout, x: torch.dtype, size: int, transposed: bool, tokens:
     def call() -> None:
         operands = layout.operands()
         left = empty(tokens, layout.rows if transposed else layout.columns, dtype=x)
-        kept = block_lists.list_blocks(operands.mask, operands.weight.shape, size, transposed)
+        kept = block_lists.list_blocks(operands.mask, operands.weight.shape, size)[transposed]
         block_matmul.block_matmul(left, operands, None, kept, size, transposed)
 
     few = tokens < 64
@@ -64,8 +62,8 @@ def _gradients(layout: Layout, x: torch.dtype, size: int, through: bool = True) 
     def call() -> None:
         operands = layout.operands()
         gy, x_ = (empty(64, width, dtype=x) for width in operands.weight.shape)
-        lists = [block_lists.list_blocks(operands.mask, operands.weight.shape, size, of) for of in (False, True)]
-        block_gradients.block_factor_gradients(gy, x_, operands, size, through, *lists)
+        kept = block_lists.list_blocks(operands.mask, operands.weight.shape, size)
+        block_gradients.block_factor_gradients(gy, x_, operands, size, through, kept)
 
     name = _name("factor gradients", size, layout, x, "not through |W'|" * (not through))
     return Case(name, call, _budget(layout, x, size)[1])

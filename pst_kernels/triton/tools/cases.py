@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pst_kernels.masks.packing import packed_width
-from pst_kernels.operands import Factors, MaskedWeight, Scales, factor_shapes
+from pst_kernels.operands import Factors, MaskedWeight, Needs, Scales, factor_shapes
 
 from .. import gradients, group_mask, mask, matmul, score, select
 from ..group_layer import LayerTensors
@@ -162,20 +162,29 @@ def of_gradients() -> Iterator[Case]:
     yield _gradients(Layout(), BF16, through=False)
     for dtype, key in ((BF16, "half"), (FP16, "half"), (FP32, "float")):
         yield _gradients(Layout(dtype), dtype, tokens=tables.G_STORED_TOKENS[key])
+    for through in (True, False):  # while the scores rest, or the mask is fixed
+        for dtype, key in ((BF16, "half"), (FP32, "float")):
+            for tokens in (32, tables.G_STORED_TOKENS[key]):
+                yield _gradients(Layout(dtype), dtype, tokens, through, scores=False)
+        for layout in (Layout(rank=16), Layout(rank=64), Layout(rows=1003, columns=1001), Layout(transposed=True)):
+            yield _gradients(layout, BF16, through=through, scores=False)
 
 
-def _gradients(layout: Layout, x: torch.dtype, tokens: int = 32, through: bool = True) -> Case:
+def _gradients(layout: Layout, x: torch.dtype, tokens: int = 32, through: bool = True, scores: bool = True) -> Case:
     weight, factors, rows, columns, rank, transposed = layout
 
     def call() -> None:
         gy, x_ = empty(tokens, rows, dtype=x), empty(tokens, columns, dtype=x)
-        gradients.factor_gradients(gy, x_, layout.operands(), through)
+        if scores:
+            gradients.factor_gradients(gy, x_, layout.operands(), through)
+        else:
+            gradients.rested_backward(gy, x_, layout.operands(), through, Needs(False, True))
 
-    few_ranks = choice.few_ranks(architecture(), 2 * rank)
-    tile = choice.gradients(architecture(), x, weight, rows, columns, rank + 1, few_ranks)
+    few_ranks = choice.few_ranks(architecture(), 2 * rank if scores else rank)
+    tile = choice.gradients(architecture(), x, weight, rows, columns, rank + scores, few_ranks)
     odd, g_stored = rows % 2 == 1, tokens >= tables.G_STORED_TOKENS[choice.dtype_key(x, weight)]
     details = [f"{rows} x {columns}"] * (rows != 1024) + ["W transposed"] * transposed
     details += [f"factors {factors}".replace("torch.", "")] * (factors != FP32)
-    details += ["G stored"] * g_stored + ["not through |W'|"] * (not through)
+    details += ["G stored"] * g_stored + ["not through |W'|"] * (not through) + ["U and V alone"] * (not scores)
     name = ", ".join(["factor gradients", pair_name(weight, x), f"rank {rank}", *details])
     return Case(name, call, None if odd or g_stored else tile.slots)

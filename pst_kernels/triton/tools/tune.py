@@ -194,7 +194,7 @@ def _block_matmul_runs(problem: Problem, tokens: int, key: str, size: int) -> It
     operands, M, updated = _kept_blocks(problem, size)
     x, gy = _both(problem, tokens)
     kept = (updated * M).to(x.dtype)
-    by_columns = block_lists.list_blocks(operands.mask, operands.weight.shape, size, block_matmul.COLUMNS)
+    by_columns = block_lists.list_blocks(operands.mask, operands.weight.shape, size).columns
 
     def launch() -> list[Tensor]:
         return [
@@ -210,13 +210,10 @@ def _block_gradient_runs(problem: Problem, tokens: int, key: str, size: int) -> 
     beta, U, V = operands.scales.beta, operands.factors.U, operands.factors.V
     x, gy = _both(problem, tokens)
     Q = gy.float().T @ x.float() * M * (1.0 + updated.abs())
-    by_rows, by_columns = (
-        block_lists.list_blocks(operands.mask, operands.weight.shape, size, of)
-        for of in (block_matmul.ROWS, block_matmul.COLUMNS)
-    )
+    lists = block_lists.list_blocks(operands.mask, operands.weight.shape, size)
 
     def launch() -> tuple[Tensor, Tensor]:
-        return block_gradients.block_factor_gradients(gy, x, operands, size, True, by_rows, by_columns)
+        return block_gradients.block_factor_gradients(gy, x, operands, size, True, lists)
 
     yield from _block_runs("block_gradients", key, size, launch, [beta * Q @ V.T, beta * U.T @ Q])
 
