@@ -16,7 +16,7 @@ LANGUAGE_MODEL = "Llama-3.2-1B"
 DEVICE, SHORT_NAME = "nvidia-h100-80gb-hbm3", "H100"
 DENSE, OURS = "dense", "PST"
 LARGE, LARGE_WEIGHT, MANY = "Llama-8B", 4096**2, 4096  # cases, numbers, tokens
-BLOCKS = "PST, block:64, between masks"
+BLOCKS, FIXED = "PST, block:64, between masks", "PST, mask fixed"
 
 
 def sentences(folder: Path) -> dict[str, str]:
@@ -51,8 +51,10 @@ def _on_a_gpu(folder: Path) -> str:
     own = folder / "gpu" / DEVICE
     captured = read_json(own / "captured.json", "the results of `make gpu`")["rows"]
     ratios = {(row["case"], row["contestant"]): row["ratio"] for row in captured}
-    steps = [ratio for (case, name), ratio in ratios.items() if name == OURS and case.startswith("step")]
-    model = [ratio for (case, name), ratio in ratios.items() if name == OURS and case.startswith("model")]
+    steps, fixed = (
+        [r for (case, name), r in ratios.items() if name == one and "step" in case] for one in (OURS, FIXED)
+    )
+    model = [ratios[case, name] for case, name in ratios if name in (OURS, FIXED) and case.startswith("model")]
     blocks = [
         ratio for (case, name), ratio in ratios.items()
         if name == BLOCKS and LARGE in case and int(case.partition("T = ")[2].partition(",")[0]) >= MANY
@@ -62,8 +64,9 @@ def _on_a_gpu(folder: Path) -> str:
     eager = [row.ratio for row in results.read_csv(own / "benchmark.csv") if _is_small_step(row) and row.ratio]
     return (
         f"On a GPU unstructured zeros save memory, not time: on an {SHORT_NAME} a step takes {_range(_memory(own))} of"
-        f" dense's memory, and as a CUDA graph {_range(steps)} times its time for one layer, {_range(model)} for MiniLM"
-        f' as a whole. `pattern="block:64"` prunes whole blocks, which the products skip: {_range(blocks)} of dense\'s'
+        f" dense's memory, and as a CUDA graph {_range(steps)} times its time for one layer while the mask moves,"
+        f" {_range(fixed)} once it is fixed, {_range(model)} for MiniLM as a whole."
+        f' `pattern="block:64"` prunes whole blocks, which the products skip: {_range(blocks)} of dense\'s'
         f" step for layers of 8B models from {MANY:,} tokens on. Decoding with 90 % zeros has at best {fastest:.2f} of"
         f" dense's speed there. Launched one by one from Python, small layers take {_range(eager)} times dense's time"
         " ([all of it](docs/performance.md#on-a-gpu))."

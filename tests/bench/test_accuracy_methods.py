@@ -17,7 +17,8 @@ from pst_kernels.parameter_groups import group_of
 from pst_kernels.schedule import SparsitySchedule, sparsity_at
 
 pytest_plugins = ["tiny_grid"]
-FACTORS = {"update": 5.0, "scores": 5.0, "kept": 5.0, "words": 20.0, "others": 10.0}  # over the rate of dense fine-tuning
+# Over the rate of dense fine-tuning.
+FACTORS = {"update": 5.0, "scores": 5.0, "kept": 5.0, "words": 20.0, "others": 10.0}
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
