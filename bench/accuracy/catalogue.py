@@ -221,6 +221,13 @@ AHEAD = (
         )
         for rank, rates in ((8, (1e-2,)), (16, (3e-3, 1e-2)), (32, (3e-3, 1e-2)))
     ),
+    _candidate(  # what magnitude pruning and dense fine-tuning would gain by such a rate
+        "magnitude, words trained faster, distilled",
+        trains_all(baselines.Magnitude),
+        (WEIGHT_RATES[1] | {"embeddings": 3e-3},),
+        **TAUGHT,
+    ),
+    _candidate("dense, words trained faster", dense, (WEIGHT_RATES[1] | {"embeddings": 3e-3},), sparse=False),
     _candidate("accurate, higher rate, distilled", _accurate(), ({"lr": 2.5e-4},), **TAUGHT),
     _candidate("accurate, slower head, distilled", _accurate(), (LR[0] | {"others": 5e-4},), **TAUGHT),
     _candidate("accurate, small update, distilled", _accurate(), (LR[0] | {"update": 3e-4},), **TAUGHT),

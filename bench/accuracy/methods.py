@@ -208,7 +208,8 @@ def groups(model: nn.Module, task: Task, setting: Setting) -> list[dict[str, Any
     by_role: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            by_role.setdefault(role(name, task.head), []).append(parameter)
+            own = "embeddings" if WORDS in name and "embeddings" in setting else role(name, task.head)
+            by_role.setdefault(own, []).append(parameter)
     rates = {"head": HEAD_RATE} | setting
     # LayerNorms and biases that train beside factors take the rate of the head: as few, and as free
     rates.setdefault("weights", rates["head"])

@@ -88,6 +88,7 @@ def test_every_parameter_has_one_rate(method):
         if name in names:
             role = methods.role(name, task().head)
             expected = setting.get(role, methods.HEAD_RATE)
+            expected = setting.get("embeddings", expected) if methods.WORDS in name else expected
             if "lr" in setting:
                 group = group_of(name)
                 smaller = 4 if group == "update" and "paper" not in method else 1  # beta is 1 / 16

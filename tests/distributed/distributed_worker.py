@@ -107,6 +107,26 @@ class Training:
         return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
 
 
+def words(engine: str = "single", mesh: DeviceMesh | None = None) -> dict[str, torch.Tensor]:
+    """The state after two steps of a model whose word embeddings learn, of eight texts over all ranks."""
+    torch.manual_seed(0)
+    body = nn.Embedding(51, WIDTH, padding_idx=0), nn.Linear(WIDTH, 40), nn.ReLU(), nn.Linear(40, 3)
+    model: nn.Module = pst.replace_linear(nn.Sequential(*body), pst.PSTConfig(sparsity=0.7, embedding_rank=3))
+    forward = nn.parallel.DistributedDataParallel(model) if engine == "ddp" else model
+    if engine == "fsdp2":
+        fully_shard(model, mesh=mesh)
+    if engine == "tensor parallel":
+        parallelize_module(model, mesh, {"0": RowwiseParallel(input_layouts=Replicate())})
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5, momentum=0.9)
+    rank, ranks = (0, 1) if engine in ("single", "tensor parallel") else (mesh.get_local_rank(), mesh.size())
+    for step in range(2):
+        ids = torch.randint(51, (8, 6), generator=torch.Generator().manual_seed(step))
+        forward(ids.view(ranks, -1, 6)[rank]).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: checks.whole(tensor).detach().clone() for name, tensor in model.state_dict().items()}
+
+
 def matrix(name: str) -> nn.Linear:
     """A weight whose scores are exact in fp32, so that its mask may not depend on anything."""
     out, columns = MATRICES[name]
@@ -199,6 +219,7 @@ def run(rank: int, folder: str) -> None:
         frozen = Training(engine, mesh, **FROZEN).run()
         results["frozen", engine] = frozen.state(), [getattr(layer, "frozen", None) for layer in frozen.model]
         results["global", engine] = Training(engine, mesh, **GLOBAL).run().state()
+    results["words", "ddp"], results["words", "fsdp2"] = words("ddp", four), words("fsdp2", four)
     for engine in ("ddp", "compiled ddp", "fsdp2"):
         results["fisher", engine] = Training(engine, four, **FISHER).run().state()
     results["traffic"] = largest_message(four)
@@ -213,6 +234,7 @@ def run(rank: int, folder: str) -> None:
         "frozen": refused(lambda: cut(pst.PSTLinear(8, 8, config=pst.PSTConfig(freeze=0.2)), four).mask),
         "global": refused(lambda: Training("tensor parallel", four, **GLOBAL).run()),
         "fisher": refused(lambda: Training("tensor parallel", four, magnitude="fisher").run()),
+        "words": refused(lambda: words("tensor parallel", four)),
         "fisher, alone": refused(lambda: Training(magnitude="fisher").run()),
         "Conv1D": refused(lambda: cut(pst.PSTConv1D(8, 8), four)),
     }

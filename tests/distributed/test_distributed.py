@@ -106,6 +106,14 @@ def test_one_threshold_for_all_layers_is_that_of_one_process(results, engine):
     assert_state(results[0]["global", engine], expected)
 
 
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_word_embeddings_learn_as_in_one_process(results, engine):
+    expected = worker.words()
+    assert expected["0.pst_embedding_U"][1:].any()
+    for found in results:
+        assert_state(found["words", engine], expected)
+
+
 @pytest.mark.parametrize("engine", ["ddp", "compiled ddp", "fsdp2"])
 def test_moments_are_the_same_on_every_rank(results, engine):
     """Of four ranks with two micro-batches each: those of eight micro-batches, but for the scale of the loss."""
@@ -182,6 +190,7 @@ def test_what_sharded_layers_refuse(results):
     assert "freeze=0.2 does not run under tensor parallelism" in found["errors"]["frozen"]
     assert found["errors"]["global"].startswith("RuntimeError: allocation='global' does not run under tensor parallel")
     assert "magnitude='fisher' does not run under tensor parallelism" in found["errors"]["fisher"]
+    assert "embedding_rank is not for a model under tensor parallelism" in found["errors"]["words"]
     assert "magnitude='fisher' trains in one process, or in several under" in found["errors"]["fisher, alone"]
     # torch's own, for GPT-2's layers with and without PST; quoted in docs/troubleshooting.md
     assert "currently only support nn.Linear and nn.Embedding!" in found["errors"]["Conv1D"]

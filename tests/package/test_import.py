@@ -120,7 +120,7 @@ SIGNATURES = {
         "modules_to_save=None", "train_bias=False", "adapter_dtype=torch.float32", "pattern=unstructured",
         "mask_interval=1", "recompute_input=True", "masked_weight=auto",
         "products=auto", "score_interval=1", "freeze=0.0", "train_kept=False", "allocation=uniform",
-        "magnitude=plain", "dropout=None",
+        "magnitude=plain", "dropout=None", "embedding_rank=0",
     ]),
     "replace_linear": (pst.replace_linear, ["model", "config=None"]),
     "refresh_masks": (pst.refresh_masks, ["model"]),
