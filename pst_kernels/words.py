@@ -60,6 +60,8 @@ def _why_not(model: nn.Module, name: str, module: nn.Embedding, saved: Collectio
         return f"{name} is trained in full, by modules_to_save"
     if type(module) is not nn.Embedding:
         return f"{name} is a {type(module).__name__}, and no plain nn.Embedding"
+    if "forward" in vars(module):
+        return f"{name} has a forward of its own, set on the instance"
     if module.max_norm is not None or module.sparse:
         return f"{name} has max_norm={module.max_norm}, sparse={module.sparse}"
     if not module.weight.is_floating_point() or hasattr(module.weight, "full_tensor"):

@@ -1,7 +1,7 @@
 """Word embeddings that learn through two factors: row i is E[i] + U[i] V, E frozen.
 
 As LoRA has it for embeddings. A pruned body can say less about a word than the word itself can: at 90 % this is worth
-more than any other ingredient (docs/accuracy.md), for a hundredth of the memory that training E takes.
+more than any other ingredient (docs/accuracy.md), for rank / width of the memory that training E takes.
 """
 
 from __future__ import annotations

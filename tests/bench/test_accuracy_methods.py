@@ -95,7 +95,7 @@ def test_every_parameter_has_one_rate(method):
                 expected = setting.get(group, setting["lr"] * FACTORS[group] * smaller)
                 expected = setting.get("embeddings", expected) if methods.WORDS in name else expected
             assert rates[id(parameter)] == pytest.approx(expected)
-    head_rate = 10 * setting["lr"] if "lr" in setting else methods.HEAD_RATE
+    head_rate = setting.get("others", 10 * setting["lr"]) if "lr" in setting else methods.HEAD_RATE
     assert rates.get(id(model.classifier.weight), head_rate) == head_rate
 
 

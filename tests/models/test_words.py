@@ -132,12 +132,19 @@ class Scaled(nn.Embedding):
         return 2.0 * super().forward(input)
 
 
+def patched() -> nn.Embedding:
+    module = nn.Embedding(50, 24)
+    module.forward = lambda input: nn.Embedding.forward(module, input)
+    return module
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda: Scaled(50, 24), "0 is a Scaled, and no plain nn.Embedding"),
         (lambda: nn.Embedding(50, 24, max_norm=1.0), "0 has max_norm=1.0, sparse=False"),
         (lambda: nn.Embedding(50, 24, sparse=True), "0 has max_norm=None, sparse=True"),
+        (patched, "0 has a forward of its own, set on the instance"),
         (nn.Identity, "the model has no nn.Embedding for words"),
     ],
 )
@@ -239,6 +246,26 @@ def test_a_saved_model_is_read_with_it_by_stock_transformers_and_resumed_without
     resumed.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(words_of(resumed).weight, words_of(model).weight)
     assert torch.equal(outputs(resumed.eval()), outputs(model))
+
+
+def test_a_compiled_graph_holds_it():
+    module, ids = words_of(learned()), torch.arange(6).view(2, 3)
+    graph = torch.compile(module, backend="aot_eager", fullgraph=True)
+    graph(ids).sum().backward()
+    found = [getattr(module, name).grad.clone() for name in ENTRIES]
+    module.zero_grad()
+    y = module(ids)
+    y.sum().backward()
+    assert torch.equal(graph(ids), y)
+    assert all(torch.equal(getattr(module, name).grad, grad) for name, grad in zip(ENTRIES, found, strict=True))
+
+
+def test_under_autocast_it_keeps_the_dtype_of_the_embeddings():
+    module = words_of(learned())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(torch.arange(5))
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, module(torch.arange(5)), rtol=1e-2, atol=1e-2)
 
 
 def test_a_copy_learns_by_itself():
