@@ -99,7 +99,7 @@ def test_gradient_loop_is_that_of_a_plain_product(report: list[kernels.Row]) -> 
 @pytest.mark.parametrize("report", ["sm_90"], indirect=True)
 def test_a_user_waits_for_few_compilations(report: list[kernels.Row]) -> None:
     """All of the products' binaries of a target, which take about a second each."""
-    assert len(report) <= 90
+    assert len(report) <= 100
 
 
 @pytest.mark.compiled
