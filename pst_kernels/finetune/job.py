@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
 
     report.draw_curves(settings.folder / "curves.png", results)
     report.write_results(settings.folder / "results.json", results, settings, dataset)
-    report.print_table(results, settings.sparsity)
+    report.print_table(results, settings)
     print(f"Written to {settings.folder} in {time.monotonic() - started:.0f} s:")
     for name in ("results.json", "curves.png", "dense", "pst/adapter", "pst/sparse", "pst/merged"):
         if (settings.folder / name).exists():

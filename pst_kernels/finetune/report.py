@@ -22,12 +22,12 @@ from .settings import Settings
 COLOURS = {"dense": "tab:blue", "pst": "tab:orange"}
 
 
-def print_table(results: Mapping[str, Result], sparsity: float) -> None:
+def print_table(results: Mapping[str, Result], settings: Settings) -> None:
     """One column a method, one line a number, so that each number has room for what it means."""
     table = Table(title="Fine-tuned on the same batches")
     table.add_column("")
     for method in results:
-        table.add_column(heading(method, sparsity), justify="right")
+        table.add_column(heading(method, settings.sparsity), justify="right")
     for name, text in LINES.items():
         table.add_row(name, *(text(result.row, result.details) for result in results.values()))
     console = Console()
@@ -35,9 +35,18 @@ def print_table(results: Mapping[str, Result], sparsity: float) -> None:
     console.print(
         "Zeros are counted in the saved file. Movement pruning trains every weight and a score for every prunable one."
         " The checkpoint of PST is its adapter; its folder is the whole model, pruned weights as bits and values."
-        " The share of dense, of a forward, is that of the same rounds; the dense column was measured on its own.",
+        " The share of dense, of a forward, is that of the same rounds; the dense column was measured on its own."
+        + _conditions(results, settings),
         style="dim",
     )
+
+
+def _conditions(results: Mapping[str, Result], settings: Settings) -> str:
+    """What step times and memory were measured under."""
+    told = f" Trained with dropout {settings.dropout:g}."
+    if "pst" in results and settings.teacher_folder is not None:
+        told += " A step of PST, and its memory, have its teacher's forward in them."
+    return told
 
 
 def write_results(path: Path, results: Mapping[str, Result], settings: Settings, dataset: Dataset) -> None:

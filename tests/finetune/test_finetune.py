@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from pst_kernels import PSTConfig, load_pretrained
+from pst_kernels.config import WORDS_RANK
 from pst_kernels.finetune.callbacks import COMPLETE, StopOnNaN, newest_checkpoint
 from pst_kernels.finetune.measure import count_zeros
 from pst_kernels.finetune.settings import Settings
@@ -73,7 +74,7 @@ def finished(inputs, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_results_hold_every_number_of_the_table(finished):
+def test_results_hold_every_number_of_the_table(finished, inputs):
     folder, printed = finished
     results = json.loads((folder / "results.json").read_text())
     rows = {row["method"]: row for row in results["rows"]}
@@ -94,8 +95,10 @@ def test_results_hold_every_number_of_the_table(finished):
     assert pst["prunable_numel"] == 2 * (4 * 24 * 24 + 2 * 24 * 40)
     factors = 2 * (4 * (4 * 24 * 8 + 48) + 2 * (2 * 64 * 8 + 64))
     kept, biases, norms = 8 * 58 + 4 * 96, 2 * (4 * 24 + 40 + 24), 5 * 48
+    vocabulary = json.loads((inputs / "model" / "config.json").read_text())["vocab_size"]
+    words = WORDS_RANK * (vocabulary + 24)
     # and the pooler and the classifier
-    assert rows["pst"]["trainable"] == factors + kept + biases + norms + 24 * 24 + 24 + 24 * 3 + 3
+    assert rows["pst"]["trainable"] == factors + kept + biases + norms + words + 24 * 24 + 24 + 24 * 3 + 3
     assert pst["trainable_of_movement"] == rows["pst"]["trainable"] / (weights + pst["prunable_numel"])
     for name in ("dense", "pst"):
         history = results["history"][name]
@@ -106,6 +109,8 @@ def test_results_hold_every_number_of_the_table(finished):
     assert set(results["history"]["dense"]["sparsity"]) == {0.0}
     for text in ("test accuracy", f"{rows['pst']['trainable']:,}", "of what movement pruning trains"):
         assert text in printed
+    said = " ".join(printed.split())
+    assert "Trained with dropout 0.1. A step of PST, and its memory, have its teacher's forward in them." in said
     assert set(pst["inference"]) == {"this", "dense"}
     assert rows["pst"]["inference_ms"] == pst["inference"]["this"] > 0
     files = [path.stat().st_size / 1e6 for path in (folder / "pst" / "sparse").glob("*.safetensors")]

@@ -13,6 +13,7 @@ from pst_kernels import PSTConfig, replace_linear
 from pst_kernels.config import PRESETS
 from pst_kernels.finetune import presets
 from pst_kernels.finetune.settings import Settings
+from pst_kernels.layers.embedding import ENTRIES
 from pst_kernels.model import get_config
 
 FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
@@ -142,6 +143,7 @@ def test_each_parameter_has_the_rate_of_its_role(preset):
     assert set(rates) == trainable(model)
     update = 1.2e-3 if preset in ("recipe", "accurate", "fast") else 3e-4
     of_role = dict.fromkeys(FACTORS, 3e-4) | dict.fromkeys(FACTORS[:2], update) | {"pst_kept": 5e-4}
+    of_role |= dict.fromkeys(ENTRIES, 2e-3)
     for name, rate in rates.items():
         assert rate == pytest.approx(of_role.get(name.rpartition(".")[2], 7e-3)), name
     assert any(name.endswith("pst_kept") for name in rates) == (preset in ("accurate", "fast"))
