@@ -198,6 +198,12 @@ TAUGHT_TOO = (
     _candidate(f"accurate, {LATER}, plain magnitudes, distilled", _plain(), LR, **TAUGHT),  # as in very short jobs
     _candidate("accurate, distilled, rate of kept weights", _accurate(), (LR[0] | {"kept": 2.5e-4},), **TAUGHT),
 )
+FASTER_WORDS = _candidate(
+    "magnitude, words trained faster, distilled",
+    trains_all(baselines.Magnitude),
+    tuple(rates | {"embeddings": 3e-3} for rates in WEIGHT_RATES[1:]),
+    **TAUGHT,
+)
 # Beside "accurate, distilled": what else might bring it ahead of magnitude pruning, which trains all there is.
 AHEAD = (
     _candidate(
@@ -221,12 +227,8 @@ AHEAD = (
         )
         for rank, rates in ((8, (1e-2,)), (16, (3e-3, 1e-2)), (32, (3e-3, 1e-2)))
     ),
-    _candidate(  # what magnitude pruning and dense fine-tuning would gain by such a rate
-        "magnitude, words trained faster, distilled",
-        trains_all(baselines.Magnitude),
-        (WEIGHT_RATES[1] | {"embeddings": 3e-3},),
-        **TAUGHT,
-    ),
+    # what magnitude pruning and dense fine-tuning gain by such a rate
+    FASTER_WORDS,
     _candidate("dense, words trained faster", dense, (WEIGHT_RATES[1] | {"embeddings": 3e-3},), sparse=False),
     _candidate("accurate, higher rate, distilled", _accurate(), ({"lr": 2.5e-4},), **TAUGHT),
     _candidate("accurate, slower head, distilled", _accurate(), (LR[0] | {"others": 5e-4},), **TAUGHT),
@@ -309,6 +311,7 @@ RECIPES: tuple[Method, ...] = (
     ),
     # what distillation alone does, at the rates chosen without it
     Method("magnitude, distilled", trains_all(baselines.Magnitude), like="magnitude", **TAUGHT),
+    _adopted(FASTER_WORDS, "magnitude, words trained faster, distilled"),
     *_each_way("PST, fast", partial(preset, "fast")),
     *_each_way("PST, accurate", partial(preset, "accurate")),
 )
