@@ -104,7 +104,7 @@ class PSTConfig:
         magnitude: "plain" |W'| in the importance, or "fisher": |W'| weighed by the root of its gradient's second moment
             (layers/fisher.py), of which rows and columns are summed up, out + in numbers a layer (one for each weight
             would be 4 bytes a weight). A mask then takes one copy of W at a time, and on a GPU backward makes G in
-            plain PyTorch. For "unstructured" and "N:M", in one process or under DDP, not compiled, not for experts.
+            plain PyTorch. For "unstructured" and "N:M", in one process, under DDP or `fully_shard`, not for experts.
         dropout: the highest probability of dropout, in [0, 1], that a module of the model holds while it is converted;
             None leaves all as they are. `merge_and_unload` gives back what they were. What a module reads from the
             model's own config at each forward (Falcon's attention) stays as it is.
@@ -244,13 +244,12 @@ class PSTConfig:
     def preset(cls, name: str, **settings: Any) -> PSTConfig:
         """Settings by name, and those given on top of them.
 
-        "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the
-        authors' release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it
-        wants the LayerNorms among `modules_to_save` beside the head, and the learning rates of
-        `parameter_groups`. "accurate": the recipe, with magnitude="fisher" and embedding_rank=32 above 50 %,
-        without dropout, and with kept weights trained once the mask is fixed, in the last 70 % of the steps; up
-        to 50 % all weights that go, if they go one by one, do so before the first step. "fast": the same, but
-        A, B, R and C learn on every other step until the mask is fixed.
+        "paper": the defaults. "released": the same, and the task head stays as it is, random or not, as in the authors'
+        release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the LayerNorms
+        among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate": the recipe,
+        with magnitude="fisher" and embedding_rank=32 above 50 %, without dropout, and with kept weights trained once
+        the mask is fixed, in the last 70 % of the steps; up to 50 % all weights that go, if they go one by one, do so
+        before the first step. "fast": the same, but A, B, R and C learn on every other step until the mask is fixed.
 
         Raises ValueError for another name.
         """

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import env
 from .config import PSTConfig, matches
@@ -144,9 +144,9 @@ def _freeze(model: nn.Module, config: PSTConfig, saved: list[str]) -> None:
     model.requires_grad_(False)
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
-    for module in embeddings_of(model):
+    for _, words in embeddings_of(model):
         for name in embedding.ENTRIES:
-            getattr(module, name).requires_grad_(True)
+            getattr(words, name).requires_grad_(True)
     for _, layer in pst_layers(model):
         layer.weight.requires_grad_(False)  # a module to save may hold converted layers
         if layer.bias is not None:
@@ -170,8 +170,9 @@ def pst_layers(model: nn.Module) -> Iterator[tuple[str, PSTLayer]]:
     return ((name, m) for name, m in model.named_modules() if isinstance(m, PSTLayer))
 
 
-def embeddings_of(model: nn.Module) -> list[PSTEmbedding]:
-    return [module for module in model.modules() if isinstance(module, PSTEmbedding)]
+def embeddings_of(model: nn.Module) -> list[tuple[str, PSTEmbedding]]:
+    """(name, module) of every embedding that learns."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, PSTEmbedding)]
 
 
 def _layers_of(model: nn.Module) -> list[PSTLayer]:
@@ -316,20 +317,15 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
     refuse_bypassed([(name, layer) for name, layer in pst_layers(model) if not layer.merged])
     uses = parameter_uses(model)
     for name, layer in pst_layers(model):
-        if uses[weight_key(layer.weight)] > 1:
-            raise RuntimeError(
-                f"the weight of {name} is shared with another module, which merging would change;"
-                " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
-            )
-        refuse_meta(f"the weight of {name}", layer.weight)
+        _refuse_to_merge(name, layer.weight, uses)
         layer.settle_mask()
         formats.refuse(format, name, layer)
         if safe_merge:
-            remedy = "lower the learning rate, or merge an earlier checkpoint"
-            check_finite(layer.masked_weight(), f"the merged weight of {name}", remedy)
-    for name, module in model.named_modules():
-        if isinstance(module, PSTEmbedding):
-            _check_words(name, module, uses, safe_merge)
+            _check_merged(name, layer.masked_weight())
+    for name, words in embeddings_of(model):
+        _refuse_to_merge(name, words.weight, uses)
+        if safe_merge:
+            _check_merged(name, words.updated_weight())
     # all of them first: what fails in between leaves the model as it was
     plain = {id(layer): formats.plain(format, layer) for _, layer in pst_layers(model)}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -337,20 +333,21 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, *, format: str 
             module.detach()
         elif isinstance(module, PSTLayer):
             model = _set_submodule(model, name, plain[id(module)])
-    for words in embeddings_of(model):
+    for _, words in embeddings_of(model):
         embedding.detach(words)
     give_back_dropout(model)
     give_back_saving(model)
     return model
 
 
-def _check_words(name: str, words: PSTEmbedding, uses: Mapping[tuple[int, ...], int], safe_merge: bool) -> None:
-    if uses[weight_key(words.weight)] > 1:
+def _refuse_to_merge(name: str, weight: Tensor, uses: Mapping[tuple[int, ...], int]) -> None:
+    if uses[weight_key(weight)] > 1:
         raise RuntimeError(
             f"the weight of {name} is shared with another module, which merging would change;"
             " untie it first: layer.weight = nn.Parameter(layer.weight.clone())"
         )
-    refuse_meta(f"the weight of {name}", words.weight)
-    if safe_merge:
-        remedy = "lower the learning rate, or merge an earlier checkpoint"
-        check_finite(words.updated_weight(), f"the merged weight of {name}", remedy)
+    refuse_meta(f"the weight of {name}", weight)
+
+
+def _check_merged(name: str, weight: Tensor) -> None:
+    check_finite(weight, f"the merged weight of {name}", "lower the learning rate, or merge an earlier checkpoint")
