@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 WEIGHED_ABOVE = 0.5  # up to this sparsity the magnitudes of the last two are plain
 AT_ONCE = 0.5  # and up to this one they prune all that goes before the first step
 WORDS_RANK = 32  # of the update of the word embeddings, above WEIGHED_ABOVE
+FULL = "full"  # embedding_rank of word embeddings that train in full, as with "accurate" below
 WITH_KEPT_WEIGHTS = 0.2  # of the steps are frozen where kept weights are trained, if nothing else is said
 
 
@@ -48,6 +49,10 @@ class _DefaultCount(int):
 
 class _DefaultFraction(float):
     """The same for a fraction."""
+
+
+class _DefaultText(str):
+    """The same for a text."""
 
 
 Targets = str | Sequence[str] | Callable[[nn.Module, str], bool]
@@ -108,6 +113,8 @@ class PSTConfig:
         dropout: the highest probability of dropout, in [0, 1], that a module of the model holds while it is converted;
             None leaves all as they are. `merge_and_unload` gives back what they were. What a module reads from the
             model's own config at each forward (Falcon's attention) stays as it is.
+        embedding_rank: rank of two factors through which the word embeddings learn, E + U V with E frozen; 0: they do
+            not, and "full": E itself trains, and is saved. An embedding tied to an output layer cannot have it.
 
     Raises ValueError or TypeError that names the setting, its value and what is allowed.
     """
@@ -138,7 +145,7 @@ class PSTConfig:
     allocation: str = "uniform"
     magnitude: str = "plain"
     dropout: float | None = None
-    embedding_rank: int = 0
+    embedding_rank: int | str = 0
 
     def __post_init__(self) -> None:
         self._follow_pattern()
@@ -151,7 +158,7 @@ class PSTConfig:
             )
         for name in ("weight_rank", "score_rank", "mask_interval", "score_interval"):
             check_count(name, getattr(self, name), 1)
-        check_count("embedding_rank", self.embedding_rank, 0)
+        _check_embedding_rank(self.embedding_rank)
         for name in ("beta", "alpha1", "alpha2"):
             _check_number(name, getattr(self, name), -math.inf, math.inf, "a finite number")
         for name in ("warmup", "cooldown", "freeze"):
@@ -228,7 +235,7 @@ class PSTConfig:
     @property
     def embedding_rank_is_the_presets(self) -> bool:
         """Whether nobody asked for it by itself, so that a model whose embeddings cannot have it goes without."""
-        return isinstance(self.embedding_rank, _DefaultCount)
+        return isinstance(self.embedding_rank, _DefaultCount | _DefaultText)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Raises TypeError when a setting is a callable, which no file can hold."""
@@ -248,8 +255,9 @@ class PSTConfig:
         release. "recipe": that of the accuracy study, smaller steps of U V and trained biases; it wants the LayerNorms
         among `modules_to_save` beside the head, and the learning rates of `parameter_groups`. "accurate": the recipe,
         with magnitude="fisher" and embedding_rank=32 above 50 %, without dropout, and with kept weights trained once
-        the mask is fixed, in the last 70 % of the steps; up to 50 % all weights that go, if they go one by one, do so
-        before the first step. "fast": the same, but A, B, R and C learn on every other step until the mask is fixed.
+        the mask is fixed, in the last 70 % of the steps; up to 50 % word embeddings train in full, and all weights that
+        go, if they go one by one, do so before the first step. "fast": the same, but A, B, R and C learn on every other
+        step until the mask is fixed, and up to 50 % word embeddings do not learn.
 
         Raises ValueError for another name.
         """
@@ -269,6 +277,8 @@ class PSTConfig:
             found.setdefault("warmup", 0.0)
         if PRESETS[name] is _STUDIED and sparsity > WEIGHED_ABOVE:
             found.setdefault("embedding_rank", _DefaultCount(WORDS_RANK))
+        elif name == "accurate":
+            found.setdefault("embedding_rank", _DefaultText(FULL))
         if name == "fast" and not of_blocks:
             found.setdefault("score_interval", 2)
         return cls(**found)
@@ -321,6 +331,14 @@ def check_count(name: str, value: Any, least: int) -> None:
         )
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_embedding_rank(value: Any) -> None:
+    if isinstance(value, str):
+        if value != FULL:
+            raise ValueError(f"embedding_rank={value!r} is not known; give a rank, or {FULL!r}")
+    else:
+        check_count("embedding_rank", value, 0)
 
 
 def _check_number(name: str, value: Any, low: float, high: float, allowed: str) -> None:

@@ -1,4 +1,4 @@
-"""Which embedding of a model `embedding_rank` is for."""
+"""Which embedding of a model `embedding_rank` is for, and whether it trains in full."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import PSTConfig
+from .config import FULL, PSTConfig
 from .layers.embedding import PSTEmbedding
 from .targets import is_transformers_model, parameter_uses, weight_key
 
@@ -40,10 +40,16 @@ def settled(model: nn.Module, config: PSTConfig, saved: Collection[str]) -> PSTC
     if reason is None:
         return config
     if not config.embedding_rank_is_the_presets:
-        raise ValueError(f"embedding_rank={config.embedding_rank} cannot be had: {reason}; leave it out")
+        raise ValueError(f"embedding_rank={config.embedding_rank!r} cannot be had: {reason}; leave it out")
     if found is not None and not _is_saved(found[0], saved):
         logger.warning("word embeddings stay frozen, preset or not: %s", reason)
     return dataclasses.replace(config, embedding_rank=0)
+
+
+def trained_in_full(model: nn.Module, config: PSTConfig) -> str | None:
+    """The name of the embedding that trains in full, by a config that `settled` gave or that a converted model has."""
+    found = find_words(model) if config.embedding_rank == FULL else None
+    return None if found is None or isinstance(found[1], PSTEmbedding) else found[0]
 
 
 def _input_embeddings(model: Any) -> Any:

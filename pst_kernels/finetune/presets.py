@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..config import WEIGHED_ABOVE, PSTConfig
-from ..parameter_groups import WORDS, group_of
+from ..parameter_groups import WORDS, WORDS_IN_FULL, grouping
 from ..targets import head_modules
 from .settings import OF_RECIPE, Settings
 
@@ -77,16 +77,17 @@ def groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, 
     """The body, or the update and the scores of PST, each at its learning rate; all else at that of the head."""
     by_rate: dict[str, list[nn.Parameter]] = {}
     heads = tuple(f"{name}." for name in head_modules(model))
+    group_of = grouping(model) if method == "pst" else None
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             role = "others" if name.startswith(heads) else "body"
-            if method == "pst":
+            if group_of is not None:
                 role = group_of(name)
             by_rate.setdefault(role, []).append(parameter)
     rates = {
         "body": settings.learning_rate, "update": settings.update_rate, "scores": settings.pst_learning_rate,
         "others": settings.head_learning_rate, "kept": settings.kept_rate,
-        "words": WORDS * settings.learning_rate,
+        "words": WORDS * settings.learning_rate, "embeddings": WORDS_IN_FULL * settings.learning_rate,
     }  # fmt: skip
     return [{"params": parameters, "lr": rates[role]} for role, parameters in by_rate.items()]
 

@@ -1,4 +1,4 @@
-"""Word embeddings that learn through two factors: values, gradients, which embedding, saving and merging."""
+"""Word embeddings that learn, by factors or in full: values, gradients, which embedding, saving and merging."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import toys
 from torch import nn
 
 import pst_kernels as pst
-from pst_kernels.config import WEIGHED_ABOVE, WORDS_RANK
+from pst_kernels.config import FULL, WEIGHED_ABOVE, WORDS_RANK
 from pst_kernels.layers.embedding import ENTRIES, PSTEmbedding, attach
 from pst_kernels.model import get_config
 
@@ -98,12 +98,12 @@ def test_it_is_the_same_module_with_the_same_weight_and_at_first_the_same_values
 
 
 def test_a_preset_has_it_above_half(caplog):
-    for name in ("accurate", "fast"):
-        assert pst.PSTConfig.preset(name, sparsity=WEIGHED_ABOVE).embedding_rank == 0
+    for name, below in (("accurate", FULL), ("fast", 0)):
+        assert pst.PSTConfig.preset(name, sparsity=WEIGHED_ABOVE).embedding_rank == below
         assert pst.PSTConfig.preset(name, sparsity=WEIGHED_ABOVE, embedding_rank=2).embedding_rank == 2
         for more in ({}, {"pattern": "2:4", "sparsity": 0.5}, {"pattern": "block:16", "train_kept": False}):
             config = pst.PSTConfig.preset(name, **more)
-            assert config.embedding_rank == (WORDS_RANK if config.sparsity > WEIGHED_ABOVE else 0)
+            assert config.embedding_rank == (WORDS_RANK if config.sparsity > WEIGHED_ABOVE else below)
     for name in ("paper", "released", "recipe"):
         assert pst.PSTConfig.preset(name).embedding_rank == 0
     with caplog.at_level(logging.WARNING, "pst_kernels"):
@@ -113,16 +113,19 @@ def test_a_preset_has_it_above_half(caplog):
     assert not caplog.records
 
 
-def test_tied_words_stay_frozen_under_a_preset_and_are_refused_if_asked_for(caplog):
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_tied_words_stay_frozen_under_a_preset_and_are_refused_if_asked_for(caplog, sparsity):
     reason = "the weight of transformer.wte is shared with another module"
     with caplog.at_level(logging.WARNING, "pst_kernels"):
-        model = converted("gpt2", pst.PSTConfig.preset("accurate", dropout=None))
+        model = converted("gpt2", pst.PSTConfig.preset("accurate", sparsity=sparsity, dropout=None))
     assert [record.message for record in caplog.records] == [f"word embeddings stay frozen, preset or not: {reason}"]
     assert get_config(model).embedding_rank == 0
     assert not any(isinstance(module, PSTEmbedding) for module in model.modules())
+    assert not model.get_submodule("transformer.wte").weight.requires_grad
     model = toys.FAMILIES["gpt2"]()
-    with pytest.raises(ValueError, match=f"embedding_rank=3 cannot be had: {reason}"):
-        pst.replace_linear(model, CONFIG)
+    for rank in (3, FULL):
+        with pytest.raises(ValueError, match=f"embedding_rank={rank!r} cannot be had: {reason}"):
+            pst.replace_linear(model, pst.PSTConfig(embedding_rank=rank))
     assert not any(name.rpartition(".")[2].startswith("pst_") for name, _ in model.named_parameters())
     assert all(p.requires_grad for p in model.parameters())
 
@@ -307,3 +310,53 @@ def test_the_rank_is_a_whole_number():
         pst.PSTConfig(embedding_rank=-1)
     with pytest.raises(TypeError, match="embedding_rank must be a whole number"):
         pst.PSTConfig(embedding_rank=2.0)
+    with pytest.raises(ValueError, match="embedding_rank='fulll' is not known; give a rank, or 'full'"):
+        pst.PSTConfig(embedding_rank="fulll")
+
+
+IN_FULL = pst.PSTConfig.preset("accurate", sparsity=0.5, dropout=None)
+
+
+@pytest.mark.parametrize("family", WORDS)
+def test_in_full_it_is_a_plain_embedding_that_trains_at_a_rate_of_its_own(family, caplog):
+    with caplog.at_level(logging.WARNING, "pst_kernels"):
+        model = pst.replace_linear(converted(family, IN_FULL), IN_FULL)  # twice: harmless
+    assert not caplog.records
+    module = model.get_submodule(WORDS[family])
+    assert type(module) is nn.Embedding
+    assert [name for name, m in model.named_modules() if type(m) is nn.Embedding and m.weight.requires_grad] == [
+        WORDS[family]
+    ]
+    groups = {group["name"]: group for group in pst.parameter_groups(model, 1e-4)}
+    assert [id(p) for p in groups["embeddings"]["params"]] == [id(module.weight)]
+    assert groups["embeddings"]["lr"] == pytest.approx(5e-4)
+    assert "words" not in groups
+    assert sum(len(group["params"]) for group in groups.values()) == sum(p.requires_grad for p in model.parameters())
+    assert get_config(model).embedding_rank == FULL
+
+
+def test_in_full_it_is_saved_with_the_factors(tmp_path):
+    model = converted(config=IN_FULL).eval()
+    with torch.no_grad():
+        model.get_submodule(WORDS["bert"]).weight.add_(0.3)
+    before = outputs(model)
+    pst.save_pretrained(model, tmp_path)
+    torch.manual_seed(0)
+    loaded = pst.load_pretrained(toys.FAMILIES["bert"](), tmp_path).eval()
+    assert loaded.get_submodule(WORDS["bert"]).weight.requires_grad
+    assert torch.equal(outputs(loaded), before)
+    assert torch.equal(outputs(pst.load_pretrained(converted(config=IN_FULL), tmp_path).eval()), before)
+    torch.testing.assert_close(outputs(pst.merge_and_unload(model)), before, rtol=1e-4, atol=1e-5)
+    other = converted(config=pst.PSTConfig.preset("fast", sparsity=0.5, dropout=None))
+    assert torch.equal(outputs(pst.load_pretrained(other, tmp_path).eval()), before)
+
+
+def test_a_model_that_has_the_factors_keeps_them(caplog):
+    model = learned()
+    with caplog.at_level(logging.WARNING, "pst_kernels"):
+        pst.replace_linear(model, pst.PSTConfig(sparsity=0.8, embedding_rank=FULL))
+    assert [record.message for record in caplog.records] == [
+        "bert.encoder.layer.0.attention.self.query is under PST already and keeps its settings:"
+        " embedding_rank=3, not 'full'"
+    ]
+    assert not words_of(model).weight.requires_grad
