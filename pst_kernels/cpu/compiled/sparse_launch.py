@@ -17,25 +17,24 @@ from pst_kernels.masks.chunks import CHUNK, chunks_of, fill_pointers
 from pst_kernels.masks.packing import packed_width
 
 from . import low_rank as low_rank  # for callers of this module
-from . import one_token, ready, row_order, sparse_lists, sparse_passes
+from . import one_token, ready, sparse_lists, sparse_passes
 from . import threads as team
 from .expansion import SPREADS
 from .ready import Lists, Scratch
+from .sparse_passes import TOGETHER
 from .vectors import WIDTH, WIDTHS
 from .views import numbers_of
 
 TASK = 1 << 16  # weights of a task of rows of the passes that make lists
 TASKS = 16  # a thread: rows may differ much in how much they keep, and cores in how fast they are
 GROUP_ROWS = 16  # of which a group of rows is a multiple: a line of y in fp32 is 64 bytes
+# Of a small weight, the ends of all rows' loops are guessed right from the second tile of tokens on (sparse_passes.py),
+# and two tiles of x are more than need to lie in a near cache. A run is a row's part of a chunk.
+RUNS_TOGETHER = 12_288
 SAMPLED_ROWS, SAMPLED_TOKENS = 256, 512  # whose part of gy stays in a core's second cache: 512 KB
-# A run is a row's part of a chunk. At 90 % it keeps 13, and products of one thread and 1024 tokens take 0.92 of their
-# time with ordered lists; at 95 % 0.83, at 80 % as long as without.
-ORDERED_RUNS, ORDERED_KEPT = 12_288, 16
-SUMS = sparse_passes.ROWS * WIDTH  # floats of a thread
 _CPU = torch.device("cpu")
 find_ready = ready.find
 _product, _making = numbers_of(sparse_passes.FRAME), numbers_of(sparse_lists.FRAME)
-_ordering = numbers_of(row_order.FRAME)
 _TASKS, _TOKENS, _ADDS, _X, _Y = (
     list(sparse_passes.FRAME.names or ()).index(name) for name in ("tasks", "tokens", "adds", "x", "y")
 )
@@ -101,36 +100,6 @@ def _plan(tokens: int) -> _Plan:
     return _Plan(array, array.ctypes.data, len(array), max(width for _, width in tiles))
 
 
-def _are_many(plan: _Plan) -> bool:
-    """Whether there is a task for each tile, of all rows."""
-    return plan.many >= 8 * torch.get_num_threads()
-
-
-def order_pays(lists: Lists, tokens: int) -> bool:
-    """Whether a product is so much faster with ordered lists that it makes up for the copying."""
-    offsets, rows, columns = lists[1], *lists[3:]
-    runs = rows * chunks_of(columns)
-    return _are_many(_plan(tokens)) and runs >= ORDERED_RUNS and len(offsets) <= ORDERED_KEPT * runs
-
-
-def ordered(lists: Lists, scratch: Scratch) -> tuple[Lists, int]:
-    """Copies of the lists, and the address of the rows' order; both lie in `scratch`."""
-    values, offsets, pointers, rows, columns = lists
-    tasks = chunks_of(columns) * -(-rows // row_order.WINDOW)
-    its_values = scratch("ordered values", values.shape, torch.float32, _CPU)
-    its_offsets = scratch("ordered offsets", offsets.shape, torch.uint8, _CPU)
-    its_pointers = scratch("ordered pointers", pointers.shape, torch.int32, _CPU)
-    order = scratch("row order", (chunks_of(columns) * rows,), torch.int16, _CPU).data_ptr()
-    counts = scratch("row counts", (tasks, row_order.COUNTS), torch.int32, _CPU)
-    frame = _ordering(
-        tasks=tasks, rows=rows, columns=columns, values=values.data_ptr(), offsets=offsets.data_ptr(),
-        pointers=pointers.data_ptr(), its_values=its_values.data_ptr(), its_offsets=its_offsets.data_ptr(),
-        its_pointers=its_pointers.data_ptr(), order=order, counts=counts.data_ptr(),
-    )  # fmt: skip
-    team.run(row_order.order_rows, frame, tasks)
-    return (its_values, its_offsets, its_pointers, rows, columns), order
-
-
 def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch: Scratch) -> Tensor:
     """out (T, rows) = x (T, columns) W^T + bias; x and out with rows of stride 1, bias fp32, T and the sizes not 0."""
     values, tokens = lists[0], x.shape[0]
@@ -142,9 +111,6 @@ def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch:
     if tokens > WIDTHS[0] and values.dtype is torch.bfloat16:
         values = scratch("sparse values", values.shape, torch.float32, _CPU).copy_(values)
         lists, fits = (values, *lists[1:]), False
-    order = 0
-    if order_pays(lists, tokens):
-        lists, order = ordered(lists, scratch)
     record, tasks, panels = _multiplying(x, lists, bias, out)
     compiled = sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply
     room = (torch.get_num_threads(), record["packed_bytes"])
@@ -152,7 +118,7 @@ def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch:
         call = ready.Ready(compiled, sparse_passes.FRAME, record, lists[3], room, 4 * panels, _plan(tokens))
         return ready.keep(call, x, *lists[:3], bias)(x, out, scratch)
     begins = scratch("few tokens", room, torch.uint8, _CPU).data_ptr()
-    frame = _product(**record, x=x.data_ptr(), y=out.data_ptr(), packed=begins, sums=begins + 4 * panels, order=order)
+    frame = _product(**record, x=x.data_ptr(), y=out.data_ptr(), packed=begins, sums=begins + 4 * panels)
     team.run(compiled, frame, tasks)
     return out
 
@@ -162,23 +128,33 @@ def _multiplying(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor) -> t
     values, offsets, pointers, rows, columns = lists
     tokens, threads = x.shape[0], torch.get_num_threads()
     plan = _plan(tokens)
-    # each task packs its tile: many tiles are tasks enough, few are cut by rows
-    groups = 1 if _are_many(plan) else -(-TASKS * threads // plan.many)
+    fit = rows * chunks_of(columns) >= RUNS_TOGETHER and _go_round(plan.many, TOGETHER * threads)
+    together = TOGETHER if fit else 1
+    parts = -(-plan.many // together)
+    # each task packs its tiles, so rows are cut only where tiles do not go round
+    groups = 1 if _go_round(parts, threads) else -(-TASKS * threads // parts)
     group_rows = -(-rows // (groups * GROUP_ROWS)) * GROUP_ROWS
     if tokens == 1:
         group_rows = min(group_rows, sparse_passes.ROWS)
     groups = -(-rows // group_rows)
-    panels = chunks_of(columns) * CHUNK * plan.width
-    tasks = plan.many * groups
+    tile_bytes = 4 * chunks_of(columns) * CHUNK * plan.width
+    panels = together * tile_bytes // 4
+    tasks = parts * groups
     record = {
         "tasks": tasks, "groups": groups, "group_rows": group_rows, "rows": rows, "columns": columns, "tokens": tokens,
-        "packed_bytes": 4 * (panels + SUMS), "x_stride": x.stride(0), "y_stride": out.stride(0),
-        "x_is_bf16": x.dtype is torch.bfloat16, "y_is_bf16": out.dtype is torch.bfloat16,
+        "tile_count": plan.many, "tile_bytes": tile_bytes, "together": together,
+        "packed_bytes": 4 * (panels + together * sparse_passes.SUMS), "x_stride": x.stride(0),
+        "y_stride": out.stride(0), "x_is_bf16": x.dtype is torch.bfloat16, "y_is_bf16": out.dtype is torch.bfloat16,
         "values_are_bf16": values.dtype is torch.bfloat16, "values": values.data_ptr(),
         "offsets": offsets.data_ptr(), "pointers": pointers.data_ptr(), "bias": 0 if bias is None else bias.data_ptr(),
         "tiles": plan.address,
     }  # fmt: skip
     return record, tasks, panels
+
+
+def _go_round(parts: int, threads: int) -> bool:
+    """Whether threads that take so many equal parts end at about the same time."""
+    return parts % threads == 0 or parts >= 8 * threads
 
 
 def sampled(gy: Tensor, x: Tensor, lists: Lists, out: Tensor, scratch: Scratch) -> Tensor:

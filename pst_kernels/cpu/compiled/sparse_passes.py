@@ -1,7 +1,11 @@
 """The compiled products with a weight of which only lists of kept weights are stored (see ../sparse_rows.py).
 
 Tokens go in tiles of 8 to 64. A tile of x is packed transposed, (in, width), so that a chunk of its columns, a panel,
-stays in a core's first cache while all rows pass over it, and a row's sums over the tokens stay in registers.
+stays in a core's first cache while rows pass over it, and a row's sums over the tokens stay in registers.
+
+A processor guesses where a row's loop ends from the ends before it. A row keeps a dozen weights of a chunk at 90 %, and
+a wrong guess takes as long as several of them. So the same rows pass over two tiles one after the other: over the
+second the ends are guessed right, and the lists are in a near cache.
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ import numpy as np
 from pst_kernels.masks.chunks import CHUNK
 
 from .jit import inlined, part, whole_pass
-from .row_order import WINDOW
 from .threads import take_task
 from .vectors import (
     HALVES,
@@ -27,15 +30,16 @@ from .vectors import (
 )
 from .views import floats_at, halves_at, integers_at, record_of
 
-ROWS = WINDOW  # rows whose sums are held at once: 128 KB with 64 tokens, which stay in a core's second cache
+ROWS, TOGETHER = 512, 2  # rows and tiles at most whose sums are held: 256 KB, which stay in a core's second cache
+SUMS = ROWS * WIDTH  # floats of a tile's
 _NUMBERS = (
-    "next", "slots", "tasks", "groups", "group_rows", "rows", "columns", "tokens", "first_tile", "packed_bytes",
-    "x_stride", "y_stride", "x_is_bf16", "y_is_bf16", "values_are_bf16", "adds",
+    "next", "slots", "tasks", "groups", "group_rows", "rows", "columns", "tokens", "tile_count", "tile_bytes",
+    "together", "packed_bytes", "x_stride", "y_stride", "x_is_bf16", "y_is_bf16", "values_are_bf16", "adds",
 )  # fmt: skip
 _ADDRESSES = (
-    "x", "y", "values", "offsets", "pointers", "bias", "tiles", "packed", "sums", "packed_y", "out", "order",
+    "x", "y", "values", "offsets", "pointers", "bias", "tiles", "packed", "sums", "packed_y", "out",
 )  # fmt: skip
-# `packed_bytes` lie between the scratch of two threads; an address of 0: there is none
+# `packed_bytes` lie between the scratch of two threads, `tile_bytes` between packed tiles; an address of 0: none
 FRAME = np.dtype([(name, np.int64) for name in (*_NUMBERS, *_ADDRESSES)])
 _frame = record_of("record_of_sparse_passes", FRAME)
 SQUARE = 8  # of the transposes
@@ -130,15 +134,13 @@ def form_of(width):
 
 @part
 def _chunk_product(f, chunk, form, width, panel, sums, first, last):
-    """Add one chunk's columns to the sums of rows first to last, a whole window where lists are ordered."""
+    """Add one chunk's columns to the sums of rows first to last."""
     pointers = integers_at(f.pointers + 4 * chunk * f.rows, f.rows + 1)
     size = 2 if f.values_are_bf16 else 4
     bias = floats_at(f.bias, f.rows)
     starts = np.int64(chunk == 0)
-    order = halves_at(f.order + 2 * (chunk * f.rows + first), last - first)
-    for place in range(first, last):
-        begin, end = np.int64(pointers[place]), np.int64(pointers[place + 1])
-        i = first + np.int64(order[place - first]) if f.order else place
+    for i in range(first, last):
+        begin, end = np.int64(pointers[i]), np.int64(pointers[i + 1])
         start = bias[i] if starts and f.bias else np.float32(0)
         row_product(
             form, f.values + begin * size, f.offsets + begin, end - begin, panel, sums + (i - first) * width * 4,
@@ -146,35 +148,47 @@ def _chunk_product(f, chunk, form, width, panel, sums, first, last):
         )  # fmt: skip
 
 
+@part
+def _tile_of(f, tile):
+    """First token, width, and how many tokens there are."""
+    place = integers_at(f.tiles + 8 * tile, 2)
+    token, width = np.int64(place[0]), np.int64(place[1])
+    return token, width, min(width, f.tokens - token)
+
+
 @whole_pass
 def multiply(address):
-    """y (tokens, rows) = x (tokens, columns) W^T + bias. A task is a tile of tokens and a group of rows."""
+    """y (tokens, rows) = x (tokens, columns) W^T + bias. A task is `together` tiles of tokens and a group of rows."""
     f = _frame(address)
-    slot = take_task(address + 8)
-    packed, sums = f.packed + slot * f.packed_bytes, f.sums + slot * f.packed_bytes
-    tile_in_hand = -1
+    own = take_task(address + 8) * f.packed_bytes
+    packed, sums = f.packed + own, f.sums + own
+    in_hand = -1
     while True:
         task = take_task(address)
         if task >= f.tasks:
             return
-        tile, group = task // f.groups, task % f.groups
-        place = integers_at(f.tiles + 8 * tile, 2)
-        token, width = np.int64(place[0]), np.int64(place[1])
-        tokens = min(width, f.tokens - token)
-        form = np.int64(HALVES) if f.values_are_bf16 else np.int64(form_of(width))
-        if tile != tile_in_hand:
-            size = 2 if f.x_is_bf16 else 4
-            _pack(f.x + token * f.x_stride * size, f.x_stride, f.x_is_bf16, tokens, f.columns, width, packed)
-            tile_in_hand = tile
+        group, first_tile = task % f.groups, task // f.groups * f.together
+        tiles = min(f.tile_count - first_tile, f.together)
+        if first_tile != in_hand:
+            for number in range(tiles):
+                token, width, tokens = _tile_of(f, first_tile + number)
+                source = f.x + token * f.x_stride * (2 if f.x_is_bf16 else 4)
+                panels = packed + number * f.tile_bytes
+                _pack(source, f.x_stride, f.x_is_bf16, tokens, f.columns, width, panels)
+            in_hand = first_tile
         last_of_group = min(f.rows, (group + 1) * f.group_rows)
         for first in range(group * f.group_rows, last_of_group, ROWS):
             last = min(first + ROWS, last_of_group)
             for chunk in range((f.columns + CHUNK - 1) // CHUNK):
-                panel = packed + chunk * CHUNK * width * 4
-                _chunk_product(f, chunk, form, width, panel, sums, first, last)
-            size = 2 if f.y_is_bf16 else 4
-            target = f.y + (token * f.y_stride + first) * size
-            _unpack(sums, width, last - first, target, f.y_stride, f.y_is_bf16, tokens)
+                for number in range(tiles):
+                    _, width, _ = _tile_of(f, first_tile + number)
+                    form = np.int64(HALVES) if f.values_are_bf16 else np.int64(form_of(width))
+                    panel = packed + number * f.tile_bytes + chunk * CHUNK * width * 4
+                    _chunk_product(f, chunk, form, width, panel, sums + number * SUMS * 4, first, last)
+            for number in range(tiles):
+                token, width, tokens = _tile_of(f, first_tile + number)
+                target = f.y + (token * f.y_stride + first) * (2 if f.y_is_bf16 else 4)
+                _unpack(sums + number * SUMS * 4, width, last - first, target, f.y_stride, f.y_is_bf16, tokens)
 
 
 @part
