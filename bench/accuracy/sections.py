@@ -25,7 +25,12 @@ def load(seed: int) -> data.Dataset:
         raise FileNotFoundError(
             "the task 'section' reads Debian's package lists; there is no apt-cache here"
         ) from error
-    return of_the_largest(_examples(told), SECTIONS, MOST_EACH, seed)
+    examples = list(_examples(told))
+    if not examples:
+        raise RuntimeError(
+            "the task 'section' reads Debian's package lists; apt-cache knows no package here: run apt-get update"
+        )
+    return of_the_largest(examples, SECTIONS, MOST_EACH, seed)
 
 
 def _examples(told: str) -> Iterator[data.Example]:

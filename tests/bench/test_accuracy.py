@@ -114,6 +114,9 @@ def test_sections_are_of_packages_with_a_description_one_of_a_source(tmp_path, m
     texts = [e for name in ("train", "validation", "test") for e in found.split(name)]
     assert all(e.text.startswith("package ") and "longer" not in e.text for e in texts)
     assert len({e.text for e in texts}) == len(texts)
+    (tmp_path / "told").write_text("")
+    with pytest.raises(RuntimeError, match="apt-cache knows no package here: run apt-get update"):
+        sections.load(0)
     program.unlink()
     with pytest.raises(FileNotFoundError, match=r"'section' reads Debian's package lists; there is no apt-cache"):
         sections.load(0)
