@@ -21,6 +21,7 @@ import torch
 from .. import env
 from ..files import read_json, write_json
 from . import presets, processes
+from .allocator import keep_freed_memory
 from .data import Dataset, load
 from .result import read_result
 from .settings import METHODS, Settings, from_arguments
@@ -210,6 +211,7 @@ def _context() -> Any:
 def _child(method: str, settings: Settings, dataset: Dataset, work: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the parent ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_freed_memory()
     from . import presets
     from .train import run
 
