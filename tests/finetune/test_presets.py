@@ -10,7 +10,7 @@ from bench.accuracy import catalogue
 from bench.accuracy.methods import Plan
 from bench.accuracy.tasks import Size, Topic
 from pst_kernels import PSTConfig, replace_linear
-from pst_kernels.config import PRESETS
+from pst_kernels.config import PRESETS, WORDS_RANK
 from pst_kernels.finetune import presets
 from pst_kernels.finetune.settings import Settings
 from pst_kernels.layers.embedding import ENTRIES
@@ -110,7 +110,8 @@ def test_presets_fix_their_masks_early(sparsity: float):
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 def test_fast_is_accurate_but_for_scores_that_rest(sparsity: float):
     fast = PSTConfig.preset("fast", sparsity=sparsity)
-    assert fast == PSTConfig.preset("accurate", sparsity=sparsity, score_interval=2)
+    rank = WORDS_RANK if sparsity > 0.5 else 0
+    assert fast == PSTConfig.preset("accurate", sparsity=sparsity, score_interval=2, embedding_rank=rank)
     assert PSTConfig.preset("fast", score_interval=1) == PSTConfig.preset("accurate")
     assert PSTConfig.preset("fast", pattern="block:16", train_kept=False).score_interval == 1
     assert PSTConfig.preset("fast", pattern="2:4").score_interval == 2
@@ -135,17 +136,20 @@ def test_what_is_given_stays_beside_a_preset(name: str):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_each_parameter_has_the_rate_of_its_role(preset):
+@pytest.mark.parametrize("sparsity", [0.5, 0.9])
+def test_each_parameter_has_the_rate_of_its_role(preset, sparsity):
     settings = Settings(preset=preset, pst_learning_rate=3e-4, head_learning_rate=7e-3)
-    model = converted(preset=preset)
+    model = converted(preset=preset, sparsity=sparsity)
     names = {id(p): name for name, p in model.named_parameters()}
     rates = {names[id(p)]: g["lr"] for g in presets.groups("pst", settings, model) for p in g["params"]}
     assert set(rates) == trainable(model)
     update = 1.2e-3 if preset in ("recipe", "accurate", "fast") else 3e-4
     of_role = dict.fromkeys(FACTORS, 3e-4) | dict.fromkeys(FACTORS[:2], update) | {"pst_kept": 5e-4}
     of_role |= dict.fromkeys(ENTRIES, 2e-3)
+    words = "bert.embeddings.word_embeddings.weight"
+    assert (words in rates) == (preset == "accurate" and sparsity == 0.5)
     for name, rate in rates.items():
-        assert rate == pytest.approx(of_role.get(name.rpartition(".")[2], 7e-3)), name
+        assert rate == pytest.approx(5e-4 if name == words else of_role.get(name.rpartition(".")[2], 7e-3)), name
     assert any(name.endswith("pst_kept") for name in rates) == (preset in ("accurate", "fast"))
     given = presets.groups("pst", Settings(preset=preset, update_learning_rate=9e-3), model)
     assert {g["lr"] for g in given if names[id(g["params"][0])].endswith(FACTORS[:2])} == {9e-3}
