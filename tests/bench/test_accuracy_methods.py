@@ -13,12 +13,12 @@ from bench.accuracy.record import FINAL
 from pst_kernels import Distillation, PSTConfig
 from pst_kernels.masks import patterns
 from pst_kernels.masks.patterns import num_pruned_at
-from pst_kernels.parameter_groups import group_of
+from pst_kernels.parameter_groups import grouping
 from pst_kernels.schedule import SparsitySchedule, sparsity_at
 
 pytest_plugins = ["tiny_grid"]
 # Over the rate of dense fine-tuning.
-FACTORS = {"update": 5.0, "scores": 5.0, "kept": 5.0, "words": 20.0, "others": 10.0}
+FACTORS = {"update": 5.0, "scores": 5.0, "kept": 5.0, "words": 20.0, "embeddings": 5.0, "others": 10.0}
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
@@ -90,7 +90,7 @@ def test_every_parameter_has_one_rate(method):
             expected = setting.get(role, methods.HEAD_RATE)
             expected = setting.get("embeddings", expected) if methods.WORDS in name else expected
             if "lr" in setting:
-                group = group_of(name)
+                group = grouping(model)(name)
                 smaller = 4 if group == "update" and "paper" not in method else 1  # beta is 1 / 16
                 expected = setting.get(group, setting["lr"] * FACTORS[group] * smaller)
                 expected = setting.get("embeddings", expected) if methods.WORDS in name else expected
