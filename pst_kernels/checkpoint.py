@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import FULL, PSTConfig
+from .config import PSTConfig
 from .files import replacing
 from .layers.averages import fits
 from .layers.checks import is_conv1d, refuse_meta, whole
@@ -313,7 +313,7 @@ def _word_shapes(model: nn.Module, config: PSTConfig) -> dict[str, tuple[int, ..
     if isinstance(module, PSTEmbedding):
         rank = module.pst_embedding_U.shape[1]
     else:
-        rank = 0 if any(pst_layers(model)) or config.embedding_rank == FULL else int(config.embedding_rank)
+        rank = 0 if any(pst_layers(model)) else config.embedding_factor_rank
     shapes = word_shapes(module, rank) if rank else {}
     return {f"{name}.{entry}" if name else entry: shape for entry, shape in shapes.items()}
 

@@ -237,6 +237,11 @@ class PSTConfig:
         """Whether nobody asked for it by itself, so that a model whose embeddings cannot have it goes without."""
         return isinstance(self.embedding_rank, _DefaultCount | _DefaultText)
 
+    @property
+    def embedding_factor_rank(self) -> int:
+        """Rank of the two factors of the word embeddings; 0 where there are none, as where these train in full."""
+        return 0 if self.embedding_rank == FULL else int(self.embedding_rank)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON. Raises TypeError when a setting is a callable, which no file can hold."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import env
-from .config import FULL, PSTConfig, matches
+from .config import PSTConfig, matches
 from .dropout import give_back_dropout, lower_dropout
 from .export import formats
 from .layers import embedding
@@ -26,7 +26,7 @@ from .layers.together import refresh_layers
 from .refusals import shortened
 from .targets import block_weights, find_targets, head_modules, parameter_uses, weight_key
 from .whole_model import give_back_saving, take_over_saving
-from .words import find_words, settled, trained_in_full
+from .words import find_words, settled, words_in_full
 
 logger = logging.getLogger("pst_kernels")
 LITTLE = 0.02  # share of the blocks' weights left dense that goes without saying
@@ -55,8 +55,9 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
     if not isinstance(config, PSTConfig):
         raise TypeError(f"config must be a PSTConfig, got {type(config).__name__}; use PSTConfig(sparsity=0.9), say")
     targets = find_targets(model, config)
-    config = settled(model, config, _named_to_save(model, config))
-    saved = modules_to_save(model, config)
+    named = _named_to_save(model, config)
+    config = settled(model, config, named)
+    saved = named + words_in_full(model, config)
     _check_trainable(model, saved)
     _warn_of_other_settings(model, config)
     converted: dict[int, PSTLayer] = {}  # by identity: a layer used in two places stays one layer
@@ -83,8 +84,7 @@ def replace_linear(model: nn.Module, config: PSTConfig | None = None) -> nn.Modu
 
 def modules_to_save(model: nn.Module, config: PSTConfig) -> list[str]:
     """Full names of the modules trained beside the factors. Raises ValueError for a name that matches nothing."""
-    words = trained_in_full(model, config)
-    return _named_to_save(model, config) + ([] if words is None else [words])
+    return _named_to_save(model, config) + words_in_full(model, config)
 
 
 def _named_to_save(model: nn.Module, config: PSTConfig) -> list[str]:
@@ -141,9 +141,10 @@ def _set_submodule(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
 
 
 def _let_words_learn(model: nn.Module, config: PSTConfig) -> None:
-    found = find_words(model) if config.embedding_rank not in (0, FULL) else None
+    rank = config.embedding_factor_rank
+    found = find_words(model) if rank else None
     if found is not None and not isinstance(found[1], PSTEmbedding):
-        embedding.attach(found[1], int(config.embedding_rank), config.adapter_dtype)
+        embedding.attach(found[1], rank, config.adapter_dtype)
 
 
 def _freeze(model: nn.Module, config: PSTConfig, saved: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from .config import check_positive
 from .layers.embedding import ENTRIES
 from .model import get_config
-from .words import trained_in_full
+from .words import words_in_full
 
 # Over the rate of dense fine-tuning, as validation chose them in the accuracy study (topics; README).
 SCORES = 5.0
@@ -54,11 +54,11 @@ def parameter_groups(model: nn.Module, lr: float = 1e-4) -> list[dict[str, Any]]
 
 def grouping(model: nn.Module) -> Callable[[str], str]:
     """What gives the group of a parameter of a converted model, by its full name."""
-    words = trained_in_full(model, get_config(model))
-    return partial(_group, f"{words}.weight")
+    in_full = {f"{name}.weight" for name in words_in_full(model, get_config(model))}
+    return partial(_group, in_full)
 
 
-def _group(words: str, name: str) -> str:
+def _group(in_full: Container[str], name: str) -> str:
     entry = name.rpartition(".")[2]
     if entry in ("pst_U", "pst_V"):
         return "update"
@@ -66,6 +66,6 @@ def _group(words: str, name: str) -> str:
         return "kept"
     if entry in ENTRIES:
         return "words"
-    if name == words:
+    if name in in_full:
         return "embeddings"
     return "scores" if entry.startswith("pst_") else "others"

@@ -46,10 +46,12 @@ def settled(model: nn.Module, config: PSTConfig, saved: Collection[str]) -> PSTC
     return dataclasses.replace(config, embedding_rank=0)
 
 
-def trained_in_full(model: nn.Module, config: PSTConfig) -> str | None:
-    """The name of the embedding that trains in full, by a config that `settled` gave or that a converted model has."""
+def words_in_full(model: nn.Module, config: PSTConfig) -> list[str]:
+    """The name of the embedding that trains in full, if one does, by a config that `settled` gave or that a converted
+    model has.
+    """
     found = find_words(model) if config.embedding_rank == FULL else None
-    return None if found is None or isinstance(found[1], PSTEmbedding) else found[0]
+    return [] if found is None or isinstance(found[1], PSTEmbedding) else [found[0]]
 
 
 def _input_embeddings(model: Any) -> Any:

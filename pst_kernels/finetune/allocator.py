@@ -13,8 +13,8 @@ SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_
 def keep_freed_memory() -> bool:
     """Have malloc keep what a step frees for the next one; returns whether it does.
 
-    As it comes, glibc gives much of it back to the system, which clears it anew, page by page, when the next step asks:
-    a tenth of the time of a step with a fixed mask. Other C libraries, and settings of the user's, stay as they are.
+    As it comes, glibc gives much of it back to the system, which clears it anew, page by page, when the next step asks.
+    Other C libraries, and settings of the user's, stay as they are.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in SETTINGS):
         return False

@@ -77,19 +77,16 @@ def groups(method: str, settings: Settings, model: nn.Module) -> list[dict[str, 
     """The body, or the update and the scores of PST, each at its learning rate; all else at that of the head."""
     by_rate: dict[str, list[nn.Parameter]] = {}
     heads = tuple(f"{name}." for name in head_modules(model))
-    group_of = grouping(model) if method == "pst" else None
+    role = grouping(model) if method == "pst" else lambda name: "others" if name.startswith(heads) else "body"
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            role = "others" if name.startswith(heads) else "body"
-            if group_of is not None:
-                role = group_of(name)
-            by_rate.setdefault(role, []).append(parameter)
+            by_rate.setdefault(role(name), []).append(parameter)
     rates = {
         "body": settings.learning_rate, "update": settings.update_rate, "scores": settings.pst_learning_rate,
         "others": settings.head_learning_rate, "kept": settings.kept_rate,
         "words": WORDS * settings.learning_rate, "embeddings": WORDS_IN_FULL * settings.learning_rate,
     }  # fmt: skip
-    return [{"params": parameters, "lr": rates[role]} for role, parameters in by_rate.items()]
+    return [{"params": parameters, "lr": rates[name]} for name, parameters in by_rate.items()]
 
 
 def refusal(model: str, error: Exception) -> ConversionError:

@@ -111,20 +111,21 @@ def multiply(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor, scratch:
     if tokens > WIDTHS[0] and values.dtype is torch.bfloat16:
         values = scratch("sparse values", values.shape, torch.float32, _CPU).copy_(values)
         lists, fits = (values, *lists[1:]), False
-    record, tasks, panels = _multiplying(x, lists, bias, out)
+    record = _multiplying(x, lists, bias, out)
+    panels = record["together"] * record["tile_bytes"]  # of a thread, and behind them its sums
     compiled = sparse_passes.multiply_one if tokens == 1 else sparse_passes.multiply
     room = (torch.get_num_threads(), record["packed_bytes"])
     if fits:
-        call = ready.Ready(compiled, sparse_passes.FRAME, record, lists[3], room, 4 * panels, _plan(tokens))
+        call = ready.Ready(compiled, sparse_passes.FRAME, record, lists[3], room, panels, _plan(tokens))
         return ready.keep(call, x, *lists[:3], bias)(x, out, scratch)
     begins = scratch("few tokens", room, torch.uint8, _CPU).data_ptr()
-    frame = _product(**record, x=x.data_ptr(), y=out.data_ptr(), packed=begins, sums=begins + 4 * panels)
-    team.run(compiled, frame, tasks)
+    frame = _product(**record, x=x.data_ptr(), y=out.data_ptr(), packed=begins, sums=begins + panels)
+    team.run(compiled, frame, record["tasks"])
     return out
 
 
-def _multiplying(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor) -> tuple[dict[str, int], int, int]:
-    """The record of a product but for where x, y and the scratch lie, its tasks, and a thread's floats of x."""
+def _multiplying(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor) -> dict[str, int]:
+    """The record of a product but for where x, y and the scratch lie."""
     values, offsets, pointers, rows, columns = lists
     tokens, threads = x.shape[0], torch.get_num_threads()
     plan = _plan(tokens)
@@ -138,18 +139,15 @@ def _multiplying(x: Tensor, lists: Lists, bias: Tensor | None, out: Tensor) -> t
         group_rows = min(group_rows, sparse_passes.ROWS)
     groups = -(-rows // group_rows)
     tile_bytes = 4 * chunks_of(columns) * CHUNK * plan.width
-    panels = together * tile_bytes // 4
-    tasks = parts * groups
-    record = {
-        "tasks": tasks, "groups": groups, "group_rows": group_rows, "rows": rows, "columns": columns, "tokens": tokens,
-        "tile_count": plan.many, "tile_bytes": tile_bytes, "together": together,
-        "packed_bytes": 4 * (panels + together * sparse_passes.SUMS), "x_stride": x.stride(0),
+    return {
+        "tasks": parts * groups, "groups": groups, "group_rows": group_rows, "rows": rows, "columns": columns,
+        "tokens": tokens, "tile_count": plan.many, "tile_bytes": tile_bytes, "together": together,
+        "packed_bytes": together * (tile_bytes + 4 * sparse_passes.SUMS), "x_stride": x.stride(0),
         "y_stride": out.stride(0), "x_is_bf16": x.dtype is torch.bfloat16, "y_is_bf16": out.dtype is torch.bfloat16,
         "values_are_bf16": values.dtype is torch.bfloat16, "values": values.data_ptr(),
         "offsets": offsets.data_ptr(), "pointers": pointers.data_ptr(), "bias": 0 if bias is None else bias.data_ptr(),
         "tiles": plan.address,
     }  # fmt: skip
-    return record, tasks, panels
 
 
 def _go_round(parts: int, threads: int) -> bool:
